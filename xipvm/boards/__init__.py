@@ -1,0 +1,1 @@
+"""Boards: memory maps, devices and device trees."""

@@ -1,0 +1,1 @@
+"""The vCPU: engine, exits, clocks, and one module an ISA."""

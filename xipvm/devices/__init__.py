@@ -1,0 +1,1 @@
+"""Device models and the bus they sit on."""

@@ -1,0 +1,1 @@
+"""NOR flash: cells, chips and command sets."""

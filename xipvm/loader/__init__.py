@@ -1,0 +1,1 @@
+"""Guest images: reading ELF files and placing them in flash and RAM."""

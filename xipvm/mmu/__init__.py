@@ -1,0 +1,1 @@
+"""The primary MMU: frames, page tables, VMAs, faults, and what changes them."""

@@ -1,0 +1,43 @@
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
+
+cdef struct FrameMeta:          # one a frame, 48 bytes
+    int32_t refcount
+    int32_t mapcount
+    uint32_t flags              # PG_* of frames.pyx
+    uint32_t mapping            # rmap root: id of the anon_vma or address space, 0 = none
+    uint64_t index              # page offset inside the mapping
+    uint32_t w_mask             # engines whose TLB may hold a writable entry
+    uint32_t x_mask             # engines whose TLB may hold an executable entry
+    uint32_t code_mask          # engines that may hold code translated from the frame's bytes
+    uint32_t tlb_mask           # spare
+    uint64_t link               # free list
+
+ctypedef void (*code_hook_t)(void *ctx, uint64_t pfn) noexcept
+
+cdef struct DeviceRegion:
+    uint64_t first              # pfn
+    uint64_t count              # frames
+    uint8_t *base
+    FrameMeta *meta
+
+cdef class HostMemory:
+    cdef uint8_t *base
+    cdef FrameMeta *meta
+    cdef readonly uint64_t nr_frames
+    cdef DeviceRegion regions[16]
+    cdef int nr_regions
+    cdef code_hook_t code_hook  # called before bytes of a frame with x_mask or code_mask change
+    cdef void *code_ctx
+    cdef readonly int fd
+    cdef uint64_t free_head
+    cdef readonly uint64_t free_frames
+    cdef int poison_bytes
+    cdef object _keep
+    cdef object __weakref__
+    # NULL for a pfn that is neither an arena frame nor a device frame
+    cdef FrameMeta *meta_of(self, uint64_t pfn) noexcept
+    cdef uint8_t *bytes_of(self, uint64_t pfn) noexcept
+    # -1 when the arena is empty; the frame comes with refcount 1, zeroed if asked
+    cdef int64_t alloc_frame(self, bint zero) noexcept
+    cdef bint put_frame(self, uint64_t pfn) noexcept        # True when that freed it
+    cdef void before_write(self, uint64_t pfn) noexcept     # host or DMA is about to change bytes

@@ -1,0 +1,22 @@
+from libc.stdint cimport uint64_t
+
+from xipvm.mmu.frames cimport HostMemory
+
+cdef class PageTable:
+    """Radix tree over page numbers: 512 u64 a table, 3 levels (27-bit index) or 4 (36-bit)."""
+    cdef uint64_t *root
+    cdef readonly int levels
+    cdef readonly uint64_t present      # leaf entries that are not zero (a huge entry counts one)
+    cdef readonly uint64_t tables       # tables allocated, the root included
+    # pointer to the leaf entry of `index`, NULL when no table is there. *level is 1 (4 KiB) or 2 (2 MiB entry)
+    cdef uint64_t *lookup(self, uint64_t index, int *level) noexcept
+    cdef uint64_t *ensure(self, uint64_t index) except NULL # allocates tables on the way
+    cdef uint64_t load(self, uint64_t index) noexcept       # 0 when empty
+
+cdef class Gather:
+    """Frames taken out of a page table whose last reference must wait for the primary TLB flush."""
+    cdef HostMemory host
+    cdef uint64_t *pfns
+    cdef readonly uint64_t count
+    cdef uint64_t capacity
+    cdef int add(self, uint64_t pfn) except -1

@@ -1,0 +1,1 @@
+"""The event trace: one funnel, typed events, recorder and readers."""
