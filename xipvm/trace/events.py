@@ -1,0 +1,174 @@
+"""What can be said in a trace: the event record and the schema of its kinds.
+
+An :class:`Event` has a sequence number, a virtual time, an actor, a cause and named fields. ``KINDS``
+declares which fields a kind has, in which order and of which type; the recorder embeds the schema in
+every file, so old files stay readable when a kind gains a field. Adding a kind is one line below.
+
+Types of fields, and what a value of each may be:
+
+==========  ==============================================================================
+``str``     text or None
+``bool``    True or False
+``int``     a signed 64-bit number, shown in decimal
+``hex``     an unsigned 64-bit number (flags, masks, syndromes), shown in hexadecimal
+``prot``    Linux ``PROT_*`` bits (READ 1, WRITE 2, EXEC 4), shown as ``rwx``
+``npages``  a length in pages; it stretches the ``gfn`` and ``hva`` of its kind to a range
+``hva``     a host virtual byte address
+``gva``     a guest virtual byte address
+``gpa``     a guest physical byte address
+``gfn``     a guest frame number
+``pfn``     a host frame number
+``pfns``    runs of host frames: ``list[tuple[first, count]]``
+``gfns``    runs of guest frames, likewise
+==========  ==============================================================================
+
+A ``?`` behind a numeric type allows None. Fields named ``start`` and ``end`` of one type are a
+half-open range. Values that follow from the host (wall clock, host pointers, TLB fill counts) have
+no place in an event: two equal runs give equal traces.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+from xipvm.address import PAGE_SHIFT
+
+Runs = list[tuple[int, int]]
+
+
+class Event(NamedTuple):
+    """One thing that happened. ``fields`` follows ``KINDS[kind]`` and must not be changed."""
+
+    seq: int
+    """Position in the trace, from 1."""
+    time: int
+    """Virtual time in ns."""
+    actor: str
+    """Who did it: ``host``, ``vcpu0``, ``flash0``."""
+    cause: int
+    """``seq`` of the event that provoked this one, 0 for none."""
+    kind: str
+    fields: dict[str, Any]
+
+
+class Field(NamedTuple):
+    """A field of a kind: its name, its type (see the module's table) and whether a number may be None."""
+
+    name: str
+    type: str
+    optional: bool = False
+
+
+class Kind(NamedTuple):
+    """The declaration of one kind of event."""
+
+    name: str
+    fields: tuple[Field, ...]
+    doc: str = ""
+
+
+RUN_TYPES = frozenset({"pfns", "gfns"})
+NUMBER_TYPES = frozenset({"int", "hex", "prot", "npages", "hva", "gva", "gpa", "gfn", "pfn"})
+TYPES = RUN_TYPES | NUMBER_TYPES | {"str", "bool"}
+
+_ADDRESS_TYPES = frozenset({"hva", "gva", "gpa"})
+_PAGE_TYPES = frozenset({"gfn", "pfn"})
+
+KINDS: dict[str, Kind] = {}
+
+
+def parse_kind(name: str, spec: str, doc: str = "") -> Kind:
+    """The :class:`Kind` that ``spec`` spells: ``"mm:str hva:hva old:pfn?"``. Raises ValueError."""
+    fields = []
+    for word in spec.split():
+        field, _, type_ = word.partition(":")
+        base = type_.removesuffix("?")
+        if base not in TYPES or (type_ != base and base not in NUMBER_TYPES):
+            raise ValueError(f"event kind {name}: {word!r} has no type of {', '.join(sorted(TYPES))}")
+        fields.append(Field(field, base, type_ != base))
+    if len({field.name for field in fields}) != len(fields):
+        raise ValueError(f"event kind {name}: a field is declared twice")
+    return Kind(name, tuple(fields), doc)
+
+
+def define(name: str, spec: str, doc: str) -> None:
+    """Declare a kind. Recorders that are already open do not learn of it."""
+    if name in KINDS:
+        raise ValueError(f"event kind {name} is declared twice")
+    KINDS[name] = parse_kind(name, spec, doc)
+
+
+def spans(kind: Kind, fields: Mapping[str, Any]) -> Iterator[tuple[str, int, int]]:
+    """The pages that an event names: ``(space, first, end)``, page numbers, half-open.
+
+    ``space`` is ``hva``, ``gva``, ``gpa``, ``gfn`` or ``pfn``. An empty range names none.
+    """
+    length = next((fields[f.name] for f in kind.fields if f.type == "npages"), None)
+    start_type = next((f.type for f in kind.fields if f.name == "start"), "")
+    for name, type_, _ in kind.fields:
+        value = fields[name]
+        if value is None:
+            continue
+        if type_ in RUN_TYPES:
+            for first, count in value:
+                yield type_[:-1], first, first + count
+        elif type_ not in _ADDRESS_TYPES and type_ not in _PAGE_TYPES:
+            continue
+        elif name == "start" and "end" in fields:
+            end = fields["end"]
+            if end > value:
+                shift = PAGE_SHIFT if type_ in _ADDRESS_TYPES else 0
+                yield type_, value >> shift, ((end - 1) >> shift) + 1
+        elif name == "end" and start_type == type_:
+            continue
+        else:
+            first = value >> PAGE_SHIFT if type_ in _ADDRESS_TYPES else value
+            yield type_, first, first + (length if length is not None and type_ in ("gfn", "hva") else 1)
+
+
+# The machine.
+define("machine_start", "board:str memory:int smp:int clock:str guest:str", "the first event of a run")
+define("machine_end", "reason:str status:int", "the last event of a run; status is the exit status")
+define("guest_exception", "vcpu:int vector:hex pc:gva cause:hex address:gva?", "a vCPU took an exception or trap")
+define("guest_interrupt", "vcpu:int irq:int", "a vCPU took an interrupt")
+
+# The host: frames, page tables, VMAs. Pages are host frames throughout.
+define("page_alloc", "pfn:pfn", "a frame left the free list")
+define("page_free", "pages:pfns", "frames went back to the free list and may be reused from here on")
+define("pte_set", "mm:str hva:hva pfn:pfn flags:hex", "a primary page-table entry was written; flags are its low bits")
+define("pte_clear", "mm:str start:hva end:hva pages:pfns", "primary entries were cleared; pages are what they mapped")
+define("mm_fault", "mm:str hva:hva access:str result:str", "the host's fault handler ran; access: read, write, fetch")
+define("primary_tlb_flush", "mm:str start:hva end:hva", "host CPUs lost their translations of the range")
+define("vma_map", "mm:str start:hva end:hva prot:prot kind:str", "a VMA appeared")
+define("vma_unmap", "mm:str start:hva end:hva", "VMAs of the range went away")
+define("vma_protect", "mm:str start:hva end:hva prot:prot", "VMAs of the range changed protection")
+define("mm_fork", "mm:str child:str", "an mm was duplicated")
+define("mm_exit", "mm:str", "an mm is torn down")
+define("mm_cow", "mm:str hva:hva old:pfn new:pfn", "a write to a shared page got a copy")
+define("host_access", "mm:str hva:hva access:str thread:str", "a host thread touched memory")
+
+# Notifiers. `range` pairs an end with its start.
+define("mmu_notifier_register", "mm:str notifier:str", "a notifier joined the mm's list")
+define("mmu_notifier_unregister", "mm:str notifier:str", "a notifier left the mm's list")
+define("mmu_notifier_release", "mm:str notifier:str", "a notifier was told that the mm goes away")
+define("mmu_notifier_invalidate_range_start", "mm:str start:hva end:hva event:str range:int", "S of a range")
+define("mmu_notifier_invalidate_range_end", "mm:str start:hva end:hva event:str range:int", "E of a range")
+
+# The secondary MMU. `rights` is r, rw or rx; `start` and `end` are guest frames, `pages` host frames.
+define("kvm_page_fault", "vm:str gfn:gfn access:str", "a guest access missed in the sptes; access: read, write, fetch")
+define("kvm_retry", "vm:str gfn:gfn reason:str", "a fault was given up because an invalidation came between")
+define("spte_set", "vm:str gfn:gfn pfn:pfn rights:str", "a shadow entry was installed or changed")
+define("spte_zap", "vm:str start:gfn end:gfn pages:pfns", "shadow entries were removed; pages are what they mapped")
+define("tlb_insert", "vcpu:int gfn:gfn pfn:pfn rights:str", "a vCPU got a translation, the first time since its flush")
+define("tlb_flush", "vcpu:int reason:str", "a vCPU lost all its translations")
+define("kvm_kick", "vcpu:int reason:str", "a vCPU was made to leave the guest")
+define("memslot_set", "vm:str slot:int gfn:gfn pages:npages hva:hva flags:hex", "a memslot was created or moved")
+define("memslot_delete", "vm:str slot:int", "a memslot went away")
+define("code_drop", "pfn:pfn vcpus:hex", "translated code of a frame was dropped; vcpus is the mask of who had it")
+
+# Flash.
+define("flash_mode", "bank:int chip:int mode:str array:bool", "a chip changed mode; array: reads give its cells")
+define("flash_program", "bank:int offset:hex size:int", "cells were programmed")
+define("flash_erase", "bank:int offset:hex size:int", "a sector was erased")
+define("flash_error", "bank:int offset:hex what:str", "a command failed or was refused")
