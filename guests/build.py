@@ -1,0 +1,160 @@
+"""Builds the guests: C and assembler sources to ELFs executed in place, one for each board.
+
+    python guests/build.py              build everything into guests/bin/
+    python guests/build.py hello token  only these
+    python guests/build.py --check      build elsewhere and compare with guests/bin/ byte for byte
+
+The compiler is the `ziglang` wheel (clang and lld for every target in one package), pinned, so that the same sources
+give the same bytes on every host: names are relative to this folder, there are no build ids, no debug information and
+no comment sections. Symbol tables stay, for symbolic reports.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+ZIGLANG = "ziglang==0.17.1"
+HERE = Path(__file__).resolve().parent
+BIN = HERE / "bin"
+
+COMMON = ("print", "memory", "trap")
+CFLAGS = (
+    "-std=c11",
+    "-O2",
+    "-g0",
+    "-ffreestanding",
+    "-fno-pic",
+    "-fno-sanitize=all",
+    "-fno-stack-protector",
+    "-fno-unwind-tables",
+    "-fno-asynchronous-unwind-tables",
+    "-fno-delete-null-pointer-checks",  # flash begins at address 0
+    "-Wall",
+    "-Wextra",
+    "-Werror",
+    "-Icommon",
+)
+LDFLAGS = ("--gc-sections", "--build-id=none", "--no-relax", "-z", "max-page-size=16", "-Lcommon")
+
+
+@dataclass(frozen=True)
+class Isa:
+    """A target: what the compiler has to know of the board's CPU."""
+
+    name: str
+    flags: tuple[str, ...]
+
+
+ISAS = (
+    # With the MMU off all memory is Device memory: unaligned accesses may trap.
+    Isa("arm64", ("-target", "aarch64-freestanding-none", "-mcpu=generic-neon-fp_armv8", "-mstrict-align")),
+    Isa(
+        "riscv64",
+        ("-target", "riscv64-freestanding-none", "-mcpu=generic_rv64+m+a+c", "-mabi=lp64", "-mcmodel=medany"),
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Guest:
+    """One ELF an ISA: its source beside the common ones, and macros that select a variant."""
+
+    name: str
+    source: str
+    defines: tuple[str, ...] = ()
+
+
+GUESTS = (Guest("hello", "hello.c"),)
+
+
+class BuildError(Exception):
+    """The toolchain is missing or has refused a source; the text is for the user."""
+
+
+def zig(*arguments: str) -> None:
+    """Runs the wheel's zig in this folder; raises BuildError with what it printed."""
+    if importlib.util.find_spec("ziglang") is None:
+        raise BuildError(f"the guests' compiler is not installed: {sys.executable} -m pip install {ZIGLANG}")
+    done = subprocess.run(
+        [sys.executable, "-m", "ziglang", *arguments], cwd=HERE, capture_output=True, text=True, check=False
+    )
+    if done.returncode != 0 or done.stderr:
+        raise BuildError(done.stderr or f"zig {arguments[0]}: status {done.returncode}")
+
+
+def compile_source(isa: Isa, source: str, defines: Iterable[str], output: Path) -> Path:
+    """Compiles or assembles one source, named relative to this folder."""
+    zig("cc", *isa.flags, *CFLAGS, *(f"-D{define}" for define in defines), "-c", source, "-o", str(output))
+    return output
+
+
+def link(isa: Isa, objects: Iterable[Path], output: Path) -> None:
+    """Links one ELF with the ISA's memory map."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    zig("ld.lld", *LDFLAGS, "-T", f"common/{isa.name}.ld", *map(str, objects), "-o", str(output))
+
+
+def build(guests: Iterable[Guest], isas: Iterable[Isa], output: Path) -> list[Path]:
+    """Builds into output/<isa>/<guest>-<isa>.elf and returns the paths."""
+    built = []
+    with tempfile.TemporaryDirectory() as scratch:
+        for isa in isas:
+            sources = [f"common/start-{isa.name}.S", f"common/{isa.name}.c", *(f"common/{name}.c" for name in COMMON)]
+            common = [
+                compile_source(isa, source, (), Path(scratch, f"{isa.name}-{index}.o"))
+                for index, source in enumerate(sources)
+            ]
+            for guest in guests:
+                main = compile_source(isa, guest.source, guest.defines, Path(scratch, f"{isa.name}-{guest.name}.o"))
+                elf = output / isa.name / f"{guest.name}-{isa.name}.elf"
+                link(isa, [*common, main], elf)
+                built.append(elf)
+    return built
+
+
+def check(guests: Iterable[Guest], isas: Iterable[Isa]) -> list[str]:
+    """Rebuilds elsewhere and returns the names that differ from guests/bin/, or are missing there."""
+    with tempfile.TemporaryDirectory() as fresh:
+        built = [path.relative_to(fresh) for path in build(guests, isas, Path(fresh))]
+        return [
+            str(path)
+            for path in built
+            if not (BIN / path).is_file() or (BIN / path).read_bytes() != Path(fresh, path).read_bytes()
+        ]
+
+
+def main() -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(description="Builds the guests.")
+    parser.add_argument("names", nargs="*", metavar="GUEST", help="only these (default: all)")
+    parser.add_argument("--check", action="store_true", help="compare a fresh build with guests/bin/")
+    parser.add_argument("--isa", choices=[isa.name for isa in ISAS], help="only this ISA")
+    options = parser.parse_args()
+
+    unknown = set(options.names) - {guest.name for guest in GUESTS}
+    if unknown:
+        parser.error(f"no such guest: {', '.join(sorted(unknown))}")
+    guests = [guest for guest in GUESTS if not options.names or guest.name in options.names]
+    isas = [isa for isa in ISAS if options.isa in (None, isa.name)]
+    try:
+        if options.check:
+            different = check(guests, isas)
+            print("\n".join(f"differs: {name}" for name in different) or "all guests are what their sources give")
+            return 1 if different else 0
+        for elf in build(guests, isas, BIN):
+            print(elf.relative_to(HERE))
+    except BuildError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
