@@ -20,6 +20,8 @@ cdef struct DeviceRegion:
     uint8_t *base
     FrameMeta *meta
 
+cdef class _Window
+
 cdef class HostMemory:
     cdef uint8_t *base
     cdef FrameMeta *meta
@@ -34,6 +36,7 @@ cdef class HostMemory:
     cdef int poison_bytes
     cdef object _keep
     cdef object __weakref__
+    cdef int views              # exported buffers: close() refuses while there are any
     # NULL for a pfn that is neither an arena frame nor a device frame
     cdef FrameMeta *meta_of(self, uint64_t pfn) noexcept
     cdef uint8_t *bytes_of(self, uint64_t pfn) noexcept
@@ -41,3 +44,12 @@ cdef class HostMemory:
     cdef int64_t alloc_frame(self, bint zero) noexcept
     cdef bint put_frame(self, uint64_t pfn) noexcept        # True when that freed it
     cdef void before_write(self, uint64_t pfn) noexcept     # host or DMA is about to change bytes
+    cdef void _release(self) noexcept
+    cdef FrameMeta *_checked(self, uint64_t pfn) except NULL
+    cdef uint8_t *_span(self, uint64_t pfn, Py_ssize_t offset, Py_ssize_t size) except NULL
+    cdef _Window _window(self, void *start, Py_ssize_t size)
+
+cdef class _Window:
+    cdef HostMemory owner
+    cdef void *start
+    cdef Py_ssize_t size

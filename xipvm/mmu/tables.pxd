@@ -8,10 +8,13 @@ cdef class PageTable:
     cdef readonly int levels
     cdef readonly uint64_t present      # leaf entries that are not zero (a huge entry counts one)
     cdef readonly uint64_t tables       # tables allocated, the root included
-    # pointer to the leaf entry of `index`, NULL when no table is there. *level is 1 (4 KiB) or 2 (2 MiB entry)
+    # pointer to the leaf entry of `index`, NULL when no table is there. *level is 1 (4 KiB) or 2 (2 MiB entry).
+    # Through the pointer bits may be changed, but zero may not become non-zero nor the reverse: use store().
     cdef uint64_t *lookup(self, uint64_t index, int *level) noexcept
-    cdef uint64_t *ensure(self, uint64_t index) except NULL # allocates tables on the way
+    cdef uint64_t *ensure(self, uint64_t index) except NULL # allocates tables on the way; then store(), same rule
     cdef uint64_t load(self, uint64_t index) noexcept       # 0 when empty
+    cdef uint64_t store(self, uint64_t index, uint64_t entry) except? 0     # returns the old entry
+    cdef int check_range(self, uint64_t start, uint64_t end) except -1
 
 cdef class Gather:
     """Frames taken out of a page table whose last reference must wait for the primary TLB flush."""

@@ -1,0 +1,97 @@
+"""Host physical memory: one arena of 4 KiB frames, their metadata, and device frames beside it."""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import numpy
+
+from xipvm.address import Pfn
+
+PG_RESERVED: int
+PG_ANON: int
+PG_DIRTY: int
+PG_REFERENCED: int
+PG_SWAPBACKED: int
+PG_LRU: int
+PG_DEVICE: int
+PG_USED: int
+POISON_FREE: int
+DEVICE_PFN: int
+DEVICE_STEP: int
+ZERO_PFN: Pfn
+
+class HostMemory:
+    """An arena of ``size_bytes`` (whole pages, at most 64 GiB), backed by a memfd, lazily.
+
+    ``poison``: a freed frame is filled with ``POISON_FREE`` in its first 64 bytes ("head") or wholly ("frame").
+    A pfn that is no frame raises IndexError everywhere; a broken reference count InternalError.
+    """
+
+    nr_frames: int
+    free_frames: int
+    fd: int
+    def __init__(self, size_bytes: int, *, poison: Literal["head", "frame"] = "head") -> None:
+        """Raises HostMemoryError when the size is impossible or the host refuses it."""
+
+    def close(self) -> None:
+        """Gives the memory back. BufferError while a ``view`` or ``meta_view`` is in use. Idempotent."""
+
+    def alloc(self, zero: bool = True) -> Pfn:
+        """A frame with refcount 1, zeroed if asked. Raises OutOfFrames."""
+
+    def put(self, pfn: int) -> bool:
+        """Drops a reference; True when that freed the frame. No effect on the zero page and device frames."""
+
+    def get(self, pfn: int) -> None:
+        """Takes a reference. No effect on the zero page and device frames."""
+
+    def refcount(self, pfn: int) -> int: ...
+    def mapcount(self, pfn: int) -> int: ...
+    def add_mapcount(self, pfn: int, delta: int) -> None: ...
+    def flags(self, pfn: int) -> int: ...
+    def set_flags(self, pfn: int, mask: int) -> None: ...
+    def clear_flags(self, pfn: int, mask: int) -> None: ...
+    def mapping(self, pfn: int) -> int:
+        """Id of the anon_vma or address space that the frame belongs to, 0 = none."""
+
+    def index(self, pfn: int) -> int:
+        """Page offset inside the mapping."""
+
+    def set_rmap(self, pfn: int, mapping: int, index: int) -> None: ...
+    def read(self, pfn: int, offset: int, size: int) -> bytes:
+        """Bytes inside one frame; IndexError when they leave it."""
+
+    def write(self, pfn: int, offset: int, data: bytes | bytearray | memoryview) -> None:
+        """Stores inside one frame, after telling the code hook. InternalError for the zero page."""
+
+    def copy(self, source: int, target: int) -> None:
+        """Copies a whole frame, after telling the code hook of ``target``."""
+
+    def touch(self, pfn: int) -> None:
+        """Tells the code hook that bytes of the frame are about to change."""
+
+    def view(self, pfn: int) -> memoryview:
+        """The frame's 4096 bytes, writable; ``touch`` first when they will be written."""
+
+    def address(self, pfn: int) -> int:
+        """Host pointer of the frame."""
+
+    @property
+    def arena_address(self) -> int:
+        """Host pointer of pfn 0."""
+
+    def meta_view(self) -> numpy.ndarray[Any, Any]:
+        """The arena's metadata as a structured array, one record a frame; shared, not copied."""
+
+    def add_device(self, address: int, size: int, keep: object) -> Pfn:
+        """Makes ``size`` bytes at host pointer ``address`` device frames; ``keep`` stays referenced. First pfn.
+
+        Regions begin at multiples of ``DEVICE_STEP`` from ``DEVICE_PFN`` up. HostMemoryError after 16 of them.
+        """
+
+    def remove_device(self, first: int) -> None:
+        """Takes the region away that begins at pfn ``first``."""
+
+    def is_device(self, pfn: int) -> bool: ...
+    def watch_code(self, callback: Callable[[int], None] | None) -> None:
+        """``callback(pfn)`` before bytes of a frame change that an engine may have executed; None ends it."""

@@ -1,0 +1,358 @@
+"""Host physical memory: one arena of 4 KiB frames and the metadata of every frame.
+
+A pfn is an index into the arena, so a stale translation reads whatever the frame holds now.
+Invariants:
+
+* pfn 0 is the shared zero page (``PG_RESERVED``): never handed out, never freed, not counted.
+* A frame is free exactly when its refcount is 0; then it has no rmap and its first bytes are poison.
+* Never-used frames are handed out ascending, freed frames last in, first out. The free list is a chain of
+  differences: ``link`` of frame n is (next free frame) - (n + 1), so the zeroed metadata of a new arena
+  already is the ascending list.
+* Before bytes of a frame change here, ``before_write`` tells the owner of translated code (``code_hook``).
+* Device frames (pfn >= ``DEVICE_PFN``) are memory of others: metadata but no reference counting.
+"""
+
+import os
+
+from cpython.buffer cimport PyBuffer_FillInfo
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free
+from libc.string cimport memcpy, memset
+from posix.mman cimport MAP_FAILED, MAP_SHARED, PROT_READ, PROT_WRITE, mmap, munmap
+from posix.unistd cimport close as close_fd
+
+from xipvm.errors import HostMemoryError, InternalError, OutOfFrames
+
+cdef extern from "<sys/mman.h>":
+    int MAP_NORESERVE
+
+PG_RESERVED = 1 << 0
+PG_ANON = 1 << 1
+PG_DIRTY = 1 << 2
+PG_REFERENCED = 1 << 3
+PG_SWAPBACKED = 1 << 4
+PG_LRU = 1 << 5
+PG_DEVICE = 1 << 6
+PG_USED = 1 << 7  # was handed out once: its bytes are no longer the arena's zeros
+
+POISON_FREE = 0x6B
+DEVICE_PFN = 1 << 24
+DEVICE_STEP = 1 << 16
+ZERO_PFN = 0
+
+cdef enum:
+    PAGE = 4096
+    RESERVED = 1 << 0
+    DEVICE = 1 << 6
+    USED = 1 << 7
+    POISON = 0x6B
+    FIRST_DEVICE = 1 << 24
+    REGION_STEP = 1 << 16
+    MAX_REGIONS = 16
+    HEAD_BYTES = 64
+
+
+cdef class _Window:
+    """Exports bytes of the arena, of its metadata or of a device, and keeps their owner open meanwhile."""
+
+    def __getbuffer__(self, Py_buffer *buffer, int flags):
+        PyBuffer_FillInfo(buffer, self, self.start, self.size, 0, flags)
+        self.owner.views += 1
+
+    def __releasebuffer__(self, Py_buffer *buffer):
+        self.owner.views -= 1
+
+
+cdef class HostMemory:
+    def __cinit__(self, size_bytes, *, str poison="head"):
+        if size_bytes <= 0 or size_bytes % PAGE or size_bytes // PAGE < 2 or size_bytes // PAGE > FIRST_DEVICE:
+            raise HostMemoryError(size_bytes, f"host memory of {size_bytes} bytes: give 2 pages to 64 GiB, whole pages")
+        if poison not in ("head", "frame"):
+            raise ValueError(f"poison is 'head' or 'frame', not {poison!r}")
+        self.fd = -1
+        self.poison_bytes = HEAD_BYTES if poison == "head" else PAGE
+        self._keep = {}
+        self.nr_frames = size_bytes // PAGE
+        try:
+            self.fd = os.memfd_create("xipvm-arena", os.MFD_CLOEXEC)
+            os.ftruncate(self.fd, size_bytes)
+        except OSError as error:
+            raise HostMemoryError(size_bytes, f"no host memory of {size_bytes} bytes: {error.strerror}") from None
+        cdef void *base = mmap(NULL, size_bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, self.fd, 0)
+        if base == MAP_FAILED:
+            raise HostMemoryError(size_bytes, f"cannot map {size_bytes} bytes of host memory")
+        self.base = <uint8_t *>base
+        self.meta = <FrameMeta *>calloc(self.nr_frames, sizeof(FrameMeta))
+        if self.meta == NULL:
+            raise HostMemoryError(size_bytes, f"no memory for the metadata of {self.nr_frames} frames")
+        self.meta[0].refcount = 1
+        self.meta[0].flags = RESERVED
+        self.free_head = 1
+        self.free_frames = self.nr_frames - 1
+
+    def __dealloc__(self):
+        self._release()
+
+    cdef void _release(self) noexcept:
+        cdef int i
+        for i in range(self.nr_regions):
+            free(self.regions[i].meta)
+        self.nr_regions = 0
+        if self.base != NULL:
+            munmap(self.base, self.nr_frames * PAGE)
+            self.base = NULL
+        free(self.meta)
+        self.meta = NULL
+        self.nr_frames = 0
+        self.free_frames = 0
+        if self.fd >= 0:
+            close_fd(self.fd)
+            self.fd = -1
+
+    def close(self):
+        if self.views:
+            raise BufferError(f"{self.views} views of host memory are still in use")
+        self._release()
+        self._keep = {}
+
+    # ---- native interface ----
+
+    cdef FrameMeta *meta_of(self, uint64_t pfn) noexcept:
+        cdef int i
+        if pfn < self.nr_frames:
+            return &self.meta[pfn]
+        for i in range(self.nr_regions):
+            if pfn - self.regions[i].first < self.regions[i].count:
+                return &self.regions[i].meta[pfn - self.regions[i].first]
+        return NULL
+
+    cdef uint8_t *bytes_of(self, uint64_t pfn) noexcept:
+        cdef int i
+        if pfn < self.nr_frames:
+            return self.base + pfn * PAGE
+        for i in range(self.nr_regions):
+            if pfn - self.regions[i].first < self.regions[i].count:
+                return self.regions[i].base + (pfn - self.regions[i].first) * PAGE
+        return NULL
+
+    cdef int64_t alloc_frame(self, bint zero) noexcept:
+        if self.free_frames == 0:
+            return -1
+        cdef uint64_t pfn = self.free_head
+        cdef FrameMeta *meta = &self.meta[pfn]
+        self.free_head = pfn + 1 + meta.link  # modulo 2**64: backward links wrap
+        self.free_frames -= 1
+        meta.link = 0
+        meta.refcount = 1
+        if meta.flags & USED:
+            # Nobody should have executed a free frame; a defective secondary MMU may have.
+            if meta.x_mask | meta.code_mask:
+                self.before_write(pfn)
+            if zero:
+                memset(self.base + pfn * PAGE, 0, PAGE)
+        meta.flags = USED
+        return <int64_t>pfn
+
+    cdef bint put_frame(self, uint64_t pfn) noexcept:
+        if pfn >= self.nr_frames:
+            return False
+        cdef FrameMeta *meta = &self.meta[pfn]
+        if meta.flags & RESERVED or meta.refcount <= 0:
+            return False
+        meta.refcount -= 1
+        if meta.refcount:
+            return False
+        if meta.x_mask | meta.code_mask:
+            self.before_write(pfn)
+        memset(self.base + pfn * PAGE, POISON, self.poison_bytes)
+        meta.flags = USED
+        meta.mapping = 0
+        meta.index = 0
+        meta.link = self.free_head - (pfn + 1)
+        self.free_head = pfn
+        self.free_frames += 1
+        return True
+
+    cdef void before_write(self, uint64_t pfn) noexcept:
+        cdef FrameMeta *meta = self.meta_of(pfn)
+        if meta != NULL and meta.x_mask | meta.code_mask and self.code_hook != NULL:
+            self.code_hook(self.code_ctx, pfn)
+
+    cdef FrameMeta *_checked(self, uint64_t pfn) except NULL:
+        cdef FrameMeta *meta = self.meta_of(pfn)
+        if meta == NULL:
+            raise IndexError(f"pfn {pfn:#x} is no frame")
+        return meta
+
+    # ---- allocation and reference counting ----
+
+    def alloc(self, bint zero=True):
+        cdef int64_t pfn = self.alloc_frame(zero)
+        if pfn < 0:
+            raise OutOfFrames(f"none of the {self.nr_frames} frames is free")
+        return pfn
+
+    def put(self, uint64_t pfn):
+        cdef FrameMeta *meta = self._checked(pfn)
+        if meta.flags & (RESERVED | DEVICE):
+            return False
+        if meta.refcount <= 0:
+            raise InternalError(f"put of the free frame {pfn:#x}")
+        return self.put_frame(pfn)
+
+    def get(self, uint64_t pfn):
+        cdef FrameMeta *meta = self._checked(pfn)
+        if meta.flags & (RESERVED | DEVICE):
+            return
+        if meta.refcount <= 0:
+            raise InternalError(f"get of the free frame {pfn:#x}")
+        meta.refcount += 1
+
+    def refcount(self, uint64_t pfn):
+        return self._checked(pfn).refcount
+
+    def mapcount(self, uint64_t pfn):
+        return self._checked(pfn).mapcount
+
+    # ---- flags and reverse mapping ----
+
+    def flags(self, uint64_t pfn):
+        return self._checked(pfn).flags
+
+    def set_flags(self, uint64_t pfn, uint32_t mask):
+        self._checked(pfn).flags |= mask
+
+    def clear_flags(self, uint64_t pfn, uint32_t mask):
+        self._checked(pfn).flags &= ~mask
+
+    def mapping(self, uint64_t pfn):
+        return self._checked(pfn).mapping
+
+    def index(self, uint64_t pfn):
+        return self._checked(pfn).index
+
+    def set_rmap(self, uint64_t pfn, uint32_t mapping, uint64_t index):
+        cdef FrameMeta *meta = self._checked(pfn)
+        meta.mapping = mapping
+        meta.index = index
+
+    def add_mapcount(self, uint64_t pfn, int32_t delta):
+        cdef FrameMeta *meta = self._checked(pfn)
+        if meta.flags & (RESERVED | DEVICE):
+            return
+        if meta.mapcount + delta < 0:
+            raise InternalError(f"mapcount of frame {pfn:#x} would be {meta.mapcount + delta}")
+        meta.mapcount += delta
+
+    # ---- bytes ----
+
+    cdef uint8_t *_span(self, uint64_t pfn, Py_ssize_t offset, Py_ssize_t size) except NULL:
+        cdef uint8_t *start = self.bytes_of(pfn)
+        if start == NULL:
+            raise IndexError(f"pfn {pfn:#x} is no frame")
+        if offset < 0 or size < 0 or offset > PAGE - size:
+            raise IndexError(f"{size} bytes at offset {offset} leave the frame")
+        return start + offset
+
+    def read(self, uint64_t pfn, Py_ssize_t offset, Py_ssize_t size):
+        return self._span(pfn, offset, size)[:size]
+
+    def write(self, uint64_t pfn, Py_ssize_t offset, const uint8_t[::1] data not None):
+        cdef uint8_t *start = self._span(pfn, offset, data.shape[0])
+        if pfn == 0:
+            raise InternalError("write to the zero page")
+        if data.shape[0]:
+            self.before_write(pfn)
+            memcpy(start, &data[0], data.shape[0])
+
+    def copy(self, uint64_t source, uint64_t target):
+        cdef uint8_t *to = self._span(target, 0, PAGE)
+        if target == 0:
+            raise InternalError("write to the zero page")
+        self.before_write(target)
+        memcpy(to, self._span(source, 0, PAGE), PAGE)
+
+    def touch(self, uint64_t pfn):
+        self._checked(pfn)
+        self.before_write(pfn)
+
+    cdef _Window _window(self, void *start, Py_ssize_t size):
+        cdef _Window window = _Window.__new__(_Window)
+        window.owner = self
+        window.start = start
+        window.size = size
+        return window
+
+    def view(self, uint64_t pfn):
+        return memoryview(self._window(self._span(pfn, 0, PAGE), PAGE))
+
+    def address(self, uint64_t pfn):
+        return <size_t>self._span(pfn, 0, 0)
+
+    @property
+    def arena_address(self):
+        return <size_t>self.base
+
+    def meta_view(self):
+        import numpy
+
+        fields = numpy.dtype(
+            [("refcount", "i4"), ("mapcount", "i4"), ("flags", "u4"), ("mapping", "u4"), ("index", "u8"),
+             ("w_mask", "u4"), ("x_mask", "u4"), ("code_mask", "u4"), ("tlb_mask", "u4"), ("link", "u8")]
+        )
+        return numpy.frombuffer(self._window(self.meta, self.nr_frames * sizeof(FrameMeta)), dtype=fields)
+
+    # ---- device frames ----
+
+    def add_device(self, size_t address, uint64_t size, object keep):
+        if size == 0 or size % PAGE or address % PAGE:
+            raise ValueError(f"device memory of {size} bytes at {address:#x} is not whole pages")
+        if self.nr_regions == MAX_REGIONS:
+            raise HostMemoryError(size, f"no more than {MAX_REGIONS} device regions")
+        cdef uint64_t first = FIRST_DEVICE
+        cdef uint64_t i
+        cdef DeviceRegion *region
+        if self.nr_regions:
+            region = &self.regions[self.nr_regions - 1]
+            first = (region.first + region.count + REGION_STEP - 1) // REGION_STEP * REGION_STEP
+        region = &self.regions[self.nr_regions]
+        region.first = first
+        region.count = size // PAGE
+        region.base = <uint8_t *>address
+        region.meta = <FrameMeta *>calloc(region.count, sizeof(FrameMeta))
+        if region.meta == NULL:
+            raise MemoryError
+        for i in range(region.count):
+            region.meta[i].flags = DEVICE
+        self._keep[first] = keep
+        self.nr_regions += 1
+        return first
+
+    def remove_device(self, uint64_t first):
+        cdef int i
+        for i in range(self.nr_regions):
+            if self.regions[i].first == first:
+                free(self.regions[i].meta)
+                self.nr_regions -= 1
+                while i < self.nr_regions:
+                    self.regions[i] = self.regions[i + 1]
+                    i += 1
+                del self._keep[first]
+                return
+        raise IndexError(f"no device region begins at pfn {first:#x}")
+
+    def is_device(self, uint64_t pfn):
+        return (self._checked(pfn).flags & DEVICE) != 0
+
+    def watch_code(self, callback):
+        """Python's way to the code hook, for machines without a native engine; None takes it away."""
+        self._keep["watch"] = callback
+        self.code_ctx = <void *>callback
+        if callback is None:
+            self.code_hook = NULL
+        else:
+            self.code_hook = _call_watcher
+
+
+cdef void _call_watcher(void *ctx, uint64_t pfn) noexcept:
+    (<object>ctx)(pfn)

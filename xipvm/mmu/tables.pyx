@@ -1,0 +1,512 @@
+"""Page tables: radix trees of 512 × u64 tables, for the primary and the secondary MMUs alike.
+
+The tree knows three things about an entry: zero is empty, bit 7 marks a 2 MiB entry (stored at level 2),
+bits 12..51 are a pfn. The rest is the owner's business, except for the operations that are fused here because
+they run once a page: ``zap_mapped``, ``copy_cow`` and ``map_new`` know the primary PTE's bits (pte.py).
+
+Invariants:
+
+* Tables come from one pool, 4 KiB aligned, all zero when handed out; ``fill`` counts the non-zero entries of each.
+* A table whose last entry goes is freed at once (the root excepted), so walks cost what is mapped,
+  not what is addressable.
+* An intermediate entry is (table number << 12) | 1.
+"""
+
+from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
+from libc.stdlib cimport free, realloc
+from libc.string cimport memset
+from posix.mman cimport MAP_ANONYMOUS, MAP_FAILED, MAP_PRIVATE, PROT_READ, PROT_WRITE, mmap
+
+from xipvm.errors import InternalError, OutOfFrames
+
+from xipvm.mmu.frames cimport FrameMeta, HostMemory
+
+cdef extern from "<sys/mman.h>":
+    int MAP_NORESERVE
+
+cdef enum:
+    ENTRIES = 512
+    MAX_LEVELS = 4
+    POOL_TABLES = 1 << 20  # 4 GiB of address space: leaf tables for 2 TiB
+
+    # the primary PTE, see pte.py
+    PRESENT = 1 << 0
+    WRITE = 1 << 1
+    SPECIAL = 1 << 3
+    PROTNONE = 1 << 4
+    ACCESSED = 1 << 5
+    DIRTY = 1 << 6
+    HUGE = 1 << 7
+    ANON = 1 << 9
+    EXCLUSIVE = 1 << 10
+
+    # frame flags, see frames.pyx
+    PG_ANON = 1 << 1
+    PG_DIRTY = 1 << 2
+    PG_REFERENCED = 1 << 3
+
+cdef uint64_t PFN_MASK = 0x000FFFFFFFFFF000
+cdef uint64_t MMIO = <uint64_t>1 << 62
+
+# ---- the pool of tables ----
+
+cdef uint64_t *pool = NULL
+cdef uint16_t *pool_fill = NULL
+cdef uint32_t pool_next = 1
+cdef uint32_t pool_free = 0     # first free table; word 0 of a free table is the next one
+
+
+cdef int open_pool() except -1:
+    global pool, pool_fill
+    cdef void *tables = mmap(NULL, <size_t>POOL_TABLES * 4096, PROT_READ | PROT_WRITE,
+                             MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0)
+    cdef void *fill = mmap(NULL, POOL_TABLES * sizeof(uint16_t), PROT_READ | PROT_WRITE,
+                           MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0)
+    if tables == MAP_FAILED or fill == MAP_FAILED:
+        raise MemoryError("no address space for page tables")
+    pool = <uint64_t *>tables
+    pool_fill = <uint16_t *>fill
+    return 0
+
+
+cdef uint64_t *alloc_table() except NULL:
+    global pool_next, pool_free
+    cdef uint64_t *table
+    if pool == NULL:
+        open_pool()
+    if pool_free:
+        table = pool + <uint64_t>pool_free * ENTRIES
+        pool_free = <uint32_t>table[0]
+        table[0] = 0
+    elif pool_next < POOL_TABLES:
+        table = pool + <uint64_t>pool_next * ENTRIES
+        pool_next += 1
+    else:
+        raise MemoryError("page table pool is used up")
+    return table
+
+
+cdef inline uint32_t number_of(uint64_t *table) noexcept:
+    return <uint32_t>((table - pool) // ENTRIES)
+
+
+cdef inline uint16_t *fill_of(uint64_t *table) noexcept:
+    return &pool_fill[(table - pool) // ENTRIES]
+
+
+cdef inline uint64_t *child_of(uint64_t entry) noexcept:
+    return pool + (entry >> 12) * ENTRIES
+
+
+cdef inline bint is_leaf(uint64_t entry, int level) noexcept:
+    return level == 1 or (level == 2 and entry & HUGE)
+
+
+cdef void free_table(uint64_t *table) noexcept:
+    """The table's entries are all zero."""
+    global pool_free
+    table[0] = pool_free
+    pool_free = number_of(table)
+
+
+cdef void free_tree(uint64_t *table, int level) noexcept:
+    cdef int i
+    if level > 1:
+        for i in range(ENTRIES):
+            if table[i] and not is_leaf(table[i], level):
+                free_tree(child_of(table[i]), level - 1)
+    memset(table, 0, ENTRIES * 8)
+    fill_of(table)[0] = 0
+    free_table(table)
+
+
+# ---- runs of page numbers, built while walking ----
+
+cdef struct Runs:
+    uint64_t *pairs
+    Py_ssize_t count
+    Py_ssize_t capacity
+    bint wanted
+
+
+cdef inline int add_run(Runs *runs, uint64_t first, uint64_t count) except -1:
+    """Appends to the last run where the numbers adjoin it at either end; a run is a set, not an order."""
+    cdef uint64_t *last
+    cdef void *more
+    if runs.count:
+        last = runs.pairs + 2 * (runs.count - 1)
+        if first == last[0] + last[1]:
+            last[1] += count
+            return 0
+        if first + count == last[0]:
+            last[0] = first
+            last[1] += count
+            return 0
+    if runs.count == runs.capacity:
+        runs.capacity = 16 if runs.capacity == 0 else 2 * runs.capacity
+        more = realloc(runs.pairs, runs.capacity * 2 * sizeof(uint64_t))
+        if more == NULL:
+            raise MemoryError
+        runs.pairs = <uint64_t *>more
+    runs.pairs[2 * runs.count] = first
+    runs.pairs[2 * runs.count + 1] = count
+    runs.count += 1
+    return 0
+
+
+cdef list take_runs(Runs *runs):
+    cdef Py_ssize_t i
+    cdef list result = [(runs.pairs[2 * i], runs.pairs[2 * i + 1]) for i in range(runs.count)]
+    free(runs.pairs)
+    runs.pairs = NULL
+    return result
+
+
+# ---- operations on the leaf entries of a range ----
+
+cdef enum Verb:
+    ZAP             # clear; runs collect pfns
+    ZAP_MAPPED      # clear primary PTEs; frames go into the gather
+    BITS            # entry = (entry & keep) | add where (entry & need) == need
+    FIND            # stop at the first non-zero entry
+
+cdef struct Pass:
+    Verb verb
+    uint64_t start
+    uint64_t end
+    Runs runs
+    uint64_t keep
+    uint64_t add
+    uint64_t need
+    uint64_t changed
+    uint64_t found
+    bint keep_anon
+
+
+cdef class PageTable:
+    def __cinit__(self, int levels):
+        if not 2 <= levels <= MAX_LEVELS:
+            raise ValueError(f"a page table has 2 to {MAX_LEVELS} levels, not {levels}")
+        self.levels = levels
+        self.root = alloc_table()
+        self.tables = 1
+
+    def __dealloc__(self):
+        if self.root != NULL:
+            free_tree(self.root, self.levels)
+            self.root = NULL
+
+    # ---- one entry ----
+
+    cdef uint64_t *lookup(self, uint64_t index, int *level) noexcept:
+        cdef uint64_t *table = self.root
+        cdef int at = self.levels
+        cdef uint64_t *slot
+        if index >> (9 * at):
+            return NULL
+        while True:
+            slot = table + ((index >> (9 * (at - 1))) & (ENTRIES - 1))
+            if at == 1:
+                level[0] = 1
+                return slot
+            if slot[0] == 0:
+                return NULL
+            if at == 2 and slot[0] & HUGE:
+                level[0] = 2
+                return slot
+            table = child_of(slot[0])
+            at -= 1
+
+    cdef uint64_t load(self, uint64_t index) noexcept:
+        cdef int level
+        cdef uint64_t *slot = self.lookup(index, &level)
+        return 0 if slot == NULL else slot[0]
+
+    cdef uint64_t *ensure(self, uint64_t index) except NULL:
+        cdef uint64_t *table = self.root
+        cdef uint64_t *child
+        cdef uint64_t *slot
+        cdef int at = self.levels
+        if index >> (9 * at):
+            raise IndexError(f"page {index:#x} is beyond a table of {self.levels} levels")
+        while True:
+            slot = table + ((index >> (9 * (at - 1))) & (ENTRIES - 1))
+            if at == 1:
+                return slot
+            if slot[0] == 0:
+                child = alloc_table()
+                slot[0] = (<uint64_t>number_of(child) << 12) | 1
+                fill_of(table)[0] += 1
+                self.tables += 1
+                table = child
+            elif at == 2 and slot[0] & HUGE:
+                raise InternalError(f"page {index:#x} lies in a huge entry: split it first")
+            else:
+                table = child_of(slot[0])
+            at -= 1
+
+    cdef uint64_t store(self, uint64_t index, uint64_t entry) except? 0:
+        cdef uint64_t *path[MAX_LEVELS + 1]
+        cdef uint64_t *slot
+        cdef uint64_t *child
+        cdef uint64_t old
+        cdef int at = self.levels
+        cdef int leaf = 2 if entry & HUGE else 1
+        if index >> (9 * at):
+            raise IndexError(f"page {index:#x} is beyond a table of {self.levels} levels")
+        if leaf == 2 and index & (ENTRIES - 1):
+            raise InternalError(f"page {index:#x} cannot begin a huge entry")
+        path[at] = self.root
+        while True:
+            slot = path[at] + ((index >> (9 * (at - 1))) & (ENTRIES - 1))
+            if at == leaf:
+                if at == 2 and slot[0] and not slot[0] & HUGE:
+                    raise InternalError(f"page {index:#x}: small pages are mapped where a huge entry should go")
+                break
+            if slot[0] == 0:
+                if entry == 0:
+                    return 0
+                child = alloc_table()
+                slot[0] = (<uint64_t>number_of(child) << 12) | 1
+                fill_of(path[at])[0] += 1
+                self.tables += 1
+                path[at - 1] = child
+            elif at == 2 and slot[0] & HUGE:
+                if entry or index & (ENTRIES - 1):
+                    raise InternalError(f"page {index:#x} lies in a huge entry: split it first")
+                break
+            else:
+                path[at - 1] = child_of(slot[0])
+            at -= 1
+        old = slot[0]
+        slot[0] = entry
+        if old == 0 and entry:
+            fill_of(path[at])[0] += 1
+            self.present += 1
+        elif old and entry == 0:
+            self.present -= 1
+            fill_of(path[at])[0] -= 1
+            while at < self.levels and fill_of(path[at])[0] == 0:
+                free_table(path[at])
+                self.tables -= 1
+                at += 1
+                path[at][(index >> (9 * (at - 1))) & (ENTRIES - 1)] = 0
+                fill_of(path[at])[0] -= 1
+        return old
+
+    def get(self, uint64_t index):
+        return self.load(index)
+
+    def set(self, uint64_t index, uint64_t entry):
+        return self.store(index, entry)
+
+    def cmpxchg(self, uint64_t index, uint64_t old, uint64_t new):
+        if self.load(index) != old:
+            return False
+        self.store(index, new)
+        return True
+
+    # ---- ranges ----
+
+    cdef int check_range(self, uint64_t start, uint64_t end) except -1:
+        if start > end or end > <uint64_t>1 << (9 * self.levels):
+            raise IndexError(f"[{start:#x}, {end:#x}) is no range of a table of {self.levels} levels")
+        return 0
+
+    def next_present(self, uint64_t start, uint64_t end):
+        cdef Pass todo
+        memset(&todo, 0, sizeof(todo))
+        todo.verb, todo.start, todo.end = FIND, start, end
+        run_pass(self, &todo, None)
+        return <int64_t>todo.found if todo.changed else -1
+
+    def entries(self, uint64_t start, uint64_t end):
+        cdef Pass todo
+        cdef int level
+        cdef uint64_t entry
+        cdef list result = []
+        memset(&todo, 0, sizeof(todo))
+        todo.verb, todo.start, todo.end = FIND, start, end
+        self.check_range(start, end)
+        while todo.start < end:
+            todo.changed = 0
+            run_pass(self, &todo, None)
+            if not todo.changed:
+                break
+            entry = self.lookup(todo.found, &level)[0]
+            if level == 2:
+                result.append((todo.found & ~<uint64_t>(ENTRIES - 1), entry))
+                todo.start = (todo.found | (ENTRIES - 1)) + 1
+            else:
+                result.append((todo.found, entry))
+                todo.start = todo.found + 1
+        return result
+
+    def zap(self, uint64_t start, uint64_t end):
+        cdef Pass todo
+        memset(&todo, 0, sizeof(todo))
+        todo.verb, todo.start, todo.end, todo.runs.wanted = ZAP, start, end, True
+        run_pass(self, &todo, None)
+        return take_runs(&todo.runs)
+
+    def clear_bits(self, uint64_t start, uint64_t end, uint64_t mask, uint64_t where=0):
+        return self.change_bits(start, end, mask, 0, where)
+
+    def set_bits(self, uint64_t start, uint64_t end, uint64_t mask, uint64_t where=0):
+        return self.change_bits(start, end, 0, mask, where)
+
+    def change_bits(self, uint64_t start, uint64_t end, uint64_t clear, uint64_t set, uint64_t where=0):
+        cdef Pass todo
+        memset(&todo, 0, sizeof(todo))
+        todo.verb, todo.start, todo.end = BITS, start, end
+        todo.keep, todo.add, todo.need = ~clear, set, where
+        run_pass(self, &todo, None)
+        return todo.changed
+
+    def table_view(self, uint64_t index):
+        import numpy
+
+        cdef uint64_t *table = self.root
+        cdef uint64_t entry
+        cdef int at = self.levels
+        while at > 1:
+            entry = table[(index >> (9 * (at - 1))) & (ENTRIES - 1)]
+            if entry == 0 or (at == 2 and entry & HUGE):
+                return None
+            table = child_of(entry)
+            at -= 1
+        return numpy.asarray(<uint64_t[:ENTRIES]>table)
+
+    # ---- primary PTEs, fused ----
+
+    def zap_mapped(self, uint64_t start, uint64_t end, Gather gather not None, bint runs=True, bint keep_anon=False):
+        cdef Pass todo
+        memset(&todo, 0, sizeof(todo))
+        todo.verb, todo.start, todo.end = ZAP_MAPPED, start, end
+        todo.runs.wanted, todo.keep_anon = runs, keep_anon
+        run_pass(self, &todo, gather)
+        return take_runs(&todo.runs)
+
+
+cdef int run_pass(PageTable tree, Pass *todo, Gather gather) except -1:
+    tree.check_range(todo.start, todo.end)
+    if todo.start < todo.end:
+        try:
+            walk(tree, tree.root, tree.levels, 0, todo, gather)
+        except BaseException:
+            free(todo.runs.pairs)
+            raise
+    return 0
+
+
+cdef int walk(PageTable tree, uint64_t *table, int level, uint64_t base, Pass *todo, Gather gather) except -1:
+    """``todo`` on the entries of ``table``, whose first one is page ``base``, inside [todo.start, todo.end)."""
+    cdef int shift = 9 * (level - 1)
+    cdef uint64_t i = 0
+    cdef uint64_t stop = ENTRIES
+    cdef uint64_t entry
+    cdef uint64_t page
+    cdef uint64_t *child
+    if base < todo.start:
+        i = (todo.start - base) >> shift
+    if todo.end - base < <uint64_t>ENTRIES << shift:
+        stop = (todo.end - base + (<uint64_t>1 << shift) - 1) >> shift
+    while i < stop:
+        entry = table[i]
+        if entry:
+            page = base + (i << shift)
+            if is_leaf(entry, level):
+                leaf(tree, table, i, level, page, todo, gather)
+            else:
+                child = child_of(entry)
+                walk(tree, child, level - 1, page, todo, gather)
+                if fill_of(child)[0] == 0:
+                    free_table(child)
+                    tree.tables -= 1
+                    table[i] = 0
+                    fill_of(table)[0] -= 1
+            if todo.verb == FIND and todo.changed:
+                return 0
+        i += 1
+    return 0
+
+
+cdef inline int leaf(PageTable tree, uint64_t *table, uint64_t i, int level, uint64_t page, Pass *todo,
+                     Gather gather) except -1:
+    cdef uint64_t entry = table[i]
+    cdef uint64_t pfn = (entry & PFN_MASK) >> 12
+    cdef FrameMeta *meta
+    if todo.verb == FIND:
+        todo.found = page if page > todo.start else todo.start
+        todo.changed = 1
+        return 0
+    if todo.verb == BITS:
+        if entry & todo.need == todo.need and ((entry & todo.keep) | todo.add) != entry:
+            table[i] = (entry & todo.keep) | todo.add
+            todo.changed += 1
+        return 0
+    if todo.verb == ZAP_MAPPED:
+        if level == 2:
+            raise InternalError(f"page {page:#x}: a huge entry is not split or zapped page by page")
+        if todo.keep_anon and entry & ANON:
+            return 0
+        if not entry & SPECIAL:
+            gather.add(pfn)
+            meta = &gather.host.meta[pfn]
+            meta.mapcount -= 1
+            if not entry & ANON:
+                if entry & DIRTY:
+                    meta.flags |= PG_DIRTY
+                if entry & ACCESSED:
+                    meta.flags |= PG_REFERENCED
+    table[i] = 0
+    fill_of(table)[0] -= 1
+    tree.present -= 1
+    todo.changed += 1
+    if todo.runs.wanted and not entry & MMIO:
+        add_run(&todo.runs, pfn, ENTRIES if level == 2 else 1)
+    return 0
+
+
+cdef class Gather:
+    def __cinit__(self, HostMemory host not None):
+        self.host = host
+
+    def __dealloc__(self):
+        free(self.pfns)
+
+    cdef int add(self, uint64_t pfn) except -1:
+        cdef void *more
+        if pfn >= self.host.nr_frames:
+            raise InternalError(f"pfn {pfn:#x} is not a frame of the arena")
+        if self.count == self.capacity:
+            more = realloc(self.pfns, (64 if self.capacity == 0 else 2 * self.capacity) * sizeof(uint64_t))
+            if more == NULL:
+                raise MemoryError
+            self.pfns = <uint64_t *>more
+            self.capacity = 64 if self.capacity == 0 else 2 * self.capacity
+        self.pfns[self.count] = pfn
+        self.count += 1
+        return 0
+
+    def add_page(self, uint64_t pfn):
+        self.add(pfn)
+
+    def pages(self):
+        cdef uint64_t i
+        return [self.pfns[i] for i in range(self.count)]
+
+    def free_all(self, bint runs=True):
+        """Last gathered first, so that frames come back in the order in which they had been handed out."""
+        cdef Runs freed
+        cdef uint64_t pfn
+        memset(&freed, 0, sizeof(freed))
+        while self.count:
+            self.count -= 1
+            pfn = self.pfns[self.count]
+            if self.host.meta[pfn].refcount <= 0:
+                free(freed.pairs)
+                raise InternalError(f"put of the free frame {pfn:#x}")
+            if self.host.put_frame(pfn) and runs:
+                add_run(&freed, pfn, 1)
+        return take_runs(&freed)
