@@ -71,7 +71,15 @@ class Guest:
     defines: tuple[str, ...] = ()
 
 
-GUESTS = (Guest("hello", "hello.c"),)
+GUESTS = (
+    Guest("hello", "hello.c"),
+    Guest("store", "kernels/store.c"),
+    Guest("sort", "kernels/sort.c"),
+    Guest("crc", "kernels/crc.c"),
+    Guest("matrix", "kernels/matrix.c"),
+    Guest("thrash", "kernels/thrash.c"),
+    Guest("coldfault", "kernels/coldfault.c"),
+)
 
 
 class BuildError(Exception):
