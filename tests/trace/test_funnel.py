@@ -91,10 +91,16 @@ def test_a_bad_declaration_is_refused(spec: str) -> None:
         ("pte_clear", {"mm": "m", "start": 0x5000, "end": 0x7000, "pages": [(9, 2)]}, [("hva", 5, 7), ("pfn", 9, 11)]),
         ("pte_clear", {"mm": "m", "start": 0x5800, "end": 0x5801, "pages": []}, [("hva", 5, 6)]),
         ("vma_unmap", {"mm": "m", "start": 0x5000, "end": 0x5000}, []),
-        ("spte_zap", {"vm": "v", "start": 16, "end": 32, "pages": [(1, 1), (3, 1)]},
-         [("gfn", 16, 32), ("pfn", 1, 2), ("pfn", 3, 4)]),
-        ("memslot_set", {"vm": "v", "slot": 0, "gfn": 64, "pages": 8, "hva": 0x10000, "flags": 0},
-         [("gfn", 64, 72), ("hva", 16, 24)]),
+        (
+            "spte_zap",
+            {"vm": "v", "start": 16, "end": 32, "pages": [(1, 1), (3, 1)]},
+            [("gfn", 16, 32), ("pfn", 1, 2), ("pfn", 3, 4)],
+        ),
+        (
+            "memslot_set",
+            {"vm": "v", "slot": 0, "gfn": 64, "pages": 8, "hva": 0x10000, "flags": 0},
+            [("gfn", 64, 72), ("hva", 16, 24)],
+        ),
         ("guest_exception", {"vcpu": 0, "vector": 0x200, "pc": 0x1234, "cause": 1, "address": None}, [("gva", 1, 2)]),
     ],
 )

@@ -67,6 +67,11 @@ class Kind(NamedTuple):
     fields: tuple[Field, ...]
     doc: str = ""
 
+    @property
+    def spec(self) -> str:
+        """The fields as :func:`parse_kind` reads them."""
+        return " ".join(f"{name}:{type_}{'?' if optional else ''}" for name, type_, optional in self.fields)
+
 
 RUN_TYPES = frozenset({"pfns", "gfns"})
 NUMBER_TYPES = frozenset({"int", "hex", "prot", "npages", "hva", "gva", "gpa", "gfn", "pfn"})
