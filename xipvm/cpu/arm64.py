@@ -1,0 +1,267 @@
+"""AArch64: exceptions into EL1, system registers that show time, PSCI and semihosting calls.
+
+The engine reports exceptions by number and never enters the guest's vectors; this module does, after the
+Arm Architecture Reference Manual (DDI 0487, D1.3 "Exceptions"). The order of the register writes matters
+to the engine: SP_EL0 first when the stack pointer changes, then PSTATE, then SP, and last a system
+register written by its encoding, which makes the engine rebuild what it derives from PSTATE.
+
+Time: CNTVCT and its relatives, and PMCCNTR, are answered from virtual time; the engine would show the host's.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from xipvm.cpu import core, paging
+from xipvm.cpu.services import CpuServices
+from xipvm.cpu.vcpu import ACCESS_NAMES, Leave
+from xipvm.errors import GuestError
+
+if TYPE_CHECKING:
+    from xipvm.cpu.vcpu import Vcpu
+
+# Exception numbers of the engine (QEMU's EXCP_*).
+EXCP_UDEF, EXCP_SWI, EXCP_PREFETCH_ABORT, EXCP_DATA_ABORT, EXCP_BKPT = 1, 2, 3, 4, 7
+EXCP_HVC, EXCP_SMC, EXCP_SEMIHOST = 11, 13, 16
+
+# ESR_ELx.EC
+EC_UNKNOWN, EC_SVC64, EC_IABT, EC_PC_ALIGN, EC_DABT, EC_BRK64 = 0x00, 0x15, 0x20, 0x22, 0x24, 0x3C
+IL = 1 << 25
+FSC_EXTERNAL = 0x10  # synchronous external abort, not on a table walk
+FSC_ALIGNMENT = 0x21
+WNR = 1 << 6
+
+PSTATE_I = 1 << 7
+PSTATE_DAIF = 0xF << 6
+PSTATE_EL1H = 0b0101
+
+VBAR_EL1 = (3, 0, 12, 0, 0)
+ESR_EL1 = (3, 0, 5, 2, 0)
+FAR_EL1 = (3, 0, 6, 0, 0)
+ELR_EL1 = (3, 0, 4, 0, 1)
+SPSR_EL1 = (3, 0, 4, 0, 0)
+SP_EL0 = (3, 0, 4, 1, 0)
+SP_EL1 = (3, 4, 4, 1, 0)
+SCTLR_EL1 = (3, 0, 1, 0, 0)
+TTBR0_EL1 = (3, 0, 2, 0, 0)
+TTBR1_EL1 = (3, 0, 2, 0, 1)
+TCR_EL1 = (3, 0, 2, 0, 2)
+MPIDR_EL1 = (3, 0, 0, 0, 5)
+PMCCNTR_EL0 = (3, 3, 9, 13, 0)
+
+#: The generic timer's registers by their encoding (op0, op1, CRn, CRm, op2).
+TIMER_REGISTERS = {
+    (3, 3, 14, 0, 0): "CNTFRQ_EL0",
+    (3, 3, 14, 0, 1): "CNTPCT_EL0",
+    (3, 3, 14, 0, 2): "CNTVCT_EL0",
+    (3, 3, 14, 2, 0): "CNTP_TVAL_EL0",
+    (3, 3, 14, 2, 1): "CNTP_CTL_EL0",
+    (3, 3, 14, 2, 2): "CNTP_CVAL_EL0",
+    (3, 3, 14, 3, 0): "CNTV_TVAL_EL0",
+    (3, 3, 14, 3, 1): "CNTV_CTL_EL0",
+    (3, 3, 14, 3, 2): "CNTV_CVAL_EL0",
+}
+
+WFI, WFE, YIELD, HLT_SEMIHOST = 0xD503207F, 0xD503205F, 0xD503203F, 0xD45E0000
+HVC, SMC, CALL_MASK = 0xD4000002, 0xD4000003, 0xFFE0001F
+
+_X = [core.ARM64_X0 + n for n in range(29)] + [core.ARM64_X29, core.ARM64_X30]
+
+
+class Arm64:
+    """The AArch64 side of a vCPU. Starts in EL1 with the MMU off, as QEMU's virt does without EL2 and EL3."""
+
+    id = core.ARM64
+
+    def __init__(self, vcpu: Vcpu, services: CpuServices) -> None:
+        self.vcpu = vcpu
+        self.engine = vcpu.engine
+        self.services = services
+        self._paging = False
+        self.engine.on_sysreg = self._sysreg
+
+    def reset(self, pc: int, arg: int) -> None:
+        """Registers as after power-on; X0 holds ``arg`` (the device tree, or PSCI's context)."""
+        engine = self.engine
+        engine.reset_cpu()
+        engine.set_reg(core.ARM64_PSTATE, PSTATE_DAIF | PSTATE_EL1H)
+        engine.set_cp_reg(*MPIDR_EL1, 1 << 31 | self.vcpu.index)
+        engine.set_reg(core.ARM64_X0, arg)
+        engine.set_reg(core.ARM64_PC, pc)
+        self._paging = False
+
+    def pc(self) -> int:
+        """The program counter."""
+        return int(self.engine.reg(core.ARM64_PC))
+
+    def x(self, n: int) -> int:
+        """General register ``n`` (0..30)."""
+        return int(self.engine.reg(_X[n]))
+
+    def set_x(self, n: int, value: int) -> None:
+        """Set general register ``n`` (0..30)."""
+        self.engine.set_reg(_X[n], value & 0xFFFF_FFFF_FFFF_FFFF)
+
+    # Exceptions
+
+    def memory_fault(self, gva: int, access: int, pc: int) -> None:
+        """An external abort: instruction abort for a fetch, else data abort."""
+        if access == core.FETCH:
+            self.services.check_fetch(self.vcpu, gva)
+            self._enter(EC_IABT, FSC_EXTERNAL, gva, gva, f"fetch from {gva:#x}, where no memory answers")
+            return
+        what = f"{ACCESS_NAMES[access]} at {gva:#x}, where no memory answers"
+        self._enter(EC_DABT, FSC_EXTERNAL | (WNR if access == core.WRITE else 0), pc, gva, what)
+
+    def exception(self, number: int, pc: int) -> None:
+        """SVC, HVC, SMC, BRK, undefined instructions, alignment faults."""
+        if number == EXCP_SWI:
+            insn = self._insn(pc - 4)
+            self._enter(EC_SVC64, insn >> 5 & 0xFFFF, pc, None, "SVC")
+        elif number == EXCP_HVC or number == EXCP_SMC:
+            self._call(pc)
+        elif number == EXCP_BKPT:
+            self._enter(EC_BRK64, self._insn(pc) >> 5 & 0xFFFF, pc, None, "BRK")
+        elif number == EXCP_SEMIHOST:
+            self._semihost(pc)
+        elif number == EXCP_UDEF:
+            self.illegal(pc)
+        elif number == EXCP_PREFETCH_ABORT:
+            self._enter(EC_PC_ALIGN, 0, pc, pc, f"misaligned program counter {pc:#x}")
+        elif number == EXCP_DATA_ABORT:
+            far = self.engine.cp_reg(*FAR_EL1)
+            self._enter(EC_DABT, FSC_ALIGNMENT, pc, far, f"misaligned access at {far:#x}")
+        else:
+            raise GuestError(f"exception {number} of the engine at {pc:#x} has no counterpart")
+
+    def illegal(self, pc: int) -> None:
+        """An undefined instruction, unless it is a call to the firmware or the debugger."""
+        insn = self._insn(pc)
+        if insn & CALL_MASK in (HVC, SMC):
+            self._call(pc + 4)
+        elif insn == HLT_SEMIHOST:
+            self._semihost(pc)
+        else:
+            self._enter(EC_UNKNOWN, 0, pc, None, f"undefined instruction {insn:#010x} at {pc:#x}")
+
+    def _call(self, after: int) -> None:
+        self.engine.set_reg(core.ARM64_PC, after)
+        arguments = [self.x(n) for n in range(4)]
+        answer = self.services.firmware_call(self.vcpu, arguments)
+        if answer is not None:
+            self.set_x(0, answer)
+
+    def _semihost(self, pc: int) -> None:
+        self.engine.set_reg(core.ARM64_PC, pc + 4)
+        self.set_x(0, self.services.semihosting_call(self.vcpu, self.x(0) & 0xFFFF_FFFF, self.x(1)))
+
+    def _enter(self, ec: int, iss: int, elr: int, far: int | None, what: str) -> None:
+        """Take a synchronous exception to EL1 with preferred return address ``elr``."""
+        engine = self.engine
+        pstate = int(engine.reg(core.ARM64_PSTATE))
+        lower = pstate & 0b1100 == 0
+        if ec in (EC_IABT, EC_DABT) and not lower:
+            ec += 1
+        esr = ec << 26 | IL | iss
+        vector = self._vector(pstate, 0x000, elr, what)
+        if far is not None:
+            engine.set_cp_reg(*FAR_EL1, far)
+        self._switch(pstate, vector, elr)
+        engine.set_cp_reg(*ESR_EL1, esr)
+        self.services.note_exception(self.vcpu, vector, elr, esr, 0 if far is None else far)
+
+    def _vector(self, pstate: int, kind: int, pc: int, what: str) -> int:
+        vbar = int(self.engine.cp_reg(*VBAR_EL1))
+        if vbar == 0 and not self.services.vectors_at_zero(self.vcpu):
+            raise GuestError(f"{what}; no exception vectors are set (VBAR_EL1 is 0)")
+        if pstate & 0b1100 == 0:
+            vector = vbar + 0x400 + kind
+        else:
+            vector = vbar + (0x200 if pstate & 1 else 0x000) + kind
+        if pc == vector:
+            raise GuestError(f"{what}; that is the exception vector itself")
+        return vector
+
+    def _switch(self, pstate: int, vector: int, elr: int) -> None:
+        engine = self.engine
+        sp = int(engine.reg(core.ARM64_SP))
+        on_sp_el0 = pstate & 0b1101 != PSTATE_EL1H
+        if on_sp_el0:
+            engine.set_cp_reg(*SP_EL0, sp)
+            sp = int(engine.cp_reg(*SP_EL1))
+        engine.set_reg(core.ARM64_PSTATE, (pstate & ~0x1F & ~(3 << 20)) | PSTATE_DAIF | PSTATE_EL1H)
+        if on_sp_el0:
+            engine.set_reg(core.ARM64_SP, sp)
+        engine.set_reg(core.ARM64_PC, vector)
+        engine.set_cp_reg(*ELR_EL1, elr)
+        engine.set_cp_reg(*SPSR_EL1, pstate)
+
+    # Interrupts
+
+    def interrupt_pending(self) -> bool:
+        """Whether the interrupt controller signals this vCPU."""
+        return self.vcpu.irq
+
+    def take_interrupt(self) -> bool:
+        """Enter the IRQ vector unless PSTATE.I masks it."""
+        pstate = int(self.engine.reg(core.ARM64_PSTATE))
+        if pstate & PSTATE_I:
+            return False
+        pc = self.pc()
+        self._switch(pstate, self._vector(pstate, 0x080, -1, "interrupt"), pc)
+        self.services.note_interrupt(self.vcpu)
+        return True
+
+    def waits(self, pc: int) -> Leave:
+        """WFI idles; WFE and YIELD give the rest of the slice away."""
+        return Leave.IDLE if self._insn(pc - 4) == WFI else Leave.YIELD
+
+    # System registers
+
+    def _sysreg(self, op0: int, op1: int, crn: int, crm: int, op2: int, value: int | None) -> int | None:
+        """Answer an MRS (``value`` None), or do an MSR or TLB maintenance; None leaves it to the engine."""
+        key = (op0, op1, crn, crm, op2)
+        if crn == 14:
+            name = TIMER_REGISTERS.get(key)
+            if name is None:
+                return None
+            if value is None:
+                return self.services.read_timer(self.vcpu, name, self.engine.retired(self.pc()))
+            self.services.write_timer(self.vcpu, name, value)
+            return 0
+        if key == PMCCNTR_EL0 and value is None:
+            return int(self.engine.retired(self.pc()))
+        if crn in (1, 2, 8) and value is not None:
+            self._check_paging(key, value)
+        return None
+
+    def _check_paging(self, key: tuple[int, int, int, int, int], value: int) -> None:
+        """The guest changes its translation: only an identity map can be followed."""
+        state = {
+            register: value if register == key else int(self.engine.cp_reg(*register))
+            for register in (SCTLR_EL1, TTBR0_EL1, TCR_EL1)
+        }
+        if not state[SCTLR_EL1] & 1:
+            return
+        different = paging.arm64_not_identity(state[TTBR0_EL1], state[TCR_EL1], self.services.read_physical)
+        if different is not None:
+            gva, gpa = different
+            raise GuestError(f"the guest maps {gva:#x} to {gpa:#x}; only identity maps are followed on this board")
+
+    # Reports
+
+    def registers(self) -> list[tuple[str, int]]:
+        """General registers, SP, PC, PSTATE and the exception registers."""
+        engine = self.engine
+        rows = [(f"x{n}", self.x(n)) for n in range(31)]
+        rows.append(("sp", int(engine.reg(core.ARM64_SP))))
+        rows.append(("pc", self.pc()))
+        rows.append(("pstate", int(engine.reg(core.ARM64_PSTATE))))
+        for name, register in (
+            ("esr_el1", ESR_EL1), ("far_el1", FAR_EL1), ("elr_el1", ELR_EL1), ("vbar_el1", VBAR_EL1), ("sctlr_el1", SCTLR_EL1),
+        ):  # fmt: skip
+            rows.append((name, int(engine.cp_reg(*register))))
+        return rows
+
+    def _insn(self, pc: int) -> int:
+        return int.from_bytes(self.engine.read_code(pc, 4), "little")

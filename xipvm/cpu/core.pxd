@@ -1,0 +1,78 @@
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+
+from xipvm.cpu.unicorn cimport uc_arm64_cp_reg, uc_context, uc_engine, uc_hook, uc_mem_type, uc_tlb_entry
+from xipvm.mmu.frames cimport FrameMeta, HostMemory
+from xipvm.mmu.tables cimport PageTable
+
+cdef struct BlockLength:            # how many instructions a block has, where the length in bytes does not say it
+    uint64_t pc
+    uint32_t size
+    uint32_t count
+    uint64_t generation
+
+cdef struct Scanned:                # a page that was searched for instructions that need a hook
+    uint64_t gfn
+    uint64_t pfn
+    uint64_t generation
+
+cdef struct Hot:                    # what the block hook touches, away from the Python object
+    uc_engine *uc
+    uint64_t insns                  # retired, the running block counted whole
+    uint64_t stop_at                # leave at the first block start with insns >= stop_at
+    uint32_t kick                   # KICK_* of core.pyx
+    uint32_t stopped                # the block hook asked to leave before this block
+    uint32_t fixed                  # every instruction has 4 bytes
+    uint32_t in_callback
+    uint64_t block_pc
+    uint32_t block_size
+    uint32_t block_count
+    uint64_t generation             # of translated code: counts and scans made before are void
+    void *engine
+
+cdef class EngineGroup:
+    """The engines of one machine: the state of a frame (writable xor executable) is kept over all of them."""
+    cdef HostMemory host
+    cdef list engines
+    cdef object __weakref__
+    cdef void revoke_exec(self, FrameMeta *meta, uint64_t pfn) noexcept
+    cdef void revoke_write(self, FrameMeta *meta) noexcept
+
+cdef class Engine:
+    cdef uc_engine *uc
+    cdef Hot hot
+    cdef uc_context *pristine
+    cdef readonly int isa
+    cdef readonly bint counted
+    cdef readonly uint32_t bit
+    cdef HostMemory host
+    cdef PageTable sptes
+    cdef EngineGroup group
+    cdef PageTable handed           # (flush generation, rights) by gfn: what tlb_insert was recorded for
+    cdef public uint64_t flushes
+    cdef uint64_t flush_generation
+    cdef uint64_t scratch_pfn
+    cdef bint scratch_on
+    cdef bint running
+    cdef BlockLength *lengths
+    cdef Scanned *scanned
+    cdef dict hooks                 # address of a hooked instruction -> hook handle
+    cdef list maps
+    cdef readonly bint faulted
+    cdef readonly uint64_t fault_address
+    cdef readonly int fault_access
+    cdef readonly int64_t interrupt
+    cdef readonly bint invalid_insn
+    cdef public object error        # exception raised in a callback
+    cdef public object on_miss, on_read, on_write, on_insert, on_flush, on_drop, on_sysreg, on_insn
+    cdef int _add_hook(self, int kind, void *callback, void *user) except -1
+    cdef int _add_insn_hook(self, void *callback, int insn) except -1
+    cdef int _map(self, uint64_t address, uint64_t size, void *base) except -1
+    cdef void flush(self) noexcept
+    cdef void drop(self, uint64_t pfn) noexcept
+    cdef bint hand_out(self, uint64_t vaddr, uint64_t entry, uint64_t gfn, int access, uc_tlb_entry *result) noexcept
+    cdef bint fill(self, uint64_t vaddr, int access, uc_tlb_entry *result) noexcept
+    cdef uint32_t count_block(self, uint64_t pc, uint32_t size) noexcept
+    cdef uint8_t *code_at(self, uint64_t gva) noexcept
+    cdef void scan(self, uint64_t gva, uint64_t pfn) noexcept
+    cdef void note(self, uint64_t gfn, uint64_t pfn, int perms) noexcept
+    cdef void fail(self) noexcept

@@ -1,0 +1,968 @@
+# cython: language_level=3, boundscheck=False, wraparound=False, initializedcheck=False
+"""The native core of a vCPU: one emulation engine and the walker that fills its TLB.
+
+The engine runs with a virtual TLB: every miss comes to ``fill``, which is the only way a guest gets a
+translation. **Walk, handle, walk again**: a miss that the tables cannot answer goes to the Python handler,
+after which the walk starts over; between the last read of the tables and the return there is no schedule
+point, so no entry is installed behind a flush.
+
+Engine-physical addresses are ``pfn << 12``: the arena at 0, device frames above, and one MMIO window at
+``MMIO_BASE`` in which the guest physical address is the offset. These regions are mapped once and stay.
+
+**Writable xor executable is a state of the frame**, not of an entry: a frame is handed out for writing only
+after the code translated from it was dropped on every engine and its executable entries revoked, and for
+execution only after every writable entry is gone. Data entries are never executable and code entries never
+writable, which also keeps the engine's stores on their fast path.
+
+Leaving the guest happens at block starts only, through the ``kick`` word that the block hook reads. An
+uncounted engine (host clock) has no block hook: there, dropping the code of a revoked frame breaks the
+chains into it, and everything else waits for the signal tick, which stops the engine outside of callbacks.
+
+All callbacks run with the GIL held: it is never given up while the guest runs.
+"""
+
+from cpython.object cimport PyObject
+from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free
+from libc.string cimport memset
+
+from xipvm.cpu.unicorn cimport *
+from xipvm.mmu.frames cimport FrameMeta, HostMemory
+from xipvm.mmu.tables cimport PageTable
+
+import importlib.util
+from pathlib import Path
+
+from xipvm.errors import InternalError
+
+cdef extern from "dlfcn.h" nogil:
+    void *dlopen(const char *path, int flags)
+    void *dlsym(void *handle, const char *name)
+    char *dlerror()
+    enum:
+        RTLD_NOW
+
+cdef extern from "signal.h" nogil:
+    ctypedef struct sigset_t:
+        pass
+    struct sigaction_s "sigaction":
+        void (*sa_handler)(int) noexcept
+        sigset_t sa_mask
+        int sa_flags
+    int sigaction(int signum, const sigaction_s *act, sigaction_s *old)
+    int sigemptyset(sigset_t *mask)
+    enum:
+        SIGINT
+        SIGALRM
+        SIGTERM
+        SA_RESTART
+
+cdef extern from "sys/time.h" nogil:
+    struct timeval:
+        long tv_sec
+        long tv_usec
+    struct itimerval:
+        timeval it_interval
+        timeval it_value
+    int setitimer(int which, const itimerval *new, itimerval *old)
+    enum:
+        ITIMER_REAL
+
+READ, WRITE, FETCH = range(3)
+ARM64, RISCV64 = range(2)
+RETRY_WALK, MMIO, FAULT = range(3)
+
+# Why a vCPU has to leave the guest; the bits of `kick`.
+KICK_FLUSH = 1      # a translation went away
+KICK_EXIT = 2       # the machine has to look at something
+KICK_SIGNAL = 4     # a signal came
+KICK_LIMIT = 8      # instruction budget used up (only reported)
+
+cdef enum:
+    C_READ = 0
+    C_WRITE = 1
+    C_FETCH = 2
+    C_RETRY = 0
+    C_MMIO = 1
+    C_KICK_SIGNAL = 4
+    C_ARM64 = 0
+    SPTE_READ = 1
+    SPTE_WRITE = 2
+    SPTE_EXEC = 4
+    SPTE_HUGE = 1 << 7
+    SPTE_PRESENT = 1 << 11
+    NR_LENGTHS = 8192
+    NR_SCANNED = 1024
+    MISS_LIMIT = 4096
+    TCG_BUFFER = 32 << 20
+
+cdef uint64_t SPTE_MMIO = (<uint64_t>1) << 62
+cdef uint64_t PFN_MASK = (((<uint64_t>1) << 40) - 1)
+cdef uint64_t MMIO_BASE_C = (<uint64_t>1) << 45
+cdef uint64_t MMIO_SIZE = (<uint64_t>1) << 39
+cdef uint64_t SCRATCH = 0x7ffffffff000          # a VA that no guest translation answers; far above any board
+cdef uint64_t INDEX_LIMIT = (<uint64_t>1) << 27
+cdef uint64_t NEVER = ~(<uint64_t>0)
+
+MMIO_BASE = MMIO_BASE_C
+
+# Register numbers of the engine, so that nobody has to import its Python package (50 ms).
+ARM64_PC = UC_ARM64_REG_PC
+ARM64_SP = UC_ARM64_REG_SP
+ARM64_X0 = UC_ARM64_REG_X0
+ARM64_X29 = UC_ARM64_REG_X29
+ARM64_X30 = UC_ARM64_REG_X30
+ARM64_PSTATE = UC_ARM64_REG_PSTATE
+RISCV_PC = UC_RISCV_REG_PC
+RISCV_X0 = UC_RISCV_REG_X0
+RISCV_PRIV = UC_RISCV_REG_PRIV
+RISCV_MSTATUS = UC_RISCV_REG_MSTATUS
+RISCV_MTVEC = UC_RISCV_REG_MTVEC
+RISCV_MEPC = UC_RISCV_REG_MEPC
+RISCV_MCAUSE = UC_RISCV_REG_MCAUSE
+RISCV_MTVAL = UC_RISCV_REG_MTVAL
+RISCV_MIE = UC_RISCV_REG_MIE
+RISCV_MEDELEG = UC_RISCV_REG_MEDELEG
+RISCV_MIDELEG = UC_RISCV_REG_MIDELEG
+RISCV_MHARTID = UC_RISCV_REG_MHARTID
+RISCV_SSTATUS = UC_RISCV_REG_SSTATUS
+RISCV_STVEC = UC_RISCV_REG_STVEC
+RISCV_SEPC = UC_RISCV_REG_SEPC
+RISCV_SCAUSE = UC_RISCV_REG_SCAUSE
+RISCV_STVAL = UC_RISCV_REG_STVAL
+RISCV_SATP = UC_RISCV_REG_SATP
+
+cdef Api api
+cdef bint api_loaded = False
+
+
+class EngineError(InternalError):
+    """The emulation engine refused a call it should accept."""
+
+
+cdef void *_symbol(void *handle, const char *name) except NULL:
+    cdef void *address = dlsym(handle, name)
+    if address == NULL:
+        raise EngineError(f"the unicorn library has no {name.decode()}")
+    return address
+
+
+cdef int _load() except -1:
+    """Looks the engine's functions up in the library that the unicorn wheel carries."""
+    global api_loaded
+    spec = importlib.util.find_spec("unicorn")
+    if spec is None or spec.origin is None:
+        raise EngineError("the unicorn package is not installed")
+    path = str(Path(spec.origin).parent / "lib" / "libunicorn.so.2")
+    cdef bytes encoded = path.encode()
+    cdef void *handle = dlopen(encoded, RTLD_NOW)
+    if handle == NULL:
+        raise EngineError(f"{path}: {dlerror().decode()}")
+    api.open = <uc_open_t>_symbol(handle, "uc_open")
+    api.close = <uc_close_t>_symbol(handle, "uc_close")
+    api.ctl = <uc_ctl_t>_symbol(handle, "uc_ctl")
+    api.emu_start = <uc_emu_start_t>_symbol(handle, "uc_emu_start")
+    api.emu_stop = <uc_emu_stop_t>_symbol(handle, "uc_emu_stop")
+    api.hook_add = <uc_hook_add_t>_symbol(handle, "uc_hook_add")
+    api.hook_del = <uc_hook_del_t>_symbol(handle, "uc_hook_del")
+    api.reg_read = <uc_reg_t>_symbol(handle, "uc_reg_read")
+    api.reg_write = <uc_reg_t>_symbol(handle, "uc_reg_write")
+    api.mem_map_ptr = <uc_mem_map_ptr_t>_symbol(handle, "uc_mem_map_ptr")
+    api.mem_unmap = <uc_mem_unmap_t>_symbol(handle, "uc_mem_unmap")
+    api.mmio_map = <uc_mmio_map_t>_symbol(handle, "uc_mmio_map")
+    api.strerror = <uc_strerror_t>_symbol(handle, "uc_strerror")
+    api.context_alloc = <uc_context_alloc_t>_symbol(handle, "uc_context_alloc")
+    api.context_save = <uc_context_t>_symbol(handle, "uc_context_save")
+    api.context_restore = <uc_context_t>_symbol(handle, "uc_context_restore")
+    api.context_free = <uc_context_free_t>_symbol(handle, "uc_context_free")
+    api_loaded = True
+    return 0
+
+
+cdef int _check(uc_err code, str what) except -1:
+    if code != UC_ERR_OK:
+        raise EngineError(f"{what}: {api.strerror(code).decode()}")
+    return 0
+
+
+# ---------------------------------------------------------------------------------------------- signals
+
+cdef Hot *current = NULL            # the engine that runs now, for the signal handler
+cdef uint32_t pending_signals = 0   # bit of each signal number seen since take_signals()
+
+
+cdef void _on_signal(int signum) noexcept nogil:
+    global pending_signals
+    pending_signals |= (<uint32_t>1) << signum
+    cdef Hot *hot = current
+    if hot == NULL:
+        return
+    hot.kick |= C_KICK_SIGNAL
+    if hot.stop_at != NEVER:
+        return                          # the block hook sees the flag
+    if hot.in_callback:
+        _soon()                         # a stop in here would make the engine repeat the store it is in
+    else:
+        api.emu_stop(hot.uc)
+
+
+cdef double tick_interval = 0.0
+
+
+cdef void _soon() noexcept nogil:
+    """Brings the next tick forward, so that an uncounted engine leaves the guest promptly."""
+    cdef itimerval timer
+    timer.it_value.tv_sec = 0
+    timer.it_value.tv_usec = 20
+    timer.it_interval.tv_sec = <long>tick_interval
+    timer.it_interval.tv_usec = <long>((tick_interval - <long>tick_interval) * 1000000)
+    setitimer(ITIMER_REAL, &timer, NULL)
+
+
+def kick_soon():
+    """Has the uncounted engine that runs now leave the guest within microseconds, if signals are guarded."""
+    if current != NULL and current.stop_at == NEVER and tick_interval > 0:
+        _soon()
+
+
+def take_signals():
+    """The set of signal numbers that arrived since the last call."""
+    global pending_signals
+    cdef uint32_t seen = pending_signals
+    pending_signals = 0
+    return {n for n in range(32) if seen >> n & 1}
+
+
+cdef class SignalGuard:
+    """While open, SIGINT, SIGTERM and a periodic SIGALRM kick the running vCPU; before and after, they are Python's."""
+
+    cdef sigaction_s old_int, old_term, old_alrm
+    cdef double interval
+
+    def __init__(self, double interval):
+        self.interval = interval
+
+    def __enter__(self):
+        cdef sigaction_s act
+        memset(&act, 0, sizeof(act))
+        act.sa_handler = _on_signal
+        sigemptyset(&act.sa_mask)
+        act.sa_flags = SA_RESTART
+        sigaction(SIGINT, &act, &self.old_int)
+        sigaction(SIGTERM, &act, &self.old_term)
+        sigaction(SIGALRM, &act, &self.old_alrm)
+        self._tick(self.interval)
+        return self
+
+    cdef void _tick(self, double interval):
+        global tick_interval
+        cdef itimerval timer
+        tick_interval = interval
+        timer.it_value.tv_sec = timer.it_interval.tv_sec = <long>interval
+        timer.it_value.tv_usec = timer.it_interval.tv_usec = <long>((interval - <long>interval) * 1000000)
+        setitimer(ITIMER_REAL, &timer, NULL)
+
+    def __exit__(self, *exc):
+        self._tick(0.0)
+        sigaction(SIGALRM, &self.old_alrm, NULL)
+        sigaction(SIGTERM, &self.old_term, NULL)
+        sigaction(SIGINT, &self.old_int, NULL)
+        return False
+
+
+# ------------------------------------------------------------------------------------------------ group
+
+cdef void _before_write(void *ctx, uint64_t pfn) noexcept:
+    """The host, a device or the allocator is about to change the bytes of a frame that may have been executed."""
+    cdef EngineGroup group = <EngineGroup>ctx
+    cdef FrameMeta *meta = group.host.meta_of(pfn)
+    if meta != NULL:
+        group.revoke_exec(meta, pfn)
+
+
+cdef class EngineGroup:
+    """See the .pxd. ``members`` are engines; at most 32 live at a time."""
+
+    def __init__(self, HostMemory host not None):
+        self.host = host
+        self.engines = []
+        host.code_hook = _before_write
+        host.code_ctx = <void *>self
+
+    def close(self):
+        """Detaches from the host memory and gives the engines back to the pool."""
+        if self.host is not None:
+            self.host.code_hook = NULL
+            self.host.code_ctx = NULL
+        for engine in list(self.engines):
+            engine.release()
+        self.host = None
+
+    def __dealloc__(self):
+        if self.host is not None and self.host.code_ctx == <void *>self:
+            self.host.code_hook = NULL
+            self.host.code_ctx = NULL
+
+    cdef void revoke_exec(self, FrameMeta *meta, uint64_t pfn) noexcept:
+        cdef Engine engine
+        cdef uint32_t holders = meta.x_mask | meta.code_mask
+        if holders == 0:
+            return
+        meta.x_mask = 0
+        for engine in self.engines:
+            if holders & engine.bit:
+                if meta.code_mask & engine.bit:
+                    engine.drop(pfn)
+                engine.flush()
+                engine.hot.kick |= 1
+                if engine.on_drop is not None:
+                    engine.report_drop(pfn)
+        meta.code_mask = 0
+
+    cdef void revoke_write(self, FrameMeta *meta) noexcept:
+        cdef Engine engine
+        cdef uint32_t holders = meta.w_mask
+        meta.w_mask = 0
+        for engine in self.engines:
+            if holders & engine.bit:
+                engine.flush()
+
+    def drop_code(self, uint64_t pfn, uint64_t count=1):
+        """Forget what was translated from frames ``[pfn, pfn + count)``, whose bytes changed or will change."""
+        cdef uint64_t n
+        cdef FrameMeta *meta
+        for n in range(pfn, pfn + count):
+            meta = self.host.meta_of(n)
+            if meta != NULL and (meta.x_mask | meta.code_mask):
+                self.revoke_exec(meta, n)
+
+    def executed(self, uint64_t pfn, uint64_t count):
+        """How many of ``count`` frames from ``pfn`` on have translated code."""
+        cdef uint64_t n, found = 0
+        cdef FrameMeta *meta
+        for n in range(pfn, pfn + count):
+            meta = self.host.meta_of(n)
+            if meta != NULL and meta.code_mask:
+                found += 1
+        return found
+
+
+# ------------------------------------------------------------------------------------------------ hooks
+
+cdef bint _tlb_fill(uc_engine *uc, uint64_t vaddr, uc_mem_type kind, uc_tlb_entry *result, void *user) noexcept:
+    cdef Engine engine = <Engine><PyObject *>user
+    result.paddr = 0
+    result.perms = UC_PROT_NONE
+    return engine.fill(vaddr, C_FETCH if kind == UC_MEM_FETCH else (C_WRITE if kind == UC_MEM_WRITE else C_READ), result)
+
+
+cdef void _block(uc_engine *uc, uint64_t address, uint32_t size, void *user) noexcept:
+    cdef Hot *hot = <Hot *>user
+    if hot.kick or hot.insns >= hot.stop_at:
+        hot.stopped = 1
+        api.emu_stop(uc)
+        return
+    hot.block_pc = address
+    hot.block_size = size
+    if hot.fixed:
+        hot.block_count = size >> 2
+    else:
+        hot.block_count = (<Engine><PyObject *>hot.engine).count_block(address, size)
+    hot.insns += hot.block_count
+
+
+cdef uint64_t _mmio_read(uc_engine *uc, uint64_t offset, unsigned size, void *user) noexcept:
+    cdef Engine engine = <Engine><PyObject *>user
+    cdef uint64_t value = 0
+    engine.hot.in_callback += 1
+    try:
+        value = engine.on_read(offset, size)
+    except BaseException:
+        engine.fail()
+    engine.hot.in_callback -= 1
+    return value
+
+
+cdef void _mmio_write(uc_engine *uc, uint64_t offset, unsigned size, uint64_t value, void *user) noexcept:
+    cdef Engine engine = <Engine><PyObject *>user
+    engine.hot.in_callback += 1
+    try:
+        engine.on_write(offset, size, value)
+    except BaseException:
+        engine.fail()
+    engine.hot.in_callback -= 1
+
+
+cdef void _interrupt(uc_engine *uc, uint32_t number, void *user) noexcept:
+    cdef Engine engine = <Engine><PyObject *>user
+    engine.interrupt = number
+    api.emu_stop(uc)
+
+
+cdef bint _invalid(uc_engine *uc, void *user) noexcept:
+    cdef Engine engine = <Engine><PyObject *>user
+    engine.invalid_insn = True
+    return False
+
+
+cdef uint32_t _sysreg(Engine engine, int regid, const uc_arm64_cp_reg *cp, bint is_write) noexcept:
+    """Runs the Python side of a system register access; 1 when it did the instruction's work."""
+    cdef uint64_t value
+    cdef uint32_t done = 0
+    engine.hot.in_callback += 1
+    try:
+        answer = engine.on_sysreg(cp.op0, cp.op1, cp.crn, cp.crm, cp.op2, cp.val if is_write else None)
+        if answer is not None:
+            done = 1
+            if not is_write:
+                value = answer
+                api.reg_write(engine.uc, regid, &value)
+    except BaseException:
+        engine.fail()
+        done = 1
+    engine.hot.in_callback -= 1
+    return done
+
+
+cdef uint32_t _mrs(uc_engine *uc, int regid, const uc_arm64_cp_reg *cp, void *user) noexcept:
+    # Timers (CRn 14) and the performance monitors (op1 3, CRn 9) show the host's time unless answered here.
+    if cp.crn != 14 and not (cp.crn == 9 and cp.op1 == 3):
+        return 0
+    return _sysreg(<Engine><PyObject *>user, regid, cp, False)
+
+
+cdef uint32_t _msr(uc_engine *uc, int regid, const uc_arm64_cp_reg *cp, void *user) noexcept:
+    # CRn 1 and 2: SCTLR, TTBR0/1, TCR, which change the guest's own translation.
+    if cp.crn != 14 and not (cp.crn == 9 and cp.op1 == 3) and cp.crn != 2 and not (cp.crn == 1 and cp.crm == 0 and cp.op2 == 0):
+        return 0
+    return _sysreg(<Engine><PyObject *>user, regid, cp, True)
+
+
+cdef uint32_t _sys(uc_engine *uc, int regid, const uc_arm64_cp_reg *cp, void *user) noexcept:
+    if cp.crn != 8:                     # only TLB maintenance is of interest
+        return 0
+    return _sysreg(<Engine><PyObject *>user, regid, cp, True)
+
+
+cdef void _one_insn(uc_engine *uc, uint64_t address, uint32_t size, void *user) noexcept:
+    """A hooked instruction is about to run; the Python side may do its work and set another PC."""
+    cdef Engine engine = <Engine><PyObject *>user
+    engine.hot.in_callback += 1
+    try:
+        engine.on_insn(address, size)
+    except BaseException:
+        engine.fail()
+    engine.hot.in_callback -= 1
+
+
+# ----------------------------------------------------------------------------------------------- engine
+
+_pool = {}          # (isa, counted) -> engines that are free
+
+
+def pooled():
+    """How many engines wait in the pool."""
+    return sum(len(free_ones) for free_ones in _pool.values())
+
+
+def take_engine(int isa, bint counted):
+    """An engine for ``isa`` in its reset state, from the pool where one is free."""
+    free_ones = _pool.get((isa, counted))
+    if free_ones:
+        return free_ones.pop()
+    return Engine(isa, counted)
+
+
+def drain_pool():
+    """Closes the engines that wait in the pool."""
+    for free_ones in _pool.values():
+        while free_ones:
+            free_ones.pop().close()
+
+
+cdef class Engine:
+    """One emulation engine. Made by ``take_engine``, used between ``bind`` and ``release``.
+
+    Callables to set before ``run``: ``on_miss(gva, access) -> RETRY_WALK | MMIO | FAULT``, ``on_read(gpa, size)``,
+    ``on_write(gpa, size, value)``, ``on_sysreg(op0, op1, crn, crm, op2, value or None)``, ``on_insn(pc, size)``; and for a
+    trace ``on_insert(gfn, pfn, perms)``, ``on_flush(reason)``, ``on_drop(pfn)``.
+    """
+
+    def __cinit__(self, int isa, bint counted):
+        if not api_loaded:
+            _load()
+        self.isa = isa
+        self.counted = counted
+        self.hooks = {}
+        self.maps = []
+        self.lengths = <BlockLength *>calloc(NR_LENGTHS, sizeof(BlockLength))
+        self.scanned = <Scanned *>calloc(NR_SCANNED, sizeof(Scanned))
+        if self.lengths == NULL or self.scanned == NULL:
+            raise MemoryError
+        cdef int arch = UC_ARCH_ARM64 if isa == C_ARM64 else UC_ARCH_RISCV
+        cdef int mode = UC_MODE_ARM if isa == C_ARM64 else UC_MODE_RISCV64
+        _check(api.open(arch, mode, &self.uc), "uc_open")
+        if isa == C_ARM64:
+            _check(api.ctl(self.uc, UC_CTL_WRITE(UC_CTL_UC_PAGE_SIZE, 1), <int>4096), "page size")
+            _check(api.ctl(self.uc, UC_CTL_WRITE(UC_CTL_CPU_MODEL, 1), <int>UC_CPU_ARM64_A57), "CPU model")
+        _check(api.ctl(self.uc, UC_CTL_WRITE(UC_CTL_TCG_BUFFER_SIZE, 1), <int>TCG_BUFFER), "code buffer size")
+        _check(api.ctl(self.uc, UC_CTL_WRITE(UC_CTL_TLB_TYPE, 1), <int>UC_TLB_VIRTUAL), "TLB mode")
+        _check(api.ctl(self.uc, UC_CTL_WRITE(UC_CTL_UC_USE_EXITS, 1), <int>1), "exits")
+        self.hot.uc = self.uc
+        self.hot.fixed = isa == C_ARM64
+        self.hot.engine = <void *>self
+        self.hot.generation = 1
+        self._add_hook(UC_HOOK_TLB_FILL, <void *>_tlb_fill, <void *>self)
+        self._add_hook(UC_HOOK_INTR, <void *>_interrupt, <void *>self)
+        self._add_hook(UC_HOOK_INSN_INVALID, <void *>_invalid, <void *>self)
+        if counted:
+            self._add_hook(UC_HOOK_BLOCK, <void *>_block, <void *>&self.hot)
+        if isa == C_ARM64:
+            self._add_insn_hook(<void *>_mrs, UC_ARM64_INS_MRS)
+            self._add_insn_hook(<void *>_msr, UC_ARM64_INS_MSR)
+            self._add_insn_hook(<void *>_sys, UC_ARM64_INS_SYS)
+        _check(api.context_alloc(self.uc, &self.pristine), "uc_context_alloc")
+        _check(api.context_save(self.uc, self.pristine), "uc_context_save")
+
+    cdef int _add_hook(self, int kind, void *callback, void *user) except -1:
+        cdef uc_hook handle
+        return _check(api.hook_add(self.uc, &handle, kind, callback, user, <uint64_t>1, <uint64_t>0), "uc_hook_add")
+
+    cdef int _add_insn_hook(self, void *callback, int insn) except -1:
+        cdef uc_hook handle
+        return _check(api.hook_add(self.uc, &handle, UC_HOOK_INSN, callback, <void *>self, <uint64_t>1, <uint64_t>0, insn),
+                      "uc_hook_add")
+
+    def bind(self, EngineGroup group not None, PageTable sptes not None):
+        """Joins a machine: maps its frames and the MMIO window. ``release`` undoes it."""
+        used = 0
+        for other in group.engines:
+            used |= (<Engine>other).bit
+        self.bit = 1
+        while used & self.bit:
+            self.bit <<= 1
+        if self.bit == 0:
+            raise EngineError("more than 32 engines in one machine")
+        self.group = group
+        self.host = group.host
+        self.sptes = sptes
+        group.engines.append(self)
+        self._map(0, self.host.nr_frames << 12, self.host.base)
+        cdef int n
+        for n in range(self.host.nr_regions):
+            if self.host.regions[n].count:
+                self._map(self.host.regions[n].first << 12, self.host.regions[n].count << 12, self.host.regions[n].base)
+        _check(api.mmio_map(self.uc, MMIO_BASE_C, MMIO_SIZE, <void *>_mmio_read, <void *>self, <void *>_mmio_write, <void *>self),
+               "uc_mmio_map")
+        self.maps.append((MMIO_BASE_C, MMIO_SIZE))
+        self.hot.insns = 0
+        self.hot.kick = 0
+        self.flush_generation = 1
+        self.flushes = 0
+
+    cdef int _map(self, uint64_t address, uint64_t size, void *base) except -1:
+        _check(api.mem_map_ptr(self.uc, address, size, UC_PROT_ALL, base), "uc_mem_map_ptr")
+        self.maps.append((address, size))
+        return 0
+
+    def release(self):
+        """Leaves the machine and goes back to the pool, in its reset state."""
+        if self.group is None:
+            return
+        if self.running:
+            raise EngineError("release of an engine that runs")
+        self.group.engines.remove(self)
+        self.on_miss = None             # unmapping looks addresses up once more
+        for handle in self.hooks.values():
+            api.hook_del(self.uc, handle)
+        self.hooks.clear()
+        for address, size in self.maps:
+            _check(api.mem_unmap(self.uc, address, size), "uc_mem_unmap")
+        self.maps.clear()
+        _check(api.ctl(self.uc, UC_CTL_WRITE(UC_CTL_TB_FLUSH, 0)), "TB flush")
+        api.ctl(self.uc, UC_CTL_WRITE(UC_CTL_TLB_FLUSH, 0))
+        _check(api.context_restore(self.uc, self.pristine), "uc_context_restore")
+        self.hot.generation += 1
+        self.on_miss = self.on_read = self.on_write = self.on_insert = None
+        self.on_flush = self.on_drop = self.on_sysreg = self.on_insn = None
+        self.error = None
+        self.group = None
+        self.host = None
+        self.sptes = None
+        self.handed = None
+        _pool.setdefault((self.isa, self.counted), []).append(self)
+
+    def close(self):
+        """Closes the engine for good. It must have been released."""
+        if self.group is not None:
+            raise EngineError("close of an engine in use")
+        if self.uc != NULL:
+            api.context_free(self.pristine)
+            api.close(self.uc)
+            self.uc = NULL
+
+    def __dealloc__(self):
+        if self.uc != NULL:
+            api.context_free(self.pristine)
+            api.close(self.uc)
+        free(self.lengths)
+        free(self.scanned)
+
+    # ---- running
+
+    def run(self, uint64_t pc, stop_at=None):
+        """Runs from ``pc`` until something makes the vCPU leave; returns the engine's error code (0 = none).
+
+        ``stop_at``: leave at the first block start at which ``insns`` has reached it (counted engines only).
+        Afterwards ``faulted``/``fault_address``/``fault_access``, ``interrupt`` (-1: none), ``invalid_insn``, ``stopped`` and
+        ``kick`` say why; an exception of a callback is raised.
+        """
+        global current
+        cdef uc_err code
+        if not self.counted:
+            self.hot.stop_at = NEVER
+        else:
+            self.hot.stop_at = NEVER - 1 if stop_at is None else <uint64_t>stop_at
+        self.faulted = False
+        self.interrupt = -1
+        self.invalid_insn = False
+        self.hot.stopped = 0
+        self.hot.block_size = 0
+        self.hot.block_count = 0
+        self.hot.kick &= ~<uint32_t>1
+        self.running = True
+        cdef Hot *previous = current
+        current = &self.hot
+        code = api.emu_start(self.uc, pc, 0, 0, 0)
+        current = previous
+        self.running = False
+        if self.error is not None:
+            error, self.error = self.error, None
+            raise error
+        return code
+
+    @property
+    def insns(self):
+        """Instructions retired; while the guest runs, the current block is counted whole."""
+        return self.hot.insns
+
+    @insns.setter
+    def insns(self, uint64_t value):
+        self.hot.insns = value
+
+    @property
+    def stop_at(self):
+        """Instruction count at which the run in progress leaves."""
+        return self.hot.stop_at
+
+    @stop_at.setter
+    def stop_at(self, uint64_t value):
+        if self.counted:
+            self.hot.stop_at = value
+
+    @property
+    def block(self):
+        """(pc, bytes, instructions) of the block that runs or ran last; bytes 0 if none was entered."""
+        return self.hot.block_pc, self.hot.block_size, self.hot.block_count
+
+    @property
+    def stopped(self):
+        """Whether the last run was left by the block hook (kick or budget)."""
+        return bool(self.hot.stopped)
+
+    @property
+    def kick(self):
+        """KICK_* bits that wait."""
+        return self.hot.kick
+
+    @kick.setter
+    def kick(self, uint32_t value):
+        self.hot.kick = value
+
+    def uncount(self, uint64_t pc):
+        """Takes back the instructions of the current block from ``pc`` on, which did not run. Returns how many."""
+        cdef uint64_t end = self.hot.block_pc + self.hot.block_size
+        cdef uint32_t rest
+        if not self.counted or self.hot.block_size == 0 or pc < self.hot.block_pc or pc >= end:
+            return 0
+        rest = (end - pc) >> 2 if self.hot.fixed else self.count_block(pc, <uint32_t>(end - pc))
+        if rest > self.hot.block_count:
+            rest = self.hot.block_count
+        self.hot.insns -= rest
+        self.hot.block_count -= rest
+        self.hot.block_size = <uint32_t>(pc - self.hot.block_pc)
+        return rest
+
+    def retired(self, uint64_t pc):
+        """Instructions retired before the one at ``pc`` in the block that runs now."""
+        cdef uint64_t end = self.hot.block_pc + self.hot.block_size
+        if not self.counted or pc < self.hot.block_pc or pc >= end:
+            return self.hot.insns
+        return self.hot.insns - ((end - pc) >> 2 if self.hot.fixed else self.count_block(pc, <uint32_t>(end - pc)))
+
+    @property
+    def in_guest(self):
+        """Whether ``run`` is on the stack."""
+        return bool(self.running)
+
+    def read_code(self, uint64_t gva, int size):
+        """Up to ``size`` bytes of code at ``gva``, as far as its pages are mapped executable."""
+        cdef uint8_t *code
+        found = bytearray()
+        for at in range(gva, gva + size):
+            code = self.code_at(at)
+            if code == NULL:
+                break
+            found.append(code[0])
+        return bytes(found)
+
+    cdef void fail(self) noexcept:
+        """Keeps the exception in flight for ``run`` to raise and has the guest left."""
+        import sys
+        if self.error is None:
+            self.error = sys.exc_info()[1]
+        self.hot.kick |= 2
+        if not self.counted:
+            api.emu_stop(self.uc)
+
+    # ---- registers
+
+    def reg(self, int regid):
+        """Value of a register, as 64 bits."""
+        cdef uint64_t value = 0
+        _check(api.reg_read(self.uc, regid, &value), "uc_reg_read")
+        return value
+
+    def set_reg(self, int regid, uint64_t value):
+        """Sets a register."""
+        _check(api.reg_write(self.uc, regid, &value), "uc_reg_write")
+
+    def reg128(self, int regid):
+        """Value of a vector register, as 128 bits."""
+        cdef uint64_t[2] value
+        value[0] = value[1] = 0
+        _check(api.reg_read(self.uc, regid, value), "uc_reg_read")
+        return int(value[0]) | int(value[1]) << 64
+
+    def cp_reg(self, int op0, int op1, int crn, int crm, int op2):
+        """Value of an AArch64 system register by its encoding."""
+        cdef uc_arm64_cp_reg cp
+        memset(&cp, 0, sizeof(cp))
+        cp.op0, cp.op1, cp.crn, cp.crm, cp.op2 = op0, op1, crn, crm, op2
+        _check(api.reg_read(self.uc, UC_ARM64_REG_CP_REG, &cp), "uc_reg_read")
+        return cp.val
+
+    def set_cp_reg(self, int op0, int op1, int crn, int crm, int op2, uint64_t value):
+        """Sets an AArch64 system register; also makes the engine rebuild the flags it derives from PSTATE."""
+        cdef uc_arm64_cp_reg cp
+        memset(&cp, 0, sizeof(cp))
+        cp.op0, cp.op1, cp.crn, cp.crm, cp.op2 = op0, op1, crn, crm, op2
+        cp.val = value
+        _check(api.reg_write(self.uc, UC_ARM64_REG_CP_REG, &cp), "uc_reg_write")
+
+    def reset_cpu(self):
+        """Puts the registers back to what they were when the engine was made."""
+        _check(api.context_restore(self.uc, self.pristine), "uc_context_restore")
+
+    # ---- TLB and translated code
+
+    def flush_tlb(self, str reason):
+        """Drops every translation that the engine holds. Safe in all our callbacks."""
+        self.flush()
+        if self.on_flush is not None:
+            self.on_flush(reason)
+
+    cdef void flush(self) noexcept:
+        api.ctl(self.uc, UC_CTL_WRITE(UC_CTL_TLB_FLUSH, 0))
+        self.flushes += 1
+        self.flush_generation += 1
+        self.hot.generation += 1
+
+    cdef void drop(self, uint64_t pfn) noexcept:
+        """Forgets the code translated from a frame, by way of a scratch VA that only this call maps."""
+        self.scratch_pfn = pfn
+        self.scratch_on = True
+        api.ctl(self.uc, UC_CTL_WRITE(UC_CTL_TB_REMOVE_CACHE, 2), SCRATCH, SCRATCH + 4096)
+        self.scratch_on = False
+        self.hot.generation += 1
+
+    def report_drop(self, uint64_t pfn):
+        """Tells the trace; a method so that the C side stays free of exceptions."""
+        try:
+            self.on_drop(pfn)
+        except BaseException:
+            self.fail()
+
+    def record_inserts(self, bint on):
+        """Whether ``on_insert`` is called for the first hand-out of a translation since the last flush."""
+        self.handed = PageTable(3) if on else None
+
+    cdef void note(self, uint64_t gfn, uint64_t pfn, int perms) noexcept:
+        cdef uint64_t *slot
+        cdef uint64_t known
+        try:
+            slot = self.handed.ensure(gfn)
+            known = slot[0]
+            if known >> 3 == self.flush_generation:
+                if (known & 7) | perms == (known & 7):
+                    return
+                slot[0] = known | perms
+            else:
+                slot[0] = self.flush_generation << 3 | perms
+            self.on_insert(gfn, pfn, perms)
+        except BaseException:
+            self.fail()
+
+    # ---- the walker
+
+    cdef bint fill(self, uint64_t vaddr, int access, uc_tlb_entry *result) noexcept:
+        cdef uint64_t gfn = vaddr >> 12
+        cdef uint64_t entry
+        cdef int tries, answer
+        if self.scratch_on and vaddr == SCRATCH:
+            result.paddr = self.scratch_pfn << 12
+            result.perms = UC_PROT_READ | UC_PROT_EXEC
+            return True
+        for tries in range(MISS_LIMIT):
+            if gfn < INDEX_LIMIT:
+                entry = self.sptes.load(gfn)
+                if entry & SPTE_PRESENT:
+                    if entry & (<uint64_t>1 << access):
+                        return self.hand_out(vaddr, entry, gfn, access, result)
+                elif entry & SPTE_MMIO and access != C_FETCH:
+                    result.paddr = MMIO_BASE_C + (vaddr & ~<uint64_t>4095)
+                    result.perms = UC_PROT_READ | UC_PROT_WRITE
+                    return True
+            if self.on_miss is None:
+                return False
+            self.hot.in_callback += 1
+            try:
+                answer = self.on_miss(vaddr, access)
+            except BaseException:
+                self.fail()
+                answer = -1
+            self.hot.in_callback -= 1
+            if answer == C_RETRY:
+                continue
+            if answer == C_MMIO and access != C_FETCH:
+                # good for this access only: the next one of another kind has to ask again
+                result.paddr = MMIO_BASE_C + (vaddr & ~<uint64_t>4095)
+                result.perms = UC_PROT_WRITE if access == C_WRITE else UC_PROT_READ
+                return True
+            break
+        else:
+            try:
+                raise InternalError(f"the walk of {vaddr:#x} was retried {MISS_LIMIT} times and never got further")
+            except InternalError:
+                self.fail()
+        self.faulted = True
+        self.fault_address = vaddr
+        self.fault_access = access
+        return False
+
+    cdef bint hand_out(self, uint64_t vaddr, uint64_t entry, uint64_t gfn, int access, uc_tlb_entry *result) noexcept:
+        cdef uint64_t pfn = (entry >> 12) & PFN_MASK
+        cdef FrameMeta *meta
+        cdef int perms = UC_PROT_READ
+        if entry & SPTE_HUGE:
+            pfn += gfn & 511
+        meta = self.host.meta_of(pfn)
+        if meta == NULL:
+            self.faulted = True
+            self.fault_address = vaddr
+            self.fault_access = access
+            return False
+        if access == C_FETCH:
+            if meta.w_mask:
+                self.group.revoke_write(meta)
+            meta.x_mask |= self.bit
+            meta.code_mask |= self.bit
+            perms = UC_PROT_READ | UC_PROT_EXEC
+            if not self.hot.fixed:
+                self.scan(vaddr & ~<uint64_t>4095, pfn)
+        elif access == C_WRITE:
+            if meta.x_mask | meta.code_mask:
+                self.group.revoke_exec(meta, pfn)
+            meta.w_mask |= self.bit
+            perms = UC_PROT_READ | UC_PROT_WRITE
+        elif meta.x_mask | meta.code_mask:
+            if meta.x_mask & self.bit and entry & SPTE_EXEC:
+                perms = UC_PROT_READ | UC_PROT_EXEC
+        elif entry & SPTE_WRITE:
+            meta.w_mask |= self.bit
+            perms = UC_PROT_READ | UC_PROT_WRITE
+        result.paddr = pfn << 12
+        result.perms = perms
+        if self.handed is not None:
+            self.note(gfn, pfn, perms)
+        return True
+
+    # ---- code bytes
+
+    cdef uint8_t *code_at(self, uint64_t gva) noexcept:
+        """Host address of a code byte, NULL when its page is not mapped executable just now."""
+        cdef uint64_t gfn = gva >> 12
+        cdef uint64_t entry, pfn
+        cdef uint8_t *page
+        if gfn >= INDEX_LIMIT:
+            return NULL
+        entry = self.sptes.load(gfn)
+        if not entry & SPTE_PRESENT or not entry & SPTE_EXEC:
+            return NULL
+        pfn = (entry >> 12) & PFN_MASK
+        if entry & SPTE_HUGE:
+            pfn += gfn & 511
+        page = self.host.bytes_of(pfn)
+        return NULL if page == NULL else page + (gva & 4095)
+
+    cdef uint32_t count_block(self, uint64_t pc, uint32_t size) noexcept:
+        """Instructions in ``size`` bytes from ``pc`` on, by their own lengths (RISC-V: 2 or 4 bytes)."""
+        cdef BlockLength *slot = &self.lengths[((pc >> 1) ^ size) & (NR_LENGTHS - 1)]
+        cdef uint64_t at = pc, end = pc + size
+        cdef uint32_t count = 0
+        cdef uint8_t *code
+        if slot.pc == pc and slot.size == size and slot.generation == self.hot.generation:
+            return slot.count
+        while at < end:
+            code = self.code_at(at)
+            if code == NULL:
+                count += <uint32_t>((end - at) >> 2)
+                break
+            at += 4 if code[0] & 3 == 3 else 2
+            count += 1
+        slot.pc = pc
+        slot.size = size
+        slot.count = count
+        slot.generation = self.hot.generation
+        return count
+
+    cdef void scan(self, uint64_t gva, uint64_t pfn) noexcept:
+        """Hooks the instructions of a RISC-V page that would show host time or change the guest's translation."""
+        cdef Scanned *slot = &self.scanned[(gva >> 12) & (NR_SCANNED - 1)]
+        cdef uint8_t *page
+        cdef int n
+        cdef uint32_t insn, csr, funct
+        cdef uc_hook handle
+        if slot.gfn == gva >> 12 and slot.pfn == pfn and slot.generation == self.hot.generation:
+            return
+        slot.gfn = gva >> 12
+        slot.pfn = pfn
+        slot.generation = self.hot.generation
+        page = self.host.bytes_of(pfn)
+        for n in range(0, 4094, 2):
+            if page[n] & 0x7f != 0x73:
+                continue
+            insn = page[n] | <uint32_t>page[n + 1] << 8
+            if n < 4093:
+                insn |= <uint32_t>page[n + 2] << 16 | <uint32_t>page[n + 3] << 24
+            funct = insn >> 12 & 3
+            csr = insn >> 20
+            if funct == 0:
+                continue
+            if not (0xc00 <= csr <= 0xc1f or 0xb00 <= csr <= 0xb1f or csr == 0x180 or csr == 0x344 or csr == 0x144):
+                continue
+            if gva + n in self.hooks:
+                continue
+            if api.hook_add(self.uc, &handle, UC_HOOK_CODE, <void *>_one_insn, <void *>self,
+                            <uint64_t>(gva + n), <uint64_t>(gva + n)) == UC_ERR_OK:
+                self.hooks[gva + n] = handle

@@ -1,0 +1,77 @@
+"""Whether a guest's own page tables map every address to itself.
+
+Until the walker follows guest tables, an identity map is the only one a guest may turn on. The checks walk
+all of it once, when the guest turns translation on or changes it: Armv8-A VMSAv8-64 stage 1 with a 4 KiB
+granule (DDI 0487, D8.2 and D8.3) and RISC-V Sv39/Sv48 (Privileged Architecture, 10.4 and 10.5).
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+
+ReadPhysical = Callable[[int, int], bytes | None]
+
+_ADDRESS = 0x0000_FFFF_FFFF_F000
+_TABLE = struct.Struct("<512Q")
+
+
+def arm64_not_identity(ttbr0: int, tcr: int, read: ReadPhysical) -> tuple[int, int] | None:
+    """(virtual, physical) of the first address that TTBR0 maps elsewhere, None when there is none.
+
+    A granule other than 4 KiB counts as not identity at address 0.
+    """
+    if tcr >> 14 & 3:
+        return 0, 0
+    bits = 64 - (tcr & 0x3F)
+    level = 4 - (bits - 12 + 8) // 9
+    return _arm64_table(ttbr0 & _ADDRESS, level, 0, read)
+
+
+def _arm64_table(table: int, level: int, base: int, read: ReadPhysical) -> tuple[int, int] | None:
+    raw = read(table, 4096)
+    if raw is None:
+        return None  # an external abort on the walk: no translation at all
+    shift = 39 - 9 * level
+    for index, entry in enumerate(_TABLE.unpack(raw)):
+        if not entry & 1:
+            continue
+        gva = base + (index << shift)
+        if level < 3 and entry & 2:
+            different = _arm64_table(entry & _ADDRESS, level + 1, gva, read)
+            if different is not None:
+                return different
+            continue
+        gpa = entry & _ADDRESS & ~((1 << shift) - 1)
+        if gpa != gva:
+            return gva, gpa
+    return None
+
+
+def riscv_not_identity(satp: int, read: ReadPhysical) -> tuple[int, int] | None:
+    """As ``arm64_not_identity``, for the table that ``satp`` names. Other modes than Sv39/Sv48 count as not identity."""
+    mode = satp >> 60
+    if mode == 0:
+        return None
+    if mode not in (8, 9):
+        return 0, 0
+    return _riscv_table((satp & ((1 << 44) - 1)) << 12, 2 if mode == 8 else 3, 0, read)
+
+
+def _riscv_table(table: int, level: int, base: int, read: ReadPhysical) -> tuple[int, int] | None:
+    raw = read(table, 4096)
+    if raw is None:
+        return None
+    shift = 12 + 9 * level
+    for index, entry in enumerate(_TABLE.unpack(raw)):
+        if not entry & 1:
+            continue
+        gva = base + (index << shift)
+        target = (entry >> 10 & ((1 << 44) - 1)) << 12
+        if entry & 0b1110 == 0 and level:
+            different = _riscv_table(target, level - 1, gva, read)
+            if different is not None:
+                return different
+        elif target != gva:
+            return gva, target
+    return None

@@ -1,0 +1,39 @@
+"""What an ISA module needs of the machine around its vCPU."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from xipvm.cpu.vcpu import Vcpu
+
+
+class CpuServices(Protocol):
+    """Calls out of the CPU: firmware, timers, physical memory, notes for the trace."""
+
+    def firmware_call(self, vcpu: Vcpu, arguments: list[int]) -> int | None:
+        """An HVC or SMC (PSCI). The answer for the first register, None when the caller does not go on."""
+
+    def semihosting_call(self, vcpu: Vcpu, operation: int, argument: int) -> int:
+        """A semihosting call; the answer for the first register."""
+
+    def read_timer(self, vcpu: Vcpu, name: str, insns: int) -> int:
+        """A register of the vCPU's timer as of ``insns`` retired instructions."""
+
+    def write_timer(self, vcpu: Vcpu, name: str, value: int) -> None:
+        """Write a register of the vCPU's timer."""
+
+    def read_physical(self, gpa: int, size: int) -> bytes | None:
+        """Bytes of guest memory, None where there is none."""
+
+    def check_fetch(self, vcpu: Vcpu, gva: int) -> None:
+        """Raise GuestError when a fetch from ``gva`` is an error of its own (flash outside read-array mode)."""
+
+    def vectors_at_zero(self, vcpu: Vcpu) -> bool:
+        """Whether exception vectors at address 0 are what the guest wants (it wrote the register)."""
+
+    def note_exception(self, vcpu: Vcpu, vector: int, pc: int, cause: int, address: int) -> None:
+        """An exception was delivered."""
+
+    def note_interrupt(self, vcpu: Vcpu) -> None:
+        """An interrupt was delivered."""

@@ -1,0 +1,233 @@
+"""One vCPU: an engine, the ISA that gives its exits a meaning, and how it is run in slices.
+
+A vCPU runs until its slice is used up, it waits for an interrupt, or the machine kicks it. Everything the
+guest does wrong that its own ISA can report goes into the guest as an exception; what cannot be reported
+(no vector, an engine without an answer) is a ``GuestError`` that ends the run.
+
+Ordering: an invalidation flushes and kicks through ``flush_tlb`` and ``kick``; both take effect before the
+caller goes on, because only one vCPU runs at a time and one that runs is inside a callback of ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import Enum
+from typing import TYPE_CHECKING, Protocol
+
+from xipvm.cpu import core
+from xipvm.devices.bus import Bus
+from xipvm.errors import GuestError
+from xipvm.trace.funnel import Trace
+
+if TYPE_CHECKING:
+    from xipvm.mmu.secondary.base import SecondaryMmu
+
+UC_ERR_EXCEPTION = 21
+UC_ERR_INSN_INVALID = 10
+
+#: While an interrupt waits that the guest has masked, look again after so many instructions.
+MASKED_POLL = 1000
+
+ACCESS_NAMES = ("read", "write", "fetch")
+RIGHTS_NAMES = {1: "r", 3: "rw", 5: "rx"}
+
+
+class Leave(Enum):
+    """Why a slice ended."""
+
+    BUDGET = "budget"
+    IDLE = "idle"
+    YIELD = "yield"
+    KICK = "kick"
+    OFF = "off"
+
+
+class Isa(Protocol):
+    """What an ISA module gives a vCPU."""
+
+    id: int
+
+    def reset(self, pc: int, arg: int) -> None:
+        """Put the registers into their state at power-on, with ``pc`` and the boot argument."""
+
+    def pc(self) -> int:
+        """The program counter."""
+
+    def memory_fault(self, gva: int, access: int, pc: int) -> None:
+        """Deliver the fault of an access that no memory answers."""
+
+    def exception(self, number: int, pc: int) -> None:
+        """Handle an exception that the engine reported by number."""
+
+    def illegal(self, pc: int) -> None:
+        """Handle an instruction that the engine does not know."""
+
+    def interrupt_pending(self) -> bool:
+        """Whether an interrupt waits at this vCPU, masked or not."""
+
+    def take_interrupt(self) -> bool:
+        """Enter the handler of the waiting interrupt; False while it is masked."""
+
+    def waits(self, pc: int) -> Leave:
+        """What the instruction before ``pc``, which stopped the engine, asks for."""
+
+    def registers(self) -> list[tuple[str, int]]:
+        """Name and value of the registers that a report shows."""
+
+
+class Vcpu:
+    """A vCPU of a machine. ``name`` is its actor name; ``on`` and ``idle`` say whether it has something to run."""
+
+    def __init__(
+        self,
+        index: int,
+        group: core.EngineGroup,
+        secondary: SecondaryMmu,
+        bus: Bus,
+        trace: Trace,
+        *,
+        isa: int,
+        counted: bool,
+    ) -> None:
+        self.index = index
+        self.name = f"vcpu{index}"
+        self.secondary = secondary
+        self.bus = bus
+        self.trace = trace
+        self.on = False
+        self.idle = False
+        self.irq = False
+        self.faults = 0
+        self.kicks = 0
+        self._disturbed_by_host = False
+        self._limit: int | None = None
+        self.isa: Isa
+        self.engine = core.take_engine(isa, counted)
+        self.engine.bind(group, secondary.sptes)
+        self.engine.on_miss = self._miss
+        self.engine.on_read = bus.read
+        self.engine.on_write = bus.write
+
+    def attach(self, isa: Isa) -> None:
+        """Give the vCPU its ISA; done once, before the first run."""
+        self.isa = isa
+
+    def close(self) -> None:
+        """Give the engine back."""
+        self.engine.release()
+
+    def record(self, on: bool) -> None:
+        """Whether translations handed out, flushes and dropped code go into the trace."""
+        engine = self.engine
+        engine.record_inserts(on)
+        engine.on_insert = self._inserted if on else None
+        engine.on_flush = self._flushed if on else None
+        engine.on_drop = self._dropped if on else None
+
+    # What the secondary MMU calls
+
+    def flush_tlb(self, reason: str) -> None:
+        """Drop every cached translation; done when the call returns."""
+        self.engine.flush_tlb(reason)
+
+    def kick(self, reason: str) -> None:
+        """Have the vCPU leave the guest at its next block, so that no chained code runs on."""
+        engine = self.engine
+        if engine.in_guest:
+            self.kicks += 1
+            engine.kick |= core.KICK_FLUSH
+            if not engine.counted:
+                core.kick_soon()
+            if self.trace.on:
+                self.trace.emit("kvm_kick", vcpu=self.index, reason=reason)
+
+    def set_irq(self, level: bool) -> None:
+        """The interrupt controller's line to this vCPU changed."""
+        self.irq = level
+        if level:
+            self.interrupt()
+
+    def interrupt(self, kick: int = core.KICK_EXIT) -> None:
+        """Have the vCPU leave the guest for the machine to look at something."""
+        engine = self.engine
+        self._disturbed_by_host = False
+        engine.kick |= kick
+        if engine.in_guest and not engine.counted:
+            core.kick_soon()
+
+    # Running
+
+    def run_slice(self, stop_at: int | None, attention: Callable[[], bool]) -> Leave:
+        """Run until ``insns`` reaches ``stop_at`` (None: no limit) or something else ends the slice.
+
+        ``attention()`` says whether the machine wants control back after an exit. Raises GuestError.
+        """
+        engine = self.engine
+        isa = self.isa
+        self.trace.actor = self.name
+        try:
+            while True:
+                if not self._disturbed_by_host:
+                    self._limit = stop_at
+                    if isa.interrupt_pending():
+                        self.idle = False
+                        if not isa.take_interrupt() and engine.counted:
+                            soon = (engine.insns // MASKED_POLL + 1) * MASKED_POLL
+                            self._limit = soon if stop_at is None else min(stop_at, soon)
+                self._disturbed_by_host = False
+                code = engine.run(isa.pc(), self._limit)
+                leave = self._exit(code)
+                if leave is not None:
+                    return leave
+                if attention():
+                    return Leave.KICK
+                if stop_at is not None and engine.insns >= min(stop_at, engine.stop_at):
+                    return Leave.BUDGET
+        finally:
+            self.trace.actor = "host"
+
+    def _exit(self, code: int) -> Leave | None:
+        """Handle why the engine returned; a Leave ends the slice, None lets the guest go on."""
+        engine = self.engine
+        isa = self.isa
+        pc = isa.pc()
+        if code and engine.faulted:
+            engine.uncount(pc if engine.fault_access != core.FETCH else engine.fault_address)
+            isa.memory_fault(engine.fault_address, engine.fault_access, pc)
+        elif engine.interrupt >= 0:
+            engine.uncount(pc)
+            isa.exception(engine.interrupt, pc)
+        elif code == UC_ERR_INSN_INVALID or engine.invalid_insn:
+            engine.uncount(pc)
+            isa.illegal(pc)
+        elif code:
+            raise GuestError(f"the engine stopped with error {code} at {pc:#x}")
+        elif engine.stopped or (engine.kick and not engine.counted):
+            kick, engine.kick = engine.kick, 0
+            if kick & ~core.KICK_FLUSH:
+                # A signal may come at any instruction: it must not become a point at which an interrupt is taken.
+                self._disturbed_by_host = kick == core.KICK_SIGNAL and engine.counted
+                return Leave.KICK
+        else:
+            leave = isa.waits(pc)
+            if leave is Leave.IDLE:
+                if isa.interrupt_pending():
+                    return None
+                self.idle = True
+            return leave
+        return None if self.on else Leave.OFF
+
+    # Callbacks of the engine
+
+    def _miss(self, gva: int, access: int) -> int:
+        self.faults += 1
+        return self.secondary.fault(gva >> 12, access)
+
+    def _inserted(self, gfn: int, pfn: int, perms: int) -> None:
+        self.trace.emit("tlb_insert", vcpu=self.index, gfn=gfn, pfn=pfn, rights=RIGHTS_NAMES[perms])
+
+    def _flushed(self, reason: str) -> None:
+        self.trace.emit("tlb_flush", vcpu=self.index, reason=reason)
+
+    def _dropped(self, pfn: int) -> None:
+        self.trace.emit("code_drop", pfn=pfn, vcpus=1 << self.index)
