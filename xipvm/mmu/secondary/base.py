@@ -1,0 +1,86 @@
+"""What all secondary MMUs have in common.
+
+A secondary MMU caches translations of one mm for somebody else than its threads: vCPUs, a device, a remote node. It has
+page numbers of its own (guest frames for KVM, offsets into a registered region for an RDMA device) and gets at the mm
+by ``Mm.get_user_pages``. How it hears of changes is its own business: KVM and GRU are an ``MmuNotifier`` with start and
+end, XPMEM pins its pages and needs only the end, ODP watches an interval.
+
+What every one of them must do is abstract here: fault in a page, say what it has for a page, and go away.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Protocol
+
+from xipvm.address import Pfn
+
+if TYPE_CHECKING:
+    from xipvm.mmu.mm import Mm
+    from xipvm.trace.funnel import Trace
+
+# Kinds of access; the numbers are the positions of the rights in an spte.
+READ = 0
+WRITE = 1
+FETCH = 2
+ACCESS_NAMES = ("read", "write", "fetch")
+
+# What a fault says to the walker that had missed.
+RETRY_WALK = 0
+"""Walk again: an entry was installed, or has to be asked for again."""
+MMIO = 1
+"""The access goes to the device bus."""
+FAULT = 2
+"""There is nothing at that address; ``last_error`` says why."""
+
+
+class TlbOwner(Protocol):
+    """Who uses the translations, and keeps some of them in a TLB: a vCPU, a device context."""
+
+    def flush_tlb(self, reason: str) -> None:
+        """Forget every cached translation. When it returns, none is used any more."""
+
+    def kick(self, reason: str) -> None:
+        """Leave the guest at the next possible moment: what runs chained does not look at the TLB."""
+
+
+class SecondaryMmu(ABC):
+    """Base of secondary MMUs. ``vcpus`` is filled by whoever builds the machine; a flush reaches all of them."""
+
+    def __init__(self, mm: Mm, trace: Trace, name: str) -> None:
+        self.mm = mm
+        self.trace = trace
+        self.name = name
+        self.vcpus: list[TlbOwner] = []
+        self.last_error = ""
+        """Why the last FAULT was one, a phrase for a person."""
+
+    @abstractmethod
+    def fault(self, page: int, access: int) -> int:
+        """Make ``page`` accessible by ``access`` (READ, WRITE, FETCH). Returns RETRY_WALK, MMIO or FAULT.
+
+        An entry may be installed only if no invalidation of the page is open then, nor began since the primary entry
+        was looked up.
+        """
+
+    @abstractmethod
+    def translate(self, page: int) -> tuple[Pfn, bool] | None:
+        """Frame and writability of the entry that it has for ``page`` now, None without one. Changes nothing."""
+
+    @abstractmethod
+    def describe(self, page: int) -> object:
+        """What is known of ``page``, for a report: ``str()`` of the result is one line."""
+
+    @abstractmethod
+    def destroy(self) -> None:
+        """Stop hearing of the mm and drop every translation. A second call does nothing."""
+
+    def flush_remote_tlbs(self, reason: str) -> None:
+        """Empty every TLB; each has acknowledged when this returns."""
+        for vcpu in self.vcpus:
+            vcpu.flush_tlb(reason)
+
+    def kick(self, reason: str) -> None:
+        """Have every vCPU leave the guest."""
+        for vcpu in self.vcpus:
+            vcpu.kick(reason)

@@ -1,0 +1,348 @@
+"""KVM's secondary MMU: shadow entries by guest frame, installed by faults, removed by the notifier.
+
+``mmu_lock`` protects the entries and the invalidation state. It needs no object: an actor is atomic between schedule
+points, so "under mmu_lock" is a stretch of code without a point. The state:
+
+* ``mmu_invalidate_seq``: how many invalidations have ended;
+* ``mmu_invalidate_in_progress``: how many are open, and ``mmu_invalidate_range_start``/``_end``: the hull of their
+  guest frames. It grows, and is only forgotten when the count comes back to 0;
+* ``mn_active_invalidate_count``: open ranges of the mm, also those that hit no memslot. Memslots do not change while
+  there are any, so that a start and its end hit the same slots.
+
+Fault: read seq → memslot → get_user_pages (may sleep, and may itself announce invalidations) → lock → give up when an
+open invalidation covers the gfn or seq has changed → install → unlock. Giving up means that the guest faults again.
+
+Start: count → lock → for each slot that is hit: extend the hull, remove the entries → *if any was removed, flush all
+TLBs and kick all vCPUs* → unlock.
+
+End: lock → seq + 1, then in_progress - 1 → unlock. Seq first: whoever sees the count at 0 sees the new seq.
+
+The entries hold no reference to their frames. What keeps a frame from being reused under an entry is this protocol.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from xipvm.actors import point
+from xipvm.address import PAGE_SHIFT, Gfn, Hva, Pfn
+from xipvm.errors import InternalError, MmError, OutOfFrames
+from xipvm.mmu.frames import PG_DIRTY, HostMemory
+from xipvm.mmu.secondary.base import ACCESS_NAMES, FAULT, FETCH, MMIO, RETRY_WALK, WRITE, SecondaryMmu
+from xipvm.mmu.secondary.memslot import GFN_LIMIT, Memslot, Memslots
+from xipvm.mmu.secondary.spte import (
+    PFN_MASK,
+    PFN_SHIFT,
+    SPTE_PRESENT,
+    SPTE_READ_ONLY,
+    SPTE_WRITABLE,
+    SPTE_WRITE,
+    describe_spte,
+    make_mmio_spte,
+    spte_pfn,
+    spte_rights,
+)
+from xipvm.mmu.tables import PageTable
+from xipvm.notifier import MmuNotifier, MmuNotifierRange, NotifiedMm
+
+if TYPE_CHECKING:
+    from xipvm.mmu.mm import Mm
+    from xipvm.trace.funnel import Trace
+
+_SPTE_LEVELS = 3
+
+
+def _no_devices(gpa: int) -> bool:
+    return False
+
+
+@dataclass(frozen=True, slots=True)
+class GfnInfo:
+    """What the secondary MMU knows of one guest frame."""
+
+    gfn: Gfn
+    spte: int
+    """The raw entry, 0 when there is none."""
+    slot: int | None
+    flags: int
+    hva: Hva | None
+    """Where the memslot puts it in the host's address space."""
+    invalidating: bool
+    """An open invalidation covers it."""
+
+    def __str__(self) -> str:
+        where = "no memslot" if self.slot is None else f"memslot {self.slot}, hva {self.hva:#x}"
+        open = ", being invalidated" if self.invalidating else ""
+        return f"gfn {self.gfn:#x}: spte {describe_spte(self.spte)}; {where}{open}"
+
+
+class Kvm(SecondaryMmu, MmuNotifier):
+    """The secondary MMU of one VM. Registers with ``mm`` at once; raises what that raises."""
+
+    def __init__(self, mm: Mm, trace: Trace, host: HostMemory, *, name: str = "vm0") -> None:
+        super().__init__(mm, trace, name)
+        self.host = host
+        self.memslots = Memslots()
+        self.sptes = PageTable(_SPTE_LEVELS)
+        self.mmio_lookup: Callable[[int], bool] = _no_devices
+        """Whether a device answers in the page at this gpa."""
+        self.mmu_invalidate_seq = 0
+        self.mmu_invalidate_in_progress = 0
+        self.mmu_invalidate_range_start = 0
+        self.mmu_invalidate_range_end = 0
+        self.mn_active_invalidate_count = 0
+        self.released = False
+        """The mm is gone or the VM destroyed: every fault fails."""
+        mm.notifiers.register(self)
+
+    # ---- faults
+
+    def fault(self, gfn: int, access: int) -> int:
+        """Install an entry for ``gfn`` that allows ``access``. See :meth:`SecondaryMmu.fault`."""
+        trace = self.trace
+        if not trace.on:
+            return self._fault(gfn, access)
+        with trace.because(trace.emit("kvm_page_fault", vm=self.name, gfn=gfn, access=ACCESS_NAMES[access])):
+            return self._fault(gfn, access)
+
+    def _fault(self, gfn: int, access: int) -> int:
+        seq = self.mmu_invalidate_seq
+        point("kvm.fault.seq_read")
+        slot = self.memslots.find(gfn)
+        if slot is None:
+            return self._fault_without_slot(gfn, access)
+        if slot.invalid:
+            return self._give_up(gfn, "memslot")
+        write = access == WRITE
+        if write and slot.readonly:
+            return MMIO
+        if self.released:
+            self.last_error = f"{self.name} has lost its address space"
+            return FAULT
+        if self.mmu_invalidate_in_progress:  # only saves the lookup; what counts is the check below
+            reason = self.mmu_invalidate_retry(seq, gfn)
+            if reason:
+                return self._give_up(gfn, reason)
+        try:
+            page = self.mm.get_user_pages(Hva(slot.hva + ((gfn - slot.gfn) << PAGE_SHIFT)), write=write)
+        except (MmError, OutOfFrames) as error:
+            return self._lookup_failed(slot, gfn, access, error)
+        point("kvm.fault.gup_done")
+
+        # mmu_lock is taken
+        reason = self.mmu_invalidate_retry(seq, gfn)
+        if reason:
+            return self._give_up(gfn, reason)
+        pfn = page.pfn
+        writable = page.writable and not slot.readonly
+        spte = pfn << PFN_SHIFT | (SPTE_WRITABLE if writable else SPTE_READ_ONLY)
+        if not self.sptes.cmpxchg(gfn, 0, spte) and not self._replace(gfn, spte):
+            return RETRY_WALK
+        if writable:
+            # The guest writes without telling anybody: to the mm the frame is dirty from now on.
+            self.host.set_flags(pfn, PG_DIRTY)
+        trace = self.trace
+        if trace.on:
+            trace.emit("spte_set", vm=self.name, gfn=gfn, pfn=pfn, rights=spte_rights(spte))
+        # mmu_lock is dropped
+        return RETRY_WALK
+
+    def mmu_invalidate_retry(self, seq: int, gfn: int) -> str:
+        """Why a fault that read ``seq`` must not install an entry for ``gfn``; empty when it may. Under mmu_lock."""
+        if self.mmu_invalidate_in_progress and self.mmu_invalidate_range_start <= gfn < self.mmu_invalidate_range_end:
+            return "in progress"
+        return "seq" if self.mmu_invalidate_seq != seq else ""
+
+    def _give_up(self, gfn: int, reason: str) -> int:
+        if self.trace.on:
+            self.trace.emit("kvm_retry", vm=self.name, gfn=gfn, reason=reason)
+        return RETRY_WALK
+
+    def _replace(self, gfn: int, spte: int) -> bool:
+        """Put ``spte`` where an entry is already. False when nothing is changed by it."""
+        old = self.sptes.get(gfn)
+        if old == spte:  # another vCPU was faster
+            return False
+        if old & SPTE_PRESENT and ((old ^ spte) & PFN_MASK or old & ~spte & SPTE_WRITE):
+            # The notifier should have removed it. A TLB may hold it, so it is never changed in place.
+            self._zap(gfn, gfn + 1)
+            self._flush_and_kick("stale spte")
+        self.sptes.set(gfn, spte)
+        return True
+
+    def _fault_without_slot(self, gfn: int, access: int) -> int:
+        if access != FETCH and self.mmio_lookup(gfn << PAGE_SHIFT):
+            if gfn < GFN_LIMIT:
+                self.sptes.set(gfn, make_mmio_spte(Gfn(gfn)))
+            return MMIO
+        self.last_error = f"no memory at guest physical page {gfn << PAGE_SHIFT:#x}"
+        return FAULT
+
+    def _lookup_failed(self, slot: Memslot, gfn: int, access: int, error: MmError | OutOfFrames) -> int:
+        if slot.romd and access != FETCH and isinstance(error, MmError) and error.errno == errno.EFAULT:
+            return MMIO  # the ROM does not show its array: the device answers
+        self.last_error = f"no page behind guest frame {gfn:#x} ({slot!r}): {error}"
+        return FAULT
+
+    # ---- the notifier
+
+    def invalidate_range_start(self, range: MmuNotifierRange) -> int:
+        """Remove the entries of the range and keep faults from installing new ones. Never declines."""
+        self.mn_active_invalidate_count += 1
+        begun = False
+        try:
+            point("kvm.invalidate.counted")
+            # mmu_lock is taken at the first slot that is hit; without one, faults cannot reach these addresses
+            zapped = False
+            for start, end in self.memslots.in_hva_range(range.start, range.end):
+                if not begun:
+                    self._invalidate_begin()
+                    begun = True
+                self._invalidate_range_add(start, end)
+                zapped = self._zap(start, end) or zapped
+            if zapped:
+                self._flush_and_kick("mmu_notifier")
+            # mmu_lock is dropped
+        except BaseException:  # an aborted run: no end will come for this range
+            if begun:
+                self._invalidate_end()
+            self.mn_active_invalidate_count -= 1
+            raise
+        return 0
+
+    def invalidate_range_end(self, range: MmuNotifierRange) -> None:
+        """Faults may install entries of the range again."""
+        if self.memslots.in_hva_range(range.start, range.end):
+            self._invalidate_end()
+        self.mn_active_invalidate_count -= 1
+        if self.mn_active_invalidate_count < 0:
+            raise InternalError(f"{self.name}: {range!r} ended, but did not begin")
+
+    def _invalidate_begin(self) -> None:
+        self.mmu_invalidate_in_progress += 1
+        if self.mmu_invalidate_in_progress == 1:
+            self.mmu_invalidate_range_start = GFN_LIMIT
+            self.mmu_invalidate_range_end = 0
+
+    def _invalidate_range_add(self, start: int, end: int) -> None:
+        self.mmu_invalidate_range_start = min(self.mmu_invalidate_range_start, start)
+        self.mmu_invalidate_range_end = max(self.mmu_invalidate_range_end, end)
+
+    def _invalidate_end(self) -> None:
+        self.mmu_invalidate_seq += 1
+        self.mmu_invalidate_in_progress -= 1
+        if self.mmu_invalidate_in_progress < 0:
+            raise InternalError(f"{self.name}: more invalidations ended than began")
+
+    def _zap(self, start: int, end: int) -> bool:
+        """Remove the entries of guest frames ``[start, end)``; whether there were any. TLBs are not flushed yet."""
+        runs = self.sptes.zap(start, end)
+        if not runs:
+            return False
+        if self.trace.on:
+            self.trace.emit("spte_zap", vm=self.name, start=start, end=end, pages=runs)
+        return True
+
+    def _flush_and_kick(self, reason: str) -> None:
+        self.flush_remote_tlbs(reason)
+        self.kick(reason)
+
+    def _zap_all(self) -> bool:
+        """Remove every entry, MMIO ones included, and make faults that are under way start over."""
+        zapped = self._zap(0, GFN_LIMIT)
+        self.mmu_invalidate_seq += 1
+        return zapped
+
+    def release(self, mm: NotifiedMm) -> None:
+        """Drop every entry and let no fault succeed any more. May run twice."""
+        self.released = True
+        if self._zap_all():
+            self._flush_and_kick("release")
+
+    def destroy(self) -> None:
+        """Unregister from the mm, which drops every entry. A second call does nothing."""
+        if self.subscribed_to is not None:
+            self.mm.notifiers.unregister(self)
+        # Unregistering can cut a start from its end.
+        self.mmu_invalidate_in_progress = 0
+        self.mn_active_invalidate_count = 0
+
+    # ---- memslots
+
+    def set_memslot(self, slot: int, gfn: int, pages: int, hva: int, flags: int = 0) -> None:
+        """Create memslot ``slot``, or move it to another guest frame.
+
+        Raises MmError, and nothing is changed: EINVAL and EEXIST as :meth:`Memslots.check` says, EDEADLK when an
+        invalidation is in progress that cannot end meanwhile.
+        """
+        self._wait_for_invalidations("set_memslot")
+        new = Memslot(slot, Gfn(gfn), pages, Hva(hva), flags)
+        old = self.memslots.check(new)
+        if old is not None:
+            if old.gfn == gfn:
+                return
+            self._retire(old)
+        self.memslots.insert(new)
+        before = self.sptes.present
+        self.sptes.zap(gfn, new.gfn_end)  # MMIO entries: there is memory now
+        if self.sptes.present != before:
+            self.flush_remote_tlbs("memslot")
+        if self.trace.on:
+            self.trace.emit("memslot_set", vm=self.name, slot=slot, gfn=gfn, pages=pages, hva=hva, flags=flags)
+
+    def delete_memslot(self, slot: int) -> None:
+        """Take memslot ``slot`` away; its guest frames have no memory any more.
+
+        Raises MmError, and nothing is changed: EINVAL when there is none, EDEADLK as :meth:`set_memslot`.
+        """
+        self._wait_for_invalidations("delete_memslot")
+        old = self.memslots.get(slot)
+        if old is None:
+            raise MmError(errno.EINVAL, f"memslot {slot}: there is none to delete")
+        self._retire(old)
+        self.memslots.remove(slot)
+        if self.trace.on:
+            self.trace.emit("memslot_delete", vm=self.name, slot=slot)
+
+    def _retire(self, slot: Memslot) -> None:
+        """Let nobody use ``slot`` any more. As in KVM, the entries of all slots go."""
+        slot.invalid = True
+        try:
+            point("kvm.memslot.invalid")
+            self._wait_for_invalidations("memslot update")
+        except BaseException:
+            slot.invalid = False
+            raise
+        self._zap_all()
+        self._flush_and_kick("memslot")  # also what TLBs know of the slot's MMIO accesses
+
+    def _wait_for_invalidations(self, what: str) -> None:
+        if self.mn_active_invalidate_count:
+            point("kvm.memslot.wait")
+            if self.mn_active_invalidate_count:
+                raise MmError(errno.EDEADLK, f"{what}: an invalidation of {self.mm.name} is in progress")
+
+    # ---- questions
+
+    def translate(self, gfn: int) -> tuple[Pfn, bool] | None:
+        """Frame and writability of the entry of ``gfn``, None without a present one."""
+        spte = self.sptes.get(gfn)
+        if not spte & SPTE_PRESENT:
+            return None
+        return spte_pfn(spte), bool(spte & SPTE_WRITE)
+
+    def describe(self, gfn: int) -> GfnInfo:
+        """What is known of ``gfn``, for a report."""
+        slot = self.memslots.find(gfn)
+        return GfnInfo(
+            gfn=Gfn(gfn),
+            spte=self.sptes.get(gfn) if gfn < GFN_LIMIT else 0,
+            slot=None if slot is None else slot.id,
+            flags=0 if slot is None else slot.flags,
+            hva=None if slot is None else slot.hva_of(Gfn(gfn)),
+            invalidating=bool(self.mmu_invalidate_in_progress)
+            and self.mmu_invalidate_range_start <= gfn < self.mmu_invalidate_range_end,
+        )

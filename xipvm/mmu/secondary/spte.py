@@ -1,0 +1,68 @@
+"""Shadow page-table entries: their bits, and what they say.
+
+An entry maps one gfn. It is 0 (nothing known), *present* (``SPTE_PRESENT``, the frame in bits 12..51, rights in bits
+0..2), or *MMIO* (``SPTE_MMIO`` and the gfn in bits 12..51: no memslot here, a device answers). Present and MMIO are
+never set together. The native walker reads the same numbers.
+
+``SPTE_HOST_WRITABLE`` says that the host's entry was writable when this one was made and never changes while it lives.
+``SPTE_MMU_WRITABLE`` says that the secondary MMU itself allows writing. W without both of them is a defect.
+"""
+
+from __future__ import annotations
+
+from xipvm.address import Gfn, Pfn
+
+SPTE_READ = 1 << 0
+SPTE_WRITE = 1 << 1
+SPTE_EXEC = 1 << 2
+SPTE_ACCESSED = 1 << 5
+SPTE_DIRTY = 1 << 6
+SPTE_HUGE = 1 << 7
+SPTE_HOST_WRITABLE = 1 << 9
+SPTE_MMU_WRITABLE = 1 << 10
+SPTE_PRESENT = 1 << 11
+SPTE_MMIO = 1 << 62
+
+PFN_SHIFT = 12
+PFN_MASK = ((1 << 40) - 1) << PFN_SHIFT
+
+# What a fault installs. Executing needs no right of the VMA: KVM asks for none, and the guest has no VMAs.
+SPTE_READ_ONLY = SPTE_PRESENT | SPTE_READ | SPTE_EXEC | SPTE_ACCESSED
+SPTE_WRITABLE = SPTE_READ_ONLY | SPTE_WRITE | SPTE_DIRTY | SPTE_HOST_WRITABLE | SPTE_MMU_WRITABLE
+
+_RIGHTS = tuple(
+    "".join(letter for bit, letter in ((SPTE_READ, "r"), (SPTE_WRITE, "w"), (SPTE_EXEC, "x")) if value & bit)
+    for value in range(8)
+)
+
+
+def make_spte(pfn: Pfn, writable: bool) -> int:
+    """The present entry for ``pfn``."""
+    return pfn << PFN_SHIFT | (SPTE_WRITABLE if writable else SPTE_READ_ONLY)
+
+
+def make_mmio_spte(gfn: Gfn) -> int:
+    """The entry that sends accesses of ``gfn`` to the device bus."""
+    return SPTE_MMIO | gfn << PFN_SHIFT
+
+
+def spte_pfn(spte: int) -> Pfn:
+    """The frame of a present entry."""
+    return Pfn((spte & PFN_MASK) >> PFN_SHIFT)
+
+
+def spte_rights(spte: int) -> str:
+    """The letters of the rights that a present entry gives, ``rx`` or ``rwx``; empty when it is not present."""
+    return _RIGHTS[spte & 7] if spte & SPTE_PRESENT else ""
+
+
+def describe_spte(spte: int) -> str:
+    """One phrase for a person: ``none``, ``mmio``, or ``pfn 0x1a rwx dirty``."""
+    if spte & SPTE_MMIO:
+        return "mmio"
+    if not spte & SPTE_PRESENT:
+        return "none" if not spte else f"not present ({spte:#x})"
+    flags = [
+        name for bit, name in ((SPTE_ACCESSED, "accessed"), (SPTE_DIRTY, "dirty"), (SPTE_HUGE, "huge")) if spte & bit
+    ]
+    return " ".join([f"pfn {spte_pfn(spte):#x}", spte_rights(spte), *flags])
