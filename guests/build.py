@@ -24,12 +24,14 @@ ZIGLANG = "ziglang==0.17.1"
 HERE = Path(__file__).resolve().parent
 BIN = HERE / "bin"
 
-COMMON = ("print", "memory", "trap")
+COMMON = ("print", "memory", "trap", "flash")
 CFLAGS = (
     "-std=c11",
     "-O2",
     "-g0",
     "-ffreestanding",
+    "-ffunction-sections",
+    "-fdata-sections",
     "-fno-pic",
     "-fno-sanitize=all",
     "-fno-stack-protector",
@@ -73,6 +75,16 @@ class Guest:
 
 GUESTS = (
     Guest("hello", "hello.c"),
+    Guest("selfmod", "selfmod.c"),
+    Guest("selfmod-smp", "selfmod-smp.c"),
+    Guest("reprogram", "reprogram.c"),
+    Guest("warmloop", "warmloop.c"),
+    Guest("faults", "faults.c"),
+    Guest("crash", "crash.c"),
+    Guest("panic", "crash.c", ("VECTORS",)),
+    Guest("clocks", "clocks.c"),
+    Guest("pages", "pages.c"),
+    Guest("token", "token.c"),
     Guest("store", "kernels/store.c"),
     Guest("sort", "kernels/sort.c"),
     Guest("crc", "kernels/crc.c"),

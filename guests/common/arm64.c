@@ -82,6 +82,12 @@ void secondary_main(unsigned cpu) { cpu_entry[cpu](cpu); }
 
 void cpu_relax(void) { __asm__ volatile("yield"); }
 
+/* --- Interrupts ----------------------------------------------------------------------------------------------- */
+
+void interrupts_on(void) { __asm__ volatile("msr daifclr, #2\n\tisb" : : : "memory"); }
+void interrupts_off(void) { __asm__ volatile("msr daifset, #2\n\tisb" : : : "memory"); }
+void wait_for_interrupt(void) { __asm__ volatile("dsb sy\n\twfi" : : : "memory"); }
+
 /* --- Fresh instructions --------------------------------------------------------------------------------------- */
 
 #define CACHE_LINE 16u /* the least that any implementation has */
@@ -100,37 +106,61 @@ void sync_code(void *start, size_t size)
 
 void sync_fetch(void) { __asm__ volatile("isb" : : : "memory"); }
 
+void write_return(u32 code[2], u32 value)
+{
+    code[0] = 0x52800000u | value << 5; /* mov w0, #value */
+    code[1] = 0xd65f03c0u;              /* ret */
+}
+
 /* --- Traps ---------------------------------------------------------------------------------------------------- */
 
+/* Exception classes and fault status codes of ESR_EL1. */
 #define EC(esr) ((unsigned)((esr) >> 26) & 0x3f)
+#define EC_UNKNOWN 0x00
 #define EC_SVC64 0x15
-#define EC_HVC64 0x16
+#define EC_MSR_MRS 0x18
+#define EC_IABT_LOWER_EL 0x20
 #define EC_IABT_SAME_EL 0x21
 #define EC_PC_ALIGNMENT 0x22
+#define EC_DABT_LOWER_EL 0x24
+#define EC_DABT_SAME_EL 0x25
+#define EC_BRK64 0x3c
+#define FSC(esr) ((esr) & 0x3f)
+#define FSC_ALIGNMENT 0x21
+#define WNR(esr) ((esr) >> 6 & 1)
 #define LINK 30
 
-const char *trap_name(const struct trap *trap)
+enum trap_kind trap_kind(const struct trap *trap)
 {
     switch (EC(trap->cause)) {
-    case 0x00: return "undefined instruction";
-    case EC_SVC64: return "supervisor call";
-    case 0x18: return "trapped system register";
-    case 0x20: case EC_IABT_SAME_EL: return "instruction abort";
-    case EC_PC_ALIGNMENT: return "misaligned pc";
-    case 0x24: case 0x25:
-        if ((trap->cause & 0x3f) == 0x21)
-            return "misaligned access";
-        return trap->cause & (1u << 6) ? "data abort on write" : "data abort on read";
-    case 0x3c: return "breakpoint";
-    default: return "exception";
+    case EC_UNKNOWN:
+    case EC_MSR_MRS:
+        return TRAP_UNDEFINED;
+    case EC_SVC64:
+        return TRAP_CALL;
+    case EC_BRK64:
+        return TRAP_BREAKPOINT;
+    case EC_PC_ALIGNMENT:
+        return TRAP_MISALIGNED;
+    case EC_IABT_LOWER_EL:
+    case EC_IABT_SAME_EL:
+        return TRAP_FETCH;
+    case EC_DABT_LOWER_EL:
+    case EC_DABT_SAME_EL:
+        if (FSC(trap->cause) == FSC_ALIGNMENT)
+            return TRAP_MISALIGNED;
+        return WNR(trap->cause) ? TRAP_WRITE : TRAP_READ;
+    default:
+        return TRAP_OTHER;
     }
 }
 
 void trap_skip(struct trap *trap)
 {
-    switch (EC(trap->cause)) {
-    case EC_SVC64: case EC_HVC64: return; /* ELR already is the next instruction */
-    case EC_IABT_SAME_EL: case EC_PC_ALIGNMENT: trap->pc = trap->regs[LINK]; return;
-    default: trap->pc += 4;
-    }
+    enum trap_kind kind = trap_kind(trap);
+
+    if (kind == TRAP_FETCH)
+        trap->pc = trap->regs[LINK];
+    else if (kind != TRAP_CALL) /* of a call ELR is the next instruction already */
+        trap->pc += 4;
 }

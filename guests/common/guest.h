@@ -48,11 +48,21 @@ void uart_putc(char c);
 /* Makes instructions just written to [start, start + size) visible to this CPU's fetches. */
 void sync_code(void *start, size_t size);
 
+/* Writes a function of two instructions that returns `value` (< 2048) to `code`, which is ordinary memory. */
+void write_return(u32 code[2], u32 value);
+
 /* Makes this CPU forget instructions it has fetched before, after another CPU has written and synchronised them. */
 void sync_fetch(void);
 
 /* A hint inside a spin loop. */
 void cpu_relax(void);
+
+/* A source of interrupts is waited for with interrupts off, or it may come between the test and the wfi:
+ *     while (!done) { wait_for_interrupt(); interrupts_on(); interrupts_off(); }
+ * wfi ends for one that is pending though masked. */
+void interrupts_on(void);
+void interrupts_off(void);
+void wait_for_interrupt(void);
 
 /* --- Traps ---------------------------------------------------------------------------------------------------- */
 
@@ -71,8 +81,22 @@ extern bool (*on_exception)(struct trap *trap);
 /* Handles an interrupt; it must make the source stop asserting it. */
 extern void (*on_interrupt)(void);
 
-/* The cause in words. */
-const char *trap_name(const struct trap *trap);
+enum trap_kind {
+    TRAP_OTHER,
+    TRAP_FETCH,      /* instruction fetch from where there is no memory */
+    TRAP_READ,       /* load from there */
+    TRAP_WRITE,      /* store to there */
+    TRAP_MISALIGNED,
+    TRAP_UNDEFINED,
+    TRAP_BREAKPOINT,
+    TRAP_CALL,       /* svc, ecall */
+    TRAP_KINDS
+};
+
+enum trap_kind trap_kind(const struct trap *trap);
+
+/* The kind in words. */
+const char *trap_name(enum trap_kind kind);
 
 /* Makes pc that of the instruction after the one that trapped; after a fetch fault, of the caller's. */
 void trap_skip(struct trap *trap);

@@ -75,6 +75,14 @@ void secondary_main(unsigned cpu)
 
 void cpu_relax(void) { __asm__ volatile(".insn 0x0100000f"); } /* pause */
 
+/* --- Interrupts ----------------------------------------------------------------------------------------------- */
+
+#define MSTATUS_MIE 8
+
+void interrupts_on(void) { __asm__ volatile("csrsi mstatus, %0" : : "i"(MSTATUS_MIE) : "memory"); }
+void interrupts_off(void) { __asm__ volatile("csrci mstatus, %0" : : "i"(MSTATUS_MIE) : "memory"); }
+void wait_for_interrupt(void) { __asm__ volatile("wfi" : : : "memory"); }
+
 /* --- Fresh instructions --------------------------------------------------------------------------------------- */
 
 void sync_code(void *start, size_t size)
@@ -86,26 +94,63 @@ void sync_code(void *start, size_t size)
 
 void sync_fetch(void) { __asm__ volatile(".insn 0x0000100f" : : : "memory"); } /* fence.i */
 
+void write_return(u32 code[2], u32 value)
+{
+    code[0] = value << 20 | 0x00000513u; /* li a0, value */
+    code[1] = 0x00008067u;               /* ret */
+}
+
 /* --- Traps ---------------------------------------------------------------------------------------------------- */
 
+/* Exceptions in mcause. */
 #define FETCH_MISALIGNED 0
 #define FETCH_FAULT 1
+#define ILLEGAL_INSTRUCTION 2
+#define BREAKPOINT 3
+#define LOAD_MISALIGNED 4
+#define LOAD_FAULT 5
+#define STORE_MISALIGNED 6
+#define STORE_FAULT 7
+#define ECALL_FROM_U 8
+#define ECALL_FROM_S 9
+#define ECALL_FROM_M 11
+#define FETCH_PAGE_FAULT 12
+#define LOAD_PAGE_FAULT 13
+#define STORE_PAGE_FAULT 15
 #define LINK 1
 
-const char *trap_name(const struct trap *trap)
+enum trap_kind trap_kind(const struct trap *trap)
 {
-    static const char *const names[] = {
-        "misaligned fetch", "fetch access fault", "illegal instruction", "breakpoint", "misaligned load",
-        "load access fault", "misaligned store", "store access fault", "ecall from U-mode", "ecall from S-mode",
-        "exception", "ecall from M-mode", "fetch page fault", "load page fault", "exception", "store page fault",
-    };
-
-    return trap->cause < ARRAY_SIZE(names) ? names[trap->cause] : "exception";
+    switch (trap->cause) {
+    case FETCH_FAULT:
+    case FETCH_PAGE_FAULT:
+        return TRAP_FETCH;
+    case LOAD_FAULT:
+    case LOAD_PAGE_FAULT:
+        return TRAP_READ;
+    case STORE_FAULT:
+    case STORE_PAGE_FAULT:
+        return TRAP_WRITE;
+    case FETCH_MISALIGNED:
+    case LOAD_MISALIGNED:
+    case STORE_MISALIGNED:
+        return TRAP_MISALIGNED;
+    case ILLEGAL_INSTRUCTION:
+        return TRAP_UNDEFINED;
+    case BREAKPOINT:
+        return TRAP_BREAKPOINT;
+    case ECALL_FROM_U:
+    case ECALL_FROM_S:
+    case ECALL_FROM_M:
+        return TRAP_CALL;
+    default:
+        return TRAP_OTHER;
+    }
 }
 
 void trap_skip(struct trap *trap)
 {
-    if (trap->cause == FETCH_MISALIGNED || trap->cause == FETCH_FAULT)
+    if (trap_kind(trap) == TRAP_FETCH)
         trap->pc = trap->regs[LINK];
     else
         trap->pc += (*(u16 *)trap->pc & 3) == 3 ? 4 : 2; /* low bits 11: not a compressed instruction */

@@ -4,6 +4,22 @@
 bool (*on_exception)(struct trap *trap);
 void (*on_interrupt)(void);
 
+const char *trap_name(enum trap_kind kind)
+{
+    static const char *const names[TRAP_KINDS] = {
+        [TRAP_OTHER] = "exception",
+        [TRAP_FETCH] = "fetch fault",
+        [TRAP_READ] = "read fault",
+        [TRAP_WRITE] = "write fault",
+        [TRAP_MISALIGNED] = "misaligned access",
+        [TRAP_UNDEFINED] = "undefined instruction",
+        [TRAP_BREAKPOINT] = "breakpoint",
+        [TRAP_CALL] = "system call",
+    };
+
+    return names[kind];
+}
+
 /* Called by the vectors in start-<isa>.S. */
 void trap_entry(struct trap *trap, bool is_interrupt)
 {
@@ -15,7 +31,7 @@ void trap_entry(struct trap *trap, bool is_interrupt)
         return;
 
     on_exception = NULL; /* an exception on the way out ends here, too, and not in a handler that may loop */
-    print("\nunhandled %s\n", is_interrupt ? "interrupt" : trap_name(trap));
+    print("\nunhandled %s\n", is_interrupt ? "interrupt" : trap_name(trap_kind(trap)));
     trap_print(trap);
     guest_exit(1);
 }
