@@ -105,8 +105,6 @@ class ElfImage:
             # Non-blocking, so that opening a FIFO does not wait for a writer.
             with open(os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb", buffering=0) as file:
                 info = os.fstat(file.fileno())
-                if stat.S_ISDIR(info.st_mode):
-                    raise GuestImageError(name, "is a directory")
                 if not stat.S_ISREG(info.st_mode):
                     raise GuestImageError(name, "is not a regular file")
                 if info.st_size > _MAX_FILE:
