@@ -1,0 +1,164 @@
+"""The bytes behind flash banks: erased memory, or an image file.
+
+==============  =====================================  ====================================
+source          mapping                                what a run changes
+==============  =====================================  ====================================
+no file         private, reads 0xFF                    is gone with the run
+a file          shared                                 is in the file at once
+``snapshot``    private                                is gone with the run
+``readonly``    private, not writable                  nothing: chips report a locked block
+==============  =====================================  ====================================
+
+A file is locked (flock) while it is open: exclusively, or shared for snapshot and readonly runs, so no two
+machines write one image and none sees bytes change that it did not change. The kernel drops the lock when
+the process dies. What is stored through a shared mapping survives the death of the process.
+
+Everything that can go wrong goes wrong when the image is opened, as :class:`FlashImageError`: a file with
+holes gets its blocks there and then, because a full disk shows only as SIGBUS once it is mapped.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import stat
+from types import TracebackType
+
+from xipvm.address import format_size
+from xipvm.devices.flash.mapping import Mapping, in_words, map_erased, map_file
+from xipvm.errors import FlashImageError
+
+
+class FlashImage:
+    """Flash bytes at a fixed host address; several banks may lie behind one another in one image."""
+
+    def __init__(self, memory: Mapping, *, path: str | None, fd: int, private: bool, readonly: bool) -> None:
+        self.address = memory.address
+        """Host pointer to the first byte; fixed until :meth:`close`."""
+        self.size = memory.size
+        """Bytes."""
+        self.path = path
+        """The file, None for erased memory."""
+        self.private = private
+        """Changes do not reach the file."""
+        self.readonly = readonly
+        """No cell can change."""
+        self._memory = memory
+        self._fd = fd
+        self._views: list[memoryview] = []
+        self._closed = False
+
+    @classmethod
+    def erased(cls, size: int) -> FlashImage:
+        """Private memory, all 0xFF. Raises FlashImageError when the host has no room."""
+        try:
+            memory = map_erased(size)
+        except OSError as error:
+            raise FlashImageError("erased flash", f"no room for {format_size(size)}: {error.strerror}") from None
+        return cls(memory, path=None, fd=-1, private=True, readonly=False)
+
+    @classmethod
+    def open(cls, path: str, size: int, *, snapshot: bool = False, readonly: bool = False) -> FlashImage:
+        """Map the file ``path`` of exactly ``size`` bytes and lock it. Raises FlashImageError."""
+        private = snapshot or readonly
+        fd = open_regular(path, os.O_RDONLY if private else os.O_RDWR)
+        try:
+            lock(fd, path, shared=private)
+            length = os.fstat(fd).st_size
+            if length != size:
+                raise FlashImageError(path, f"has {length} bytes, the flash has {size} ({format_size(size)})")
+            if not private:
+                _fill_holes(fd, path, size)
+            try:
+                memory = map_file(fd, size, shared=not private, writable=not readonly)
+            except OSError as error:
+                raise FlashImageError(path, f"cannot be mapped: {error.strerror}") from None
+        except BaseException:
+            os.close(fd)
+            raise
+        return cls(memory, path=path, fd=fd, private=private, readonly=readonly)
+
+    def view(self, offset: int = 0, size: int | None = None, width: int = 1) -> memoryview:
+        """``size`` bytes from ``offset`` in units of ``width`` (1, 2 or 4) bytes; :meth:`close` releases it.
+
+        Not writable when the image is readonly. Whoever writes through it tells whoever executes from it.
+        """
+        end = self.size if size is None else offset + size
+        if not 0 <= offset <= end <= self.size:
+            raise ValueError(f"[{offset:#x}, {end:#x}) is outside a flash image of {self.size:#x} bytes")
+        view = self._memory.bytes[offset:end]
+        self._views.append(in_words(view, width))
+        return self._views[-1]
+
+    def revert(self) -> None:
+        """Forget every change since the image was opened. Raises ValueError for a persistent one.
+
+        Whoever executes from it has to be told by the caller.
+        """
+        if not self.private:
+            raise ValueError(f"{self.path} is written to at once; only a private image can be reverted")
+        self._memory.drop_private()
+
+    def close(self) -> None:
+        """Unmap and unlock; the views that were given out raise ValueError from now on. May be called twice."""
+        if self._closed:
+            return
+        self._closed = True
+        for view in self._views:
+            view.release()
+        self._memory.close()
+        if self._fd >= 0:
+            os.close(self._fd)
+
+    def __enter__(self) -> FlashImage:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+
+def open_regular(path: str, flags: int) -> int:
+    """A descriptor of the regular file ``path``, opened with ``os.O_*`` flags. Raises FlashImageError."""
+    try:
+        # Without O_NONBLOCK a FIFO would wait here for somebody to open its other end.
+        fd = os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK)
+    except FileNotFoundError:
+        raise FlashImageError(path, "no such file") from None
+    except IsADirectoryError:
+        raise FlashImageError(path, "is a directory") from None
+    except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            if flags & os.O_ACCMODE == os.O_RDONLY:
+                raise FlashImageError(path, "may not be read") from None
+            raise FlashImageError(path, "may not be written; snapshot=on or readonly=on only read it") from None
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise FlashImageError(path, f"cannot be opened: {reason}") from None
+    mode = os.fstat(fd).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(fd)
+        raise FlashImageError(path, "is a directory" if stat.S_ISDIR(mode) else "is not a regular file")
+    return fd
+
+
+def lock(fd: int, path: str, *, shared: bool) -> None:
+    """Lock an image until ``fd`` is closed; shared for those who only read it. Raises FlashImageError."""
+    try:
+        fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        hint = "" if shared else "; only runs with snapshot=on or readonly=on share an image"
+        raise FlashImageError(path, "in use by another run" + hint) from None
+    except OSError as error:
+        raise FlashImageError(path, f"cannot be locked: {error.strerror}") from None
+
+
+def _fill_holes(fd: int, path: str, size: int) -> None:
+    """Give a sparse file its blocks. Raises FlashImageError when the disk has none left."""
+    if os.fstat(fd).st_blocks * 512 >= size:
+        return
+    try:
+        os.posix_fallocate(fd, 0, size)
+    except OSError as error:
+        # Compressing file systems make every file look sparse, and cannot allocate ahead.
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+            raise FlashImageError(path, f"no room for its {format_size(size)}: {error.strerror}") from None
