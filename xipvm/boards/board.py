@@ -4,8 +4,8 @@ A board is data plus one function. ``Board.build`` creates the devices of one ma
 lines, maps them on the machine's bus and returns them as a ``Platform``. Flash banks and RAM are memory,
 not devices: the machine lays them out from ``Board.flash`` and ``Board.ram_base``.
 
-``Machine`` and the vCPU protocols are all that a board and its devices ask of the machine. A line of a vCPU
-is level-triggered: it may be called with a level that it has already.
+``Machine`` and the vCPU protocols are all that a board and its devices ask of the machine. The interrupt
+inputs of a vCPU are levels.
 """
 
 from __future__ import annotations
@@ -17,8 +17,13 @@ from typing import Any, Protocol
 from xipvm.address import format_size
 from xipvm.console import Console
 from xipvm.cpu.clock import EventClock
+from xipvm.devices.arch_timer import ArchTimer
 from xipvm.devices.bus import Bus
+from xipvm.devices.clint import Clint
 from xipvm.devices.device import Device
+from xipvm.devices.gic import Gic
+from xipvm.devices.plic import Plic
+from xipvm.devices.psci import CpuPower, Psci
 from xipvm.errors import BoardError
 
 
@@ -36,8 +41,8 @@ class RiscvVcpu(Protocol):
         """Bit ``bit`` of mip: 3 MSIP, 7 MTIP, 9 SEIP, 11 MEIP."""
 
 
-class Machine(Protocol):
-    """What a board asks of the machine it is built into.
+class Machine(CpuPower, Protocol):
+    """What a board asks of the machine it is built into. ``CpuPower`` is asked of AArch64 machines only.
 
     ``vcpus`` are ``ArmVcpu`` or ``RiscvVcpu`` objects, as the board's ISA says; each vCPU's place in the
     sequence is its number (MPIDR.Aff0, hart id).
@@ -89,12 +94,11 @@ class FlashBank:
 
 @dataclass(frozen=True, slots=True)
 class Region:
-    """Where a device is: ``[base, base + size)``; ``irq`` is its interrupt in the controller's own numbering."""
+    """Where a device is: ``[base, base + size)``."""
 
     name: str
     base: int
     size: int
-    irq: int | None = None
 
     @property
     def end(self) -> int:
@@ -104,14 +108,28 @@ class Region:
 
 @dataclass(slots=True)
 class Platform:
-    """The devices of one machine, as ``Board.build`` made them."""
+    """The devices of one machine, as ``Board.build`` made them.
 
+    The CPU asks ``timers`` (by CPU number) and ``psci`` on AArch64, ``clint`` for the time CSR on RISC-V.
+    The machine puts ``dtb`` at ``dtb_address``, in RAM and 8-byte aligned, at start and after a reset.
+    """
+
+    dtb: bytes
+    dtb_address: int
     devices: dict[str, Device] = field(default_factory=dict)
-    """By region name."""
-    dtb: bytes = b""
-    dtb_address: int = 0
-    """Where the machine puts the device tree: in RAM, 8-byte aligned."""
+    """What is on the bus, by region name."""
+    timers: tuple[ArchTimer, ...] = ()
+    psci: Psci | None = None
+    gic: Gic | None = None
+    clint: Clint | None = None
+    plic: Plic | None = None
     resets: list[Callable[[], None]] = field(default_factory=list)
+    """In order: interrupt controllers before the devices that drive their lines."""
+
+    def map(self, bus: Bus, region: Region, device: Device) -> None:
+        """Put ``device`` on the bus at ``region``."""
+        bus.map(region.base, region.size, device)
+        self.devices[region.name] = device
 
     def reset(self) -> None:
         """Every device as after power-on."""
@@ -134,13 +152,6 @@ class Board:
     flash: tuple[FlashBank, ...]
     regions: tuple[Region, ...]
     builder: Callable[[Board, Machine], Platform]
-
-    def region(self, name: str) -> Region:
-        """The device region ``name``. Raises KeyError."""
-        for region in self.regions:
-            if region.name == name:
-                return region
-        raise KeyError(name)
 
     def check(self, memory_size: int, cpus: int) -> None:
         """Raises BoardError when the board does not come with so much RAM (bytes) or so many vCPUs."""

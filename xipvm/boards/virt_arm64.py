@@ -9,31 +9,46 @@ from __future__ import annotations
 
 from xipvm.boards.board import Board, FlashBank, Machine, Platform, Region
 from xipvm.boards.fdt import Fdt
+from xipvm.devices.arch_timer import ArchTimer
+from xipvm.devices.gic import Gic
 from xipvm.devices.pl011 import Pl011
 from xipvm.devices.pl031 import Pl031
+from xipvm.devices.psci import CPU_OFF, CPU_ON, CPU_SUSPEND, SMC64, Psci
 
-UART = Region("pl011", 0x0900_0000, 0x1000, irq=1)
-RTC = Region("pl031", 0x0901_0000, 0x1000, irq=2)
+UART = Region("pl011", 0x0900_0000, 0x1000)
+RTC = Region("pl031", 0x0901_0000, 0x1000)
 GIC_DIST = Region("gic-dist", 0x0800_0000, 0x1_0000)
 GIC_CPU = Region("gic-cpu", 0x0801_0000, 0x1_0000)
 RAM_BASE = 0x4000_0000
 
-SPI_BASE = 32
+SPIS = 256
+UART_SPI, RTC_SPI = 1, 2
 PPI_SECURE_TIMER, PPI_PHYSICAL_TIMER, PPI_VIRTUAL_TIMER, PPI_HYP_TIMER = 29, 30, 27, 26
 _APB_CLOCK_HZ = 24_000_000
 _SPI, _PPI = 0, 1
-_EDGE, _LEVEL_HIGH = 1, 4
+_LEVEL_HIGH = 4
 
 
 def build(board: Board, machine: Machine) -> Platform:
     """The devices of one machine."""
-    platform = Platform(dtb=device_tree(board, machine.memory_size, len(machine.vcpus)), dtb_address=RAM_BASE)
-    uart = Pl011(machine.console)
-    rtc = Pl031(machine.clock)
-    for region, device in ((UART, uart), (RTC, rtc)):
-        machine.bus.map(region.base, region.size, device)
-        platform.devices[region.name] = device
-    platform.resets += [uart.reset, rtc.reset]
+    cpus = len(machine.vcpus)
+    gic = Gic([vcpu.set_irq for vcpu in machine.vcpus], lambda: machine.current_vcpu, SPIS)
+    uart = Pl011(machine.console, gic.spi(UART_SPI))
+    rtc = Pl031(machine.clock, gic.spi(RTC_SPI))
+    timers = tuple(
+        ArchTimer(machine.clock, gic.ppi(cpu, PPI_PHYSICAL_TIMER), gic.ppi(cpu, PPI_VIRTUAL_TIMER))
+        for cpu in range(cpus)
+    )
+    platform = Platform(
+        dtb=device_tree(board, machine.memory_size, cpus),
+        dtb_address=RAM_BASE,
+        timers=timers,
+        psci=Psci(cpus, machine, machine.request_exit, machine.request_reset),
+        gic=gic,
+        resets=[gic.reset, uart.reset, rtc.reset, *(timer.reset for timer in timers)],
+    )
+    for region, device in ((GIC_DIST, gic.distributor), (GIC_CPU, gic.cpu_interface), (UART, uart), (RTC, rtc)):
+        platform.map(machine.bus, region, device)
     return platform
 
 
@@ -47,8 +62,8 @@ def device_tree(board: Board, memory_size: int, cpus: int) -> bytes:
     root.child(f"memory@{RAM_BASE:x}").strings("device_type", "memory").quads("reg", RAM_BASE, memory_size)
 
     psci = root.child("psci").strings("compatible", "arm,psci-1.0", "arm,psci-0.2", "arm,psci")
-    psci.strings("method", "hvc").cells("cpu_suspend", 0xC400_0001).cells("cpu_off", 0x8400_0002)
-    psci.cells("cpu_on", 0xC400_0003).cells("migrate", 0xC400_0005)
+    psci.strings("method", "hvc").cells("cpu_suspend", CPU_SUSPEND | SMC64)
+    psci.cells("cpu_off", CPU_OFF).cells("cpu_on", CPU_ON | SMC64)
 
     cpu_nodes = root.child("cpus").cells("#address-cells", 1).cells("#size-cells", 0)
     for number in range(cpus):
@@ -75,9 +90,12 @@ def device_tree(board: Board, memory_size: int, cpus: int) -> bytes:
 
     clock = root.child("apb-pclk").strings("compatible", "fixed-clock").cells("#clock-cells", 0)
     clock.cells("clock-frequency", _APB_CLOCK_HZ).strings("clock-output-names", "clk24mhz")
-    for region, compatible, clocks in ((UART, "arm,pl011", ("uartclk", "apb_pclk")), (RTC, "arm,pl031", ("apb_pclk",))):
+    for region, compatible, spi, clocks in (
+        (UART, "arm,pl011", UART_SPI, ("uartclk", "apb_pclk")),
+        (RTC, "arm,pl031", RTC_SPI, ("apb_pclk",)),
+    ):
         node = root.child(f"{region.name}@{region.base:x}").strings("compatible", compatible, "arm,primecell")
-        node.quads("reg", region.base, region.size).cells("interrupts", _SPI, region.irq or 0, _LEVEL_HIGH)
+        node.quads("reg", region.base, region.size).cells("interrupts", _SPI, spi, _LEVEL_HIGH)
         node.cells("clocks", *[clock.phandle()] * len(clocks)).strings("clock-names", *clocks)
     return fdt.to_bytes()
 

@@ -9,22 +9,25 @@ at the top of RAM below 3 GiB.
 from __future__ import annotations
 
 from xipvm.address import PAGE_SIZE
-from xipvm.boards.board import Board, FlashBank, Machine, Platform, Region
+from xipvm.boards.board import Board, FlashBank, Machine, Platform, Region, RiscvVcpu
 from xipvm.boards.fdt import Fdt
+from xipvm.devices.clint import FREQUENCY, Clint
+from xipvm.devices.device import IrqLine
 from xipvm.devices.finisher import PASS, RESET, Finisher
 from xipvm.devices.goldfish_rtc import GoldfishRtc
 from xipvm.devices.ns16550 import Ns16550
+from xipvm.devices.plic import Plic
 
 FINISHER = Region("finisher", 0x0010_0000, 0x1000)
-RTC = Region("goldfish-rtc", 0x0010_1000, 0x1000, irq=11)
+RTC = Region("goldfish-rtc", 0x0010_1000, 0x1000)
 CLINT = Region("clint", 0x0200_0000, 0x1_0000)
 PLIC = Region("plic", 0x0C00_0000, 0x60_0000)
-UART = Region("ns16550", 0x1000_0000, 0x100, irq=10)
+UART = Region("ns16550", 0x1000_0000, 0x100)
 RAM_BASE = 0x8000_0000
 
 MSIP, MTIP, SEIP, MEIP = 3, 7, 9, 11
-TIMEBASE_HZ = 10_000_000
 PLIC_SOURCES = 96
+UART_SOURCE, RTC_SOURCE = 10, 11
 ISA_STRING = "rv64imafdc_zicsr_zifencei"
 _UART_CLOCK_HZ = 3_686_400
 _DTB_LIMIT = 0xC000_0000
@@ -33,16 +36,28 @@ _DTB_ALIGN = 2 << 20
 
 def build(board: Board, machine: Machine) -> Platform:
     """The devices of one machine."""
-    dtb = device_tree(board, machine.memory_size, len(machine.vcpus))
-    platform = Platform(dtb=dtb, dtb_address=dtb_address(machine.memory_size, len(dtb)))
+    harts = machine.vcpus
+    clint = Clint(machine.clock, [_bit(hart, MSIP) for hart in harts], [_bit(hart, MTIP) for hart in harts])
+    plic = Plic(PLIC_SOURCES, [_bit(hart, bit) for hart in harts for bit in (MEIP, SEIP)])
     finisher = Finisher(machine.request_exit, machine.request_reset)
-    uart = Ns16550(machine.console)
-    rtc = GoldfishRtc(machine.clock)
-    for region, device in ((FINISHER, finisher), (UART, uart), (RTC, rtc)):
-        machine.bus.map(region.base, region.size, device)
-        platform.devices[region.name] = device
-    platform.resets += [uart.reset, rtc.reset]
+    uart = Ns16550(machine.console, plic.source(UART_SOURCE))
+    rtc = GoldfishRtc(machine.clock, plic.source(RTC_SOURCE))
+    dtb = device_tree(board, machine.memory_size, len(harts))
+    platform = Platform(
+        dtb=dtb,
+        dtb_address=dtb_address(machine.memory_size, len(dtb)),
+        clint=clint,
+        plic=plic,
+        resets=[plic.reset, clint.reset, uart.reset, rtc.reset],
+    )
+    for region, device in ((FINISHER, finisher), (RTC, rtc), (CLINT, clint), (PLIC, plic), (UART, uart)):
+        platform.map(machine.bus, region, device)
     return platform
+
+
+def _bit(hart: RiscvVcpu, bit: int) -> IrqLine:
+    """The line that is bit ``bit`` of the hart's mip."""
+    return lambda level: hart.set_pending(bit, level)
 
 
 def dtb_address(memory_size: int, dtb_size: int) -> int:
@@ -64,7 +79,7 @@ def device_tree(board: Board, memory_size: int, cpus: int) -> bytes:
     root.child(f"memory@{RAM_BASE:x}").strings("device_type", "memory").quads("reg", RAM_BASE, memory_size)
 
     cpu_nodes = root.child("cpus").cells("#address-cells", 1).cells("#size-cells", 0)
-    cpu_nodes.cells("timebase-frequency", TIMEBASE_HZ)
+    cpu_nodes.cells("timebase-frequency", FREQUENCY)
     harts = []
     for number in range(cpus):
         cpu = cpu_nodes.child(f"cpu@{number:x}").strings("device_type", "cpu").cells("reg", number)
@@ -91,8 +106,8 @@ def device_tree(board: Board, memory_size: int, cpus: int) -> bytes:
     serial = soc.child(f"serial@{UART.base:x}").strings("compatible", "ns16550a").quads("reg", UART.base, UART.size)
     serial.cells("clock-frequency", _UART_CLOCK_HZ)
     rtc = soc.child(f"rtc@{RTC.base:x}").strings("compatible", "google,goldfish-rtc").quads("reg", RTC.base, RTC.size)
-    for node, region in ((serial, UART), (rtc, RTC)):
-        node.cells("interrupts", region.irq or 0).cells("interrupt-parent", plic.phandle())
+    for node, source in ((serial, UART_SOURCE), (rtc, RTC_SOURCE)):
+        node.cells("interrupts", source).cells("interrupt-parent", plic.phandle())
 
     test = soc.child(f"test@{FINISHER.base:x}").strings("compatible", "sifive,test1", "sifive,test0", "syscon")
     test.quads("reg", FINISHER.base, FINISHER.size)
