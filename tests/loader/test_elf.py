@@ -72,7 +72,7 @@ def test_damaged_symbols_are_no_symbols(build_elf: Build) -> None:
 
 @pytest.mark.parametrize("path", GUESTS, ids=lambda path: path.stem)
 def test_agrees_with_pyelftools(path: Path) -> None:
-    elf = ElfImage.load(path)
+    elf = ElfImage.open(path)
     with path.open("rb") as file:
         peer = ELFFile(file)
         loads = [s for s in peer.iter_segments("PT_LOAD") if s["p_memsz"]]
@@ -149,13 +149,13 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         ("huge", "is larger than 1 GiB"),
     ):
         with pytest.raises(GuestImageError, match=message):
-            ElfImage.load(tmp_path / name)
+            ElfImage.open(tmp_path / name)
     with pytest.raises(GuestImageError, match="is not a regular file"):
-        ElfImage.load("/dev/zero")
+        ElfImage.open("/dev/zero")
 
 
-def test_load_reads_a_file(build_elf: Build, tmp_path: Path) -> None:
+def test_open_reads_a_file(build_elf: Build, tmp_path: Path) -> None:
     (tmp_path / "guest").write_bytes(build_elf({"paddr": 0, "data": struct.pack("<I", 0xD503201F)}))
-    elf = ElfImage.load(tmp_path / "guest")
+    elf = ElfImage.open(tmp_path / "guest")
     assert elf.path == str(tmp_path / "guest")
     assert bytes(elf.segments[0].data) == b"\x1f\x20\x03\xd5"

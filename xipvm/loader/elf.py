@@ -98,7 +98,7 @@ class ElfImage:
         self.segments = self._read_segments(phoff, phentsize, phnum)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> ElfImage:
+    def open(cls, path: str | os.PathLike[str]) -> ElfImage:
         """Read the file ``path``. Raises GuestImageError."""
         name = os.fspath(path)
         try:

@@ -10,8 +10,8 @@ What is zero-initialised (p_memsz beyond p_filesz) needs memory that can be writ
 - A segment that is stored in flash but runs elsewhere (p_vaddr outside the flash: initialised data that the
   guest copies to RAM) has only its file bytes in flash; the guest's own start-up code deals with the rest.
 - A segment that runs in flash and ends in zeros is a linking mistake, and an error, in an ET_EXEC file. In an
-  ET_DYN one it is accepted with a note and the zeros are programmed: such images move themselves to RAM
-  before they use their .bss (U-Boot before it put .bss into the file).
+  ET_DYN one it is accepted with a note, and only its file bytes are programmed: such images move themselves
+  to RAM before they use their .bss (U-Boot, where .bss is not part of the file).
 
 A writable segment that runs in flash is accepted with a note for the same reason: stores to it are flash
 commands. The entry must lie in a placed executable segment, or anywhere in flash (its image may hold the code).
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Chunk:
-    """Bytes that go to one place: ``data`` and then zeros up to ``size`` bytes."""
+class Piece:
+    """Bytes that go to one place: ``data``, and in RAM zeros behind it up to ``size`` bytes."""
 
     where: str
     """``ram`` or the name of a flash bank."""
@@ -45,23 +45,19 @@ class Chunk:
     segment: int
     """Number of the program header."""
 
-    def contents(self) -> bytes:
-        """All ``size`` bytes."""
-        return bytes(self.data).ljust(self.size, b"\0")
-
 
 @dataclass(frozen=True, slots=True)
 class Placement:
     """What goes where, by ascending address; ``entry`` is physical. ``notes`` are lines for the user."""
 
     board: str
-    chunks: tuple[Chunk, ...]
+    pieces: tuple[Piece, ...]
     entry: Gpa
     notes: tuple[str, ...]
 
-    def of(self, where: str) -> tuple[Chunk, ...]:
-        """The chunks of one memory: ``ram`` or a flash bank's name."""
-        return tuple(chunk for chunk in self.chunks if chunk.where == where)
+    def of(self, where: str) -> tuple[Piece, ...]:
+        """The pieces of one memory: ``ram`` or a flash bank's name."""
+        return tuple(piece for piece in self.pieces if piece.where == where)
 
 
 def board_for(elf: ElfImage) -> Board:
@@ -89,20 +85,20 @@ def place(elf: ElfImage, board: Board, memory_size: int) -> Placement:
     """Where the segments of ``elf`` go on ``board`` with ``memory_size`` bytes of RAM. Raises GuestImageError."""
     if elf.machine != board.machine_type or elf.bits != 64:
         raise GuestImageError(elf.path, f"is for {machine_name(elf)}; {board.name} runs {_machine_of(board)}")
-    chunks = []
+    pieces = []
     notes: list[str] = []
     for segment in elf.segments:
-        chunk = _place_segment(elf, segment, board, memory_size, notes)
-        if chunk is not None:
-            chunks.append(chunk)
-    if not chunks:
+        piece = _place_segment(elf, segment, board, memory_size, notes)
+        if piece is not None:
+            pieces.append(piece)
+    if not pieces:
         raise GuestImageError(elf.path, "has nothing to load: all of its segments are empty in the file")
-    chunks.sort(key=lambda chunk: chunk.address)
-    for low, high in pairwise(chunks):
+    pieces.sort(key=lambda piece: piece.address)
+    for low, high in pairwise(pieces):
         if low.address + low.size > high.address:
             first, second = sorted((low.segment, high.segment))
             raise GuestImageError(elf.path, f"segments {first} and {second} overlap at {high.address:#x}")
-    return Placement(board.name, tuple(chunks), _entry(elf, board, chunks), tuple(notes))
+    return Placement(board.name, tuple(pieces), _entry(elf, board, pieces), tuple(notes))
 
 
 def _bank_at(board: Board, address: int) -> FlashBank | None:
@@ -112,7 +108,7 @@ def _bank_at(board: Board, address: int) -> FlashBank | None:
     return None
 
 
-def _place_segment(elf: ElfImage, segment: Segment, board: Board, memory_size: int, notes: list[str]) -> Chunk | None:
+def _place_segment(elf: ElfImage, segment: Segment, board: Board, memory_size: int, notes: list[str]) -> Piece | None:
     """Where ``segment`` goes; None when nothing of it is stored anywhere."""
     bank = _bank_at(board, segment.paddr)
     size = segment.memsz
@@ -124,12 +120,10 @@ def _place_segment(elf: ElfImage, segment: Segment, board: Board, memory_size: i
         if segment.paddr + size > ram_end:
             ram = f"{format_size(memory_size)} of RAM at {board.ram_base:#x}"
             raise GuestImageError(elf.path, f"{name} reaches beyond the {ram}")
-        return Chunk("ram", Gpa(segment.paddr), segment.data, size, segment.flags, segment.number)
+        return Piece("ram", Gpa(segment.paddr), segment.data, size, segment.flags, segment.number)
     in_place = _bank_at(board, segment.vaddr) is not None
     if not in_place:
         size = len(segment.data)  # stored here, used elsewhere
-        if not size:
-            return None
     if segment.paddr + size > bank.end:
         raise GuestImageError(elf.path, f"{name} reaches beyond the end of flash bank {bank.name} at {bank.end:#x}")
     if size > len(segment.data):
@@ -143,16 +137,18 @@ def _place_segment(elf: ElfImage, segment: Segment, board: Board, memory_size: i
         notes.append(
             f"segment {segment.number} is writable and lies in flash bank {bank.name}: stores are flash commands"
         )
-    return Chunk(bank.name, Gpa(segment.paddr), segment.data, size, segment.flags, segment.number)
+    if not segment.data:
+        return None
+    return Piece(bank.name, Gpa(segment.paddr), segment.data, len(segment.data), segment.flags, segment.number)
 
 
-def _entry(elf: ElfImage, board: Board, chunks: list[Chunk]) -> Gpa:
+def _entry(elf: ElfImage, board: Board, pieces: list[Piece]) -> Gpa:
     """The physical address at which the guest starts."""
     entry = elf.entry
     for segment in elf.segments:
         if segment.flags & PF_X and segment.vaddr <= entry < segment.vaddr + segment.memsz:
             entry += segment.paddr - segment.vaddr
             break
-    if any(c.flags & PF_X and c.address <= entry < c.address + c.size for c in chunks) or _bank_at(board, entry):
+    if any(c.flags & PF_X and c.address <= entry < c.address + c.size for c in pieces) or _bank_at(board, entry):
         return Gpa(entry)
     raise GuestImageError(elf.path, f"starts at {elf.entry:#x}, which is in none of its executable segments")
