@@ -54,13 +54,14 @@ class NotifiedMm(Protocol):
 class MmuNotifiers:
     """The notifiers of one mm, most recently registered first."""
 
-    __slots__ = ("_dead", "_last_id", "_list", "_mm", "_open", "_running", "_unobserved")
+    __slots__ = ("_dead", "_last_id", "_list", "_mm", "_nobody", "_open", "_running", "_unobserved")
 
     def __init__(self, mm: NotifiedMm) -> None:
         self._mm = mm
         self._list: tuple[MmuNotifier, ...] = ()  # replaced, never changed: a walk keeps the one it began with
         self._open: dict[int, MmuNotifierRange] = {}
         self._unobserved = 0
+        self._nobody = Unobserved(self)
         self._running = 0  # walks of the list under way
         self._last_id = 0
         self._dead = False
@@ -163,9 +164,11 @@ class MmuNotifiers:
 
     # ---- ranges
 
-    def invalidate_range(self, start: int, end: int, event: RangeEvent, *, blockable: bool = True) -> Invalidation:
+    def invalidate_range(
+        self, start: int, end: int, event: RangeEvent, *, blockable: bool = True
+    ) -> Invalidation | Unobserved:
         """A context that announces bytes ``[start, end)`` on entry and ends the range on exit, also of an exception."""
-        return Invalidation(self, start, end, event, blockable)
+        return Invalidation(self, start, end, event, blockable) if self._list else self._nobody
 
     def invalidate_range_start(
         self, start: int, end: int, event: RangeEvent, *, blockable: bool = True
@@ -255,6 +258,21 @@ class MmuNotifiers:
         return self._mm.trace.emit(
             kind, mm=range.mm, start=range.start, end=range.end, event=range.event.name, range=range.id
         )
+
+
+class Unobserved:
+    """The context of every range that begins while nobody listens."""
+
+    __slots__ = ("_notifiers",)
+
+    def __init__(self, notifiers: MmuNotifiers) -> None:
+        self._notifiers = notifiers
+
+    def __enter__(self) -> None:
+        self._notifiers._unobserved += 1
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._notifiers._unobserved -= 1
 
 
 class Invalidation:

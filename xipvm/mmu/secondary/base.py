@@ -14,6 +14,7 @@ from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Protocol
 
 from xipvm.address import Pfn
+from xipvm.mmu.tables import PageTable
 
 if TYPE_CHECKING:
     from xipvm.mmu.mm import Mm
@@ -33,6 +34,8 @@ MMIO = 1
 FAULT = 2
 """There is nothing at that address; ``last_error`` says why."""
 
+_LEVELS = 3
+
 
 class TlbOwner(Protocol):
     """Who uses the translations, and keeps some of them in a TLB: a vCPU, a device context."""
@@ -51,6 +54,8 @@ class SecondaryMmu(ABC):
         self.mm = mm
         self.trace = trace
         self.name = name
+        self.sptes = PageTable(_LEVELS)
+        """Its entries by its own page numbers, for walkers; empty for one that has only a TLB."""
         self.vcpus: list[TlbOwner] = []
         self.last_error = ""
         """Why the last FAULT was one, a phrase for a person."""

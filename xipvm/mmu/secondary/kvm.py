@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING
 
 from xipvm.actors import point
 from xipvm.address import PAGE_SHIFT, Gfn, Hva, Pfn
-from xipvm.errors import InternalError, MmError, OutOfFrames
+from xipvm.errors import InternalError, MmError
 from xipvm.mmu.frames import PG_DIRTY, HostMemory
 from xipvm.mmu.secondary.base import ACCESS_NAMES, FAULT, FETCH, MMIO, RETRY_WALK, WRITE, SecondaryMmu
 from xipvm.mmu.secondary.memslot import GFN_LIMIT, Memslot, Memslots
@@ -45,14 +45,11 @@ from xipvm.mmu.secondary.spte import (
     spte_pfn,
     spte_rights,
 )
-from xipvm.mmu.tables import PageTable
 from xipvm.notifier import MmuNotifier, MmuNotifierRange, NotifiedMm
 
 if TYPE_CHECKING:
     from xipvm.mmu.mm import Mm
     from xipvm.trace.funnel import Trace
-
-_SPTE_LEVELS = 3
 
 
 def _no_devices(gpa: int) -> bool:
@@ -86,7 +83,6 @@ class Kvm(SecondaryMmu, MmuNotifier):
         super().__init__(mm, trace, name)
         self.host = host
         self.memslots = Memslots()
-        self.sptes = PageTable(_SPTE_LEVELS)
         self.mmio_lookup: Callable[[int], bool] = _no_devices
         """Whether a device answers in the page at this gpa."""
         self.mmu_invalidate_seq = 0
@@ -127,8 +123,8 @@ class Kvm(SecondaryMmu, MmuNotifier):
             if reason:
                 return self._give_up(gfn, reason)
         try:
-            page = self.mm.get_user_pages(Hva(slot.hva + ((gfn - slot.gfn) << PAGE_SHIFT)), write=write)
-        except (MmError, OutOfFrames) as error:
+            page = self.mm.get_user_pages(slot.hva + ((gfn - slot.gfn) << PAGE_SHIFT), write=write)
+        except MmError as error:
             return self._lookup_failed(slot, gfn, access, error)
         point("kvm.fault.gup_done")
 
@@ -181,8 +177,8 @@ class Kvm(SecondaryMmu, MmuNotifier):
         self.last_error = f"no memory at guest physical page {gfn << PAGE_SHIFT:#x}"
         return FAULT
 
-    def _lookup_failed(self, slot: Memslot, gfn: int, access: int, error: MmError | OutOfFrames) -> int:
-        if slot.romd and access != FETCH and isinstance(error, MmError) and error.errno == errno.EFAULT:
+    def _lookup_failed(self, slot: Memslot, gfn: int, access: int, error: MmError) -> int:
+        if slot.romd and access != FETCH and error.errno == errno.EFAULT:
             return MMIO  # the ROM does not show its array: the device answers
         self.last_error = f"no page behind guest frame {gfn:#x} ({slot!r}): {error}"
         return FAULT
@@ -228,8 +224,10 @@ class Kvm(SecondaryMmu, MmuNotifier):
             self.mmu_invalidate_range_end = 0
 
     def _invalidate_range_add(self, start: int, end: int) -> None:
-        self.mmu_invalidate_range_start = min(self.mmu_invalidate_range_start, start)
-        self.mmu_invalidate_range_end = max(self.mmu_invalidate_range_end, end)
+        if start < self.mmu_invalidate_range_start:
+            self.mmu_invalidate_range_start = start
+        if end > self.mmu_invalidate_range_end:
+            self.mmu_invalidate_range_end = end
 
     def _invalidate_end(self) -> None:
         self.mmu_invalidate_seq += 1

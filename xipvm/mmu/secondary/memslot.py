@@ -92,7 +92,7 @@ class Memslots:
                 return slot
         return None
 
-    def in_hva_range(self, start: int, end: int) -> list[tuple[Gfn, Gfn]]:
+    def in_hva_range(self, start: int, end: int) -> list[tuple[int, int]]:
         """The guest frames, as half-open ranges, that show a byte of ``[start, end)``; one range for each slot."""
         ranges = []
         for slot in self._by_gfn:
@@ -100,7 +100,7 @@ class Memslots:
             if hva < end and start < slot.hva_end:
                 first = slot.gfn if start <= hva else slot.gfn + ((start - hva) >> PAGE_SHIFT)
                 last = slot.gfn_end if end >= slot.hva_end else slot.gfn + ((end - hva + PAGE_SIZE - 1) >> PAGE_SHIFT)
-                ranges.append((Gfn(first), Gfn(last)))
+                ranges.append((first, last))
         return ranges
 
     def check(self, new: Memslot) -> Memslot | None:
