@@ -282,6 +282,16 @@ class Console:
         select.select([fd], [], [], seconds)
         return True
 
+    def watch(self, until: bytes | str, on_until: Callable[[], None]) -> None:
+        """Call ``on_until()`` once when all input is used and the guest then prints ``until``."""
+        self._until = until.encode() if isinstance(until, str) else until
+        self._on_until = on_until
+
+    @property
+    def live(self) -> bool:
+        """Whether input may still arrive from outside."""
+        return self._source.live and not self._source.ended()
+
     def input_used(self) -> bool:
         """Whether the guest has taken every byte of input that there will ever be."""
         return self._next >= len(self._input) and self._source.ended()

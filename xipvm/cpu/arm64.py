@@ -202,6 +202,10 @@ class Arm64:
         """Whether the interrupt controller signals this vCPU."""
         return self.vcpu.irq
 
+    def set_pending(self, bit: int, level: bool) -> None:
+        """AArch64 has one line, which ``Vcpu.set_irq`` drives."""
+        self.vcpu.set_irq(level)
+
     def take_interrupt(self) -> bool:
         """Enter the IRQ vector unless PSTATE.I masks it."""
         pstate = int(self.engine.reg(core.ARM64_PSTATE))

@@ -15,6 +15,10 @@ cdef struct Scanned:                # a page that was searched for instructions 
     uint64_t pfn
     uint64_t generation
 
+cdef struct Executed:               # what an uncounted engine was handed for execution
+    uint64_t gfn
+    uint64_t pfn
+
 cdef struct Hot:                    # what the block hook touches, away from the Python object
     uc_engine *uc
     uint64_t insns                  # retired, the running block counted whole
@@ -55,6 +59,8 @@ cdef class Engine:
     cdef bint running
     cdef BlockLength *lengths
     cdef Scanned *scanned
+    cdef Executed *executed
+    cdef uint64_t nr_executed, max_executed
     cdef dict hooks                 # address of a hooked instruction -> hook handle
     cdef list maps
     cdef readonly bint faulted
@@ -75,4 +81,5 @@ cdef class Engine:
     cdef uint8_t *code_at(self, uint64_t gva) noexcept
     cdef void scan(self, uint64_t gva, uint64_t pfn) noexcept
     cdef void note(self, uint64_t gfn, uint64_t pfn, int perms) noexcept
+    cdef int remember(self, uint64_t gfn, uint64_t pfn) except -1
     cdef void fail(self) noexcept

@@ -23,7 +23,7 @@ All callbacks run with the GIL held: it is never given up while the guest runs.
 
 from cpython.object cimport PyObject
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
-from libc.stdlib cimport calloc, free
+from libc.stdlib cimport calloc, free, realloc
 from libc.string cimport memset
 
 from xipvm.cpu.unicorn cimport *
@@ -76,7 +76,7 @@ RETRY_WALK, MMIO, FAULT = range(3)
 KICK_FLUSH = 1      # a translation went away
 KICK_EXIT = 2       # the machine has to look at something
 KICK_SIGNAL = 4     # a signal came
-KICK_LIMIT = 8      # instruction budget used up (only reported)
+SIGALRM_NUMBER = SIGALRM
 
 cdef enum:
     C_READ = 0
@@ -211,9 +211,13 @@ cdef double tick_interval = 0.0
 
 cdef void _soon() noexcept nogil:
     """Brings the next tick forward, so that an uncounted engine leaves the guest promptly."""
+    _next_tick(20e-6)
+
+
+cdef void _next_tick(double seconds) noexcept nogil:
     cdef itimerval timer
-    timer.it_value.tv_sec = 0
-    timer.it_value.tv_usec = 20
+    timer.it_value.tv_sec = <long>seconds
+    timer.it_value.tv_usec = <long>((seconds - <long>seconds) * 1000000)
     timer.it_interval.tv_sec = <long>tick_interval
     timer.it_interval.tv_usec = <long>((tick_interval - <long>tick_interval) * 1000000)
     setitimer(ITIMER_REAL, &timer, NULL)
@@ -223,6 +227,12 @@ def kick_soon():
     """Has the uncounted engine that runs now leave the guest within microseconds, if signals are guarded."""
     if current != NULL and current.stop_at == NEVER and tick_interval > 0:
         _soon()
+
+
+def tick_in(double seconds):
+    """Has the next tick come in ``seconds`` at the latest, where signals are guarded; the ones after as before."""
+    if tick_interval > 0:
+        _next_tick(min(max(seconds, 20e-6), tick_interval))
 
 
 def take_signals():
@@ -583,6 +593,7 @@ cdef class Engine:
         api.ctl(self.uc, UC_CTL_WRITE(UC_CTL_TLB_FLUSH, 0))
         _check(api.context_restore(self.uc, self.pristine), "uc_context_restore")
         self.hot.generation += 1
+        self.nr_executed = 0
         self.on_miss = self.on_read = self.on_write = self.on_insert = None
         self.on_flush = self.on_drop = self.on_sysreg = self.on_insn = None
         self.error = None
@@ -607,6 +618,7 @@ cdef class Engine:
             api.close(self.uc)
         free(self.lengths)
         free(self.scanned)
+        free(self.executed)
 
     # ---- running
 
@@ -786,6 +798,44 @@ cdef class Engine:
         self.scratch_on = False
         self.hot.generation += 1
 
+    cdef int remember(self, uint64_t gfn, uint64_t pfn) except -1:
+        cdef Executed *larger
+        if self.nr_executed == self.max_executed:
+            self.max_executed = self.max_executed * 2 + 64
+            larger = <Executed *>realloc(self.executed, self.max_executed * sizeof(Executed))
+            if larger == NULL:
+                raise MemoryError
+            self.executed = larger
+        self.executed[self.nr_executed].gfn = gfn
+        self.executed[self.nr_executed].pfn = pfn
+        self.nr_executed += 1
+        return 0
+
+    def break_chains(self):
+        """For an uncounted engine, which has no block hook: forget the code of pages that may not be executed any more.
+
+        What jumps into dropped code has to look its target up again, so no chained loop runs on.
+        """
+        cdef uint64_t n, kept = 0
+        cdef uint64_t entry
+        cdef FrameMeta *meta
+        cdef Executed page
+        for n in range(self.nr_executed):
+            page = self.executed[n]
+            meta = self.host.meta_of(page.pfn)
+            if meta == NULL or not meta.x_mask & self.bit:
+                continue
+            entry = self.sptes.load(page.gfn)
+            if entry & SPTE_PRESENT and entry & SPTE_EXEC and (entry & SPTE_HUGE or (entry >> 12) & PFN_MASK == page.pfn):
+                self.executed[kept] = page
+                kept += 1
+                continue
+            self.drop(page.pfn)
+            meta.x_mask &= ~self.bit
+            meta.code_mask &= ~self.bit
+        self.nr_executed = kept
+        self.flush()
+
     def report_drop(self, uint64_t pfn):
         """Tells the trace; a method so that the C side stays free of exceptions."""
         try:
@@ -875,6 +925,11 @@ cdef class Engine:
         if access == C_FETCH:
             if meta.w_mask:
                 self.group.revoke_write(meta)
+            if not self.counted and not meta.x_mask & self.bit:
+                try:
+                    self.remember(gfn, pfn)
+                except BaseException:
+                    self.fail()
             meta.x_mask |= self.bit
             meta.code_mask |= self.bit
             perms = UC_PROT_READ | UC_PROT_EXEC

@@ -65,6 +65,9 @@ class Isa(Protocol):
     def interrupt_pending(self) -> bool:
         """Whether an interrupt waits at this vCPU, masked or not."""
 
+    def set_pending(self, bit: int, level: bool) -> None:
+        """Drive a bit of the pending register, where the ISA has one."""
+
     def take_interrupt(self) -> bool:
         """Enter the handler of the waiting interrupt; False while it is masked."""
 
@@ -97,6 +100,7 @@ class Vcpu:
         self.on = False
         self.idle = False
         self.irq = False
+        self.stop_at: int | None = None
         self.faults = 0
         self.kicks = 0
         self._disturbed_by_host = False
@@ -137,7 +141,7 @@ class Vcpu:
             self.kicks += 1
             engine.kick |= core.KICK_FLUSH
             if not engine.counted:
-                core.kick_soon()
+                engine.break_chains()
             if self.trace.on:
                 self.trace.emit("kvm_kick", vcpu=self.index, reason=reason)
 
@@ -146,6 +150,10 @@ class Vcpu:
         self.irq = level
         if level:
             self.interrupt()
+
+    def set_pending(self, bit: int, level: bool) -> None:
+        """A line that drives one bit of the ISA's own pending register changed (RISC-V: mip)."""
+        self.isa.set_pending(bit, level)
 
     def interrupt(self, kick: int = core.KICK_EXIT) -> None:
         """Have the vCPU leave the guest for the machine to look at something."""
@@ -157,7 +165,13 @@ class Vcpu:
 
     # Running
 
-    def run_slice(self, stop_at: int | None, attention: Callable[[], bool]) -> Leave:
+    def shorten(self, stop_at: int) -> None:
+        """End the slice in progress no later than when ``insns`` reaches ``stop_at``."""
+        if self.stop_at is None or stop_at < self.stop_at:
+            self.stop_at = stop_at
+            self.engine.stop_at = min(stop_at, self.engine.stop_at)
+
+    def run_slice(self, attention: Callable[[], bool]) -> Leave:
         """Run until ``insns`` reaches ``stop_at`` (None: no limit) or something else ends the slice.
 
         ``attention()`` says whether the machine wants control back after an exit. Raises GuestError.
@@ -167,6 +181,7 @@ class Vcpu:
         self.trace.actor = self.name
         try:
             while True:
+                stop_at = self.stop_at
                 if not self._disturbed_by_host:
                     self._limit = stop_at
                     if isa.interrupt_pending():
@@ -181,7 +196,7 @@ class Vcpu:
                     return leave
                 if attention():
                     return Leave.KICK
-                if stop_at is not None and engine.insns >= min(stop_at, engine.stop_at):
+                if self.stop_at is not None and engine.insns >= self.stop_at:
                     return Leave.BUDGET
         finally:
             self.trace.actor = "host"

@@ -1,0 +1,88 @@
+"""What a machine does for its CPUs beyond executing instructions: firmware calls, semihosting, timers.
+
+One object a machine; the ISA modules call it through ``CpuServices``.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from xipvm.devices.semihosting import Semihosting
+from xipvm.errors import BadInput, GuestError
+
+if TYPE_CHECKING:
+    from xipvm.cpu.vcpu import Vcpu
+    from xipvm.machine import Machine
+
+
+class Firmware:
+    """The services of ``machine``."""
+
+    def __init__(self, machine: Machine) -> None:
+        self._machine = machine
+        self._semihosting = Semihosting(machine.read_physical, machine.console, machine.request_exit)
+
+    def firmware_call(self, vcpu: Vcpu, arguments: list[int]) -> int | None:
+        """PSCI."""
+        psci = self._machine.platform.psci
+        assert psci is not None  # every AArch64 board has one
+        return psci.call(vcpu.index, arguments)
+
+    def semihosting_call(self, vcpu: Vcpu, operation: int, argument: int) -> int:
+        """A call to the debugger."""
+        return self._semihosting.call(operation, argument)
+
+    def read_timer(self, vcpu: Vcpu, name: str, insns: int) -> int:
+        """A timer register; on RISC-V ``time``."""
+        machine = self._machine
+        now = machine.now_at(insns)
+        if name == "time":
+            clint = machine.platform.clint
+            assert clint is not None  # every RISC-V board has one
+            return clint.time(now)
+        return machine.platform.timers[vcpu.index].read_sysreg(name, now)
+
+    def write_timer(self, vcpu: Vcpu, name: str, value: int) -> None:
+        """Write a timer register."""
+        self._machine.platform.timers[vcpu.index].write_sysreg(name, value)
+
+    def read_physical(self, gpa: int, size: int) -> bytes | None:
+        """Guest memory as page-table walks see it."""
+        return self._machine.read_physical(gpa, size)
+
+    def read(self, gpa: int, size: int) -> bytes | None:
+        """Guest memory as a device reads it."""
+        return self._machine.read_physical(gpa, size)
+
+    def write(self, gpa: int, data: bytes) -> bool:
+        """Guest RAM as a device writes it; False outside of it."""
+        try:
+            self._machine.write_ram(gpa, data)
+        except BadInput:
+            return False
+        return True
+
+    def check_fetch(self, vcpu: Vcpu, gva: int) -> None:
+        """A fetch from flash that is not in read-array mode is an error of its own."""
+        for memory in self._machine.flash:
+            if memory.contains(gva) and not memory.device.array_mode:
+                raise GuestError(
+                    f"fetch from {gva:#x} in {memory.device.name}, which is not in read-array mode: "
+                    f"{memory.device.describe()}"
+                )
+
+    def vectors_at_zero(self, vcpu: Vcpu) -> bool:
+        """Address 0 is flash on this kind of board; its start is code, not vectors."""
+        return False
+
+    def note_exception(self, vcpu: Vcpu, vector: int, pc: int, cause: int, address: int) -> None:
+        """Tell the trace."""
+        trace = self._machine.trace
+        if trace.on:
+            trace.emit("guest_exception", vcpu=vcpu.index, vector=vector, pc=pc, cause=cause, address=address)
+
+    def note_interrupt(self, vcpu: Vcpu) -> None:
+        """Tell the trace."""
+        trace = self._machine.trace
+        if trace.on:
+            trace.emit("guest_interrupt", vcpu=vcpu.index, irq=0)

@@ -1,0 +1,576 @@
+"""One machine: a board, host memory and its mm, a secondary MMU, vCPUs, devices, and the trace of what they do.
+
+A machine is built from a guest ELF (placed in flash and RAM by its program headers), flash images and a
+board, and then runs until the guest ends it, crashes, or a limit is reached.
+
+**Time.** On the ``instructions`` clock one retired instruction is one nanosecond, of all vCPUs together; an
+idle machine jumps to its next event. vCPUs take turns by instruction quantum, so a run is a function of its
+inputs. On the ``host`` clock time is the host's and nothing is counted.
+
+**Who runs.** One vCPU at a time, on the thread that called ``run``. Events that fall due are run between
+slices; a slice never goes past the first of them.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from xipvm import boards
+from xipvm.address import PAGE_SHIFT, PAGE_SIZE, Gfn, format_size
+from xipvm.boards.board import Board
+from xipvm.console import Console
+from xipvm.cpu import core
+from xipvm.cpu.arm64 import Arm64
+from xipvm.cpu.clock import EventClock
+from xipvm.cpu.riscv64 import Riscv64
+from xipvm.cpu.vcpu import Leave, Vcpu
+from xipvm.devices.bus import Bus
+from xipvm.devices.flash.cfi01 import PflashCfi01
+from xipvm.devices.flash.files import BankBytes, ImageOption, open_banks
+from xipvm.devices.htif import Htif
+from xipvm.errors import BadInput, GuestError, HostMemoryError
+from xipvm.firmware import Firmware
+from xipvm.flash_memory import FlashMemory
+from xipvm.loader.elf import ElfImage
+from xipvm.loader.place import Chunk, Placement, board_for, place
+from xipvm.mmu.frames import HostMemory
+from xipvm.mmu.mm import Mm
+from xipvm.mmu.secondary.kvm import Kvm
+from xipvm.mmu.vma import MAP_ANONYMOUS, MAP_PRIVATE, PROT_EXEC, PROT_READ, PROT_WRITE
+from xipvm.report import CrashReport, crash_report
+from xipvm.trace.funnel import Trace
+from xipvm.trace.history import History
+
+#: Instructions that a vCPU runs before the next one has its turn.
+QUANTUM = 20_000
+#: How often the host looks at signals, input and the time limit, in seconds.
+TICK = 0.02
+#: Frames beside guest memory: the zero page, and room for what the host process maps of its own.
+HOST_RESERVE = 16 << 20
+#: An idle machine with a person at its console sleeps at most this long at a time, in seconds.
+IDLE_NAP = 0.05
+
+CLOCKS = ("instructions", "host")
+SECONDARIES = ("kvm",)
+
+TIMEOUT_STATUS = 124
+
+
+@dataclass
+class Summary:
+    """What a run did. Counts are for the whole machine; ``instructions`` is None on the host clock."""
+
+    instructions: int | None
+    seconds: float
+    guest_faults: int
+    invalidations: int
+    tlb_flushes: int
+    flash_programs: int
+    flash_erases: int
+
+    @property
+    def mips(self) -> float | None:
+        """Million instructions a second of wall time."""
+        if self.instructions is None or self.seconds == 0:
+            return None
+        return self.instructions / self.seconds / 1e6
+
+
+@dataclass
+class RunResult:
+    """How a run ended. ``reason`` is one of exit, until, timeout, limit, crash, quit, interrupted."""
+
+    status: int
+    reason: str
+    summary: Summary
+    report: CrashReport | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+class Machine:
+    """A machine, ready to run. Use it as a context manager, or ``close`` it: it holds images and engines.
+
+    ``board``: a name or Board, by default the one that runs ``guest``. ``guest``: path of an ELF; without one the machine
+    starts at the base of flash bank 0. ``memory``: bytes of RAM. ``flash``: image options. ``trace``: what everything is
+    told to; sinks may be attached before or after. Raises BadInput; nothing is left open then.
+    """
+
+    def __init__(
+        self,
+        board: str | Board | None = None,
+        guest: str | os.PathLike[str] | None = None,
+        *,
+        memory: int | None = None,
+        smp: int = 1,
+        flash: Iterable[ImageOption] = (),
+        clock: str = "instructions",
+        secondary: str = "kvm",
+        trace: Trace | None = None,
+        console: Console | None = None,
+        dtb: str | os.PathLike[str] | None = None,
+    ) -> None:
+        if clock not in CLOCKS:
+            raise BadInput(f"no clock is called {clock!r}; known are {', '.join(CLOCKS)}")
+        if secondary not in SECONDARIES:
+            raise BadInput(f"no secondary MMU is called {secondary!r}; known are {', '.join(SECONDARIES)}")
+        image = None if guest is None else ElfImage.load(guest)
+        if board is None:
+            if image is None:
+                raise BadInput("without a guest the board has to be named")
+            board = board_for(image)
+        self.board = boards.get(board) if isinstance(board, str) else board
+        self.memory_size = self.board.default_memory if memory is None else memory
+        self.board.check(self.memory_size, smp)
+        _check_host(self.memory_size)
+        self.image = image
+        self.placement: Placement | None = None if image is None else place(image, self.board, self.memory_size)
+        self._dtb = None if dtb is None else _read(os.fspath(dtb))
+        self.counted = clock == "instructions"
+        self.trace = Trace() if trace is None else trace
+        self.console = Console() if console is None else console
+        self.bus = Bus()
+        self.clock = EventClock(self._now)
+        self.clock.on_earlier = self._earlier
+        self.trace.clock = self._now
+        self._base = 0
+        self._start = 0
+        self._floor = 0
+        self._began = 0.0
+        self._running: Vcpu | None = None
+        self._exit: tuple[int, str] | None = None
+        self._reset = False
+        self._closed = False
+        self.seconds = 0.0
+        banks = open_banks(list(flash), [bank.size for bank in self.board.flash], board=self.board.name)
+        try:
+            self._build(banks, smp)
+        except BaseException:
+            for opened in {id(b.image): b.image for b in banks}.values():
+                opened.close()
+            raise
+
+    def _build(self, banks: list[BankBytes], smp: int) -> None:
+        board = self.board
+        self.images = list({id(b.image): b.image for b in banks}.values())
+        self.host = HostMemory(self.memory_size + HOST_RESERVE)
+        self.history: History | None = None
+        self.htif: Htif | None = None
+        self.mm = Mm(self.host, self.trace, name="mm0")
+        self.secondary = Kvm(self.mm, self.trace, self.host)
+        self.secondary.mmio_lookup = self.bus.covers
+        self.ram = self.mm.mmap(self.memory_size, PROT_READ | PROT_WRITE | PROT_EXEC, MAP_PRIVATE | MAP_ANONYMOUS)
+        self.flash: list[FlashMemory] = []
+        for number, (bank, data) in enumerate(zip(board.flash, banks, strict=True)):
+            device = PflashCfi01(
+                number,
+                data.image,
+                size=bank.size,
+                sector=bank.sector,
+                offset=data.offset,
+                width=bank.width,
+                device_width=bank.device_width,
+                ids=bank.ids,
+                clock=self.clock,
+                trace=self.trace,
+            )
+            self.bus.map(bank.base, bank.size, device)
+            self.flash.append(FlashMemory(bank, device, self.host, self.mm, self.secondary, slot=number))
+        self.group = core.EngineGroup(self.host)
+        isa = core.ARM64 if board.isa == "arm64" else core.RISCV64
+        self.vcpus = [
+            Vcpu(n, self.group, self.secondary, self.bus, self.trace, isa=isa, counted=self.counted) for n in range(smp)
+        ]
+        self.secondary.vcpus = list(self.vcpus)
+        for memory in self.flash:
+            memory.connect(self.group, self.vcpus)
+        self.firmware = Firmware(self)
+        for vcpu in self.vcpus:
+            vcpu.attach(Arm64(vcpu, self.firmware) if isa == core.ARM64 else Riscv64(vcpu, self.firmware))
+        self.platform = board.build(self)
+        self._map_htif()
+        self._map_ram()
+        self._program()
+        self._power_on()
+
+    # What boards and devices use
+
+    @property
+    def current_vcpu(self) -> int:
+        """Number of the vCPU that makes the present device access."""
+        return 0 if self._running is None else self._running.index
+
+    def request_exit(self, reason: str, status: int) -> None:
+        """End the run with ``status`` once the guest has left its present block."""
+        if self._exit is None:
+            self._exit = (status, reason)
+        self._attend()
+
+    def request_reset(self) -> None:
+        """Restart the guest as from power-on; flash keeps its contents."""
+        self._reset = True
+        self._attend()
+
+    def cpu_is_on(self, cpu: int) -> bool:
+        """Whether vCPU ``cpu`` was turned on."""
+        return self.vcpus[cpu].on
+
+    def cpu_on(self, cpu: int, entry: int, context: int) -> None:
+        """Start a vCPU at ``entry`` with ``context`` in its first register."""
+        vcpu = self.vcpus[cpu]
+        vcpu.isa.reset(entry, context)
+        vcpu.idle = False
+        vcpu.on = True
+
+    def cpu_off(self, cpu: int) -> None:
+        """Stop a vCPU."""
+        self.vcpus[cpu].on = False
+
+    def cpu_suspend(self, cpu: int) -> None:
+        """Have a vCPU wait for an interrupt."""
+        self.vcpus[cpu].idle = True
+
+    def _attend(self) -> None:
+        if self._running is not None:
+            self._running.interrupt()
+
+    # Building
+
+    def _map_htif(self) -> None:
+        """A RISC-V test program with a ``tohost`` word talks to the host through it."""
+        if self.image is None or self.board.isa != "riscv64":
+            return
+        try:
+            tohost = self.image.address_of("tohost")
+        except KeyError:
+            return
+        try:
+            fromhost = self.image.address_of("fromhost")
+        except KeyError:
+            fromhost = tohost
+        first = min(tohost, fromhost) // PAGE_SIZE * PAGE_SIZE
+        size = max(tohost, fromhost) + 8 - first
+        size = (size + PAGE_SIZE - 1) // PAGE_SIZE * PAGE_SIZE
+        self.htif = Htif(
+            size,
+            tohost - first,
+            fromhost - first if fromhost != tohost else None,
+            clock=self.clock,
+            console=self.console,
+            memory=self.firmware,
+            exit=self.request_exit,
+        )
+        self.bus.map(first, size, self.htif)
+
+    def _map_ram(self) -> None:
+        """RAM as memslots, around the pages that a device has taken out of it."""
+        first = self.board.ram_base >> PAGE_SHIFT
+        end = first + (self.memory_size >> PAGE_SHIFT)
+        holes = sorted(
+            {
+                gfn
+                for taken in self.bus.ranges()
+                for gfn in range(taken.base >> PAGE_SHIFT, (taken.end + PAGE_SIZE - 1) >> PAGE_SHIFT)
+                if first <= gfn < end
+            }
+            if any(first <= taken.base >> PAGE_SHIFT < end for taken in self.bus.ranges())
+            else ()
+        )
+        slot = len(self.flash)
+        at = first
+        for hole in [*holes, end]:
+            if hole > at:
+                hva = self.ram + ((at - first) << PAGE_SHIFT)
+                self.secondary.set_memslot(slot, Gfn(at), hole - at, hva, 0)
+                slot += 1
+            at = hole + 1
+
+    def _program(self) -> None:
+        """Put the guest's flash segments into their banks, as a flash programmer does."""
+        if self.placement is None:
+            return
+        for memory in self.flash:
+            for chunk in self.placement.of(memory.bank.name):
+                memory.device.place(chunk.address - memory.bank.base, chunk.contents())
+
+    def _power_on(self) -> None:
+        """RAM segments and device tree written, vCPU 0 at the entry point, the others off."""
+        dtb = self.platform.dtb if self._dtb is None else self._dtb
+        address = self.platform.dtb_address
+        self.write_ram(address, dtb)
+        entry = self.board.flash[0].base
+        if self.placement is not None:
+            entry = self.placement.entry
+            for chunk in self.placement.of("ram"):
+                self._load(chunk)
+        for vcpu in self.vcpus:
+            vcpu.isa.reset(entry, address)
+            # A RISC-V machine starts every hart; the others of an AArch64 one wait for PSCI.
+            vcpu.on = vcpu.index == 0 or self.board.isa == "riscv64"
+            vcpu.idle = False
+
+    def _load(self, chunk: Chunk) -> None:
+        """A RAM segment; what it has beyond its file bytes is zeroed without touching pages that are zero already."""
+        self.write_ram(chunk.address, bytes(chunk.data))
+        rest = chunk.size - len(chunk.data)
+        at = chunk.address + len(chunk.data)
+        while rest:
+            size = min(rest, PAGE_SIZE - at % PAGE_SIZE)
+            if any(self.mm.read(self.ram + at - self.board.ram_base, size)):
+                self.write_ram(at, bytes(size))
+            at += size
+            rest -= size
+
+    def write_ram(self, gpa: int, data: bytes) -> None:
+        """Store into RAM from the host side. Raises BadInput outside of it."""
+        offset = gpa - self.board.ram_base
+        if offset < 0 or offset + len(data) > self.memory_size:
+            raise BadInput(f"{len(data)} bytes at {gpa:#x} do not fit in RAM")
+        self.mm.write(self.ram + offset, data)
+
+    def read_physical(self, gpa: int, size: int) -> bytes | None:
+        """Bytes of RAM or flash as the guest would read them, None where neither is."""
+        offset = gpa - self.board.ram_base
+        if 0 <= offset and offset + size <= self.memory_size:
+            return self.mm.read(self.ram + offset, size)
+        for memory in self.flash:
+            if memory.contains(gpa) and memory.contains(gpa + size - 1):
+                return memory.read(gpa, size)
+        return None
+
+    def close(self) -> None:
+        """Give back engines, images and memory. May be called twice."""
+        if self._closed:
+            return
+        self._closed = True
+        self.group.close()
+        for memory in self.flash:
+            memory.close()
+        self.secondary.destroy()
+        self.mm.exit()
+        for image in self.images:
+            image.close()
+        self.host.close()
+
+    def __enter__(self) -> Machine:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    # Time
+
+    def _now(self) -> int:
+        if not self.counted:
+            return int((time.monotonic() - self._began) * 1e9) if self._began else 0
+        now = self._base
+        vcpu = self._running
+        if vcpu is not None:
+            now += vcpu.engine.insns - self._start
+        # A fault takes the rest of its block back: time stands still until it is made up for.
+        if now < self._floor:
+            return self._floor
+        self._floor = now
+        return now
+
+    def now_at(self, insns: int) -> int:
+        """Virtual time at which the running vCPU has retired ``insns`` instructions."""
+        if not self.counted or self._running is None:
+            return self._now()
+        return max(self._base + insns - self._start, 0)
+
+    def _earlier(self, ns: int) -> None:
+        """An event was made that comes before all others: the slice in progress must not pass it."""
+        vcpu = self._running
+        if vcpu is None:
+            return
+        if self.counted:
+            vcpu.shorten(max(self._start + ns - self._base, self._start + 1))
+        else:
+            core.tick_in(max(ns - self._now(), 0) / 1e9)
+
+    # Running
+
+    def run(
+        self, *, timeout: float | None = None, max_instructions: int | None = None, until: str | None = None
+    ) -> RunResult:
+        """Run until the guest ends or a limit is reached. ``timeout`` in seconds of wall time.
+
+        ``until``: end with status 0 once all input is used and the console prints this text after it.
+        """
+        if max_instructions is not None and not self.counted:
+            raise BadInput("an instruction limit needs the instructions clock")
+        if until is not None:
+            self.console.watch(until, lambda: self.request_exit("until", 0))
+        self.console.on_quit = lambda: self.request_exit("quit", 0)
+        trace = self.trace
+        if trace.on:
+            for vcpu in self.vcpus:
+                vcpu.record(True)
+            trace.emit(
+                "machine_start",
+                board=self.board.name,
+                memory=self.memory_size,
+                smp=len(self.vcpus),
+                clock="instructions" if self.counted else "host",
+                guest="" if self.image is None else os.path.basename(self.image.path),
+            )
+        self._began = time.monotonic()
+        deadline = None if timeout is None else self._began + timeout
+        limit = None if max_instructions is None else self._base + max_instructions
+        try:
+            with core.SignalGuard(TICK):
+                result = self._loop(deadline, limit)
+        finally:
+            self.seconds += time.monotonic() - self._began
+            self.console.flush()
+        result.summary = self.summary()
+        if trace.on:
+            trace.emit("machine_end", reason=result.reason, status=result.status)
+        return result
+
+    def _loop(self, deadline: float | None, limit: int | None) -> RunResult:
+        ending = self.summary()
+        turn = 0
+        while True:
+            if self._exit is not None:
+                (status, reason), self._exit = self._exit, None
+                return RunResult(status, reason, ending)
+            if self._reset:
+                self._restart()
+            self.clock.run_due()
+            if limit is not None and self._base >= limit:
+                return RunResult(TIMEOUT_STATUS, "limit", ending)
+            vcpu = self._next(turn)
+            if vcpu is None:
+                waited = self._idle(deadline)
+                if waited is not None:
+                    return waited
+                continue
+            turn = vcpu.index + 1
+            try:
+                self._turn(vcpu, limit, deadline)
+            except GuestError as error:
+                self._settle()
+                return RunResult(1, "crash", ending, report=crash_report(self, vcpu, error))
+            interrupted = self._signals(deadline)
+            if interrupted is not None:
+                return interrupted
+
+    def _next(self, turn: int) -> Vcpu | None:
+        """The vCPU whose turn it is, from number ``turn`` on, None when all are idle or off."""
+        count = len(self.vcpus)
+        for n in range(turn, turn + count):
+            vcpu = self.vcpus[n % count]
+            if vcpu.on and (not vcpu.idle or vcpu.isa.interrupt_pending()):
+                return vcpu
+        return None
+
+    def _turn(self, vcpu: Vcpu, limit: int | None, deadline: float | None) -> None:
+        """One slice: up to the next event, the vCPU's quantum or the limit; signals do not end it."""
+        engine = vcpu.engine
+        self._running = vcpu
+        self._start = engine.insns
+        if self.counted:
+            ends = [end for end in (self.clock.next_deadline(), limit) if end is not None]
+            if len(self.vcpus) > 1:
+                ends.append(self._base + QUANTUM)
+            vcpu.stop_at = self._start + max(min(ends) - self._base, 1) if ends else None
+        else:
+            due = self.clock.next_deadline()
+            if due is not None and due - self._now() < TICK * 1e9:
+                core.tick_in(max(due - self._now(), 0) / 1e9)
+        try:
+            while True:
+                leave = vcpu.run_slice(self._wanted)
+                if leave is not Leave.KICK or self._wanted() or not self.counted:
+                    return
+                if self._poll_host(deadline):
+                    return
+        finally:
+            self._settle()
+
+    def _settle(self) -> None:
+        """Account the slice in progress to the machine's time."""
+        vcpu, self._running = self._running, None
+        if vcpu is not None and self.counted:
+            self._base += vcpu.engine.insns - self._start
+
+    def _wanted(self) -> bool:
+        return self._exit is not None or self._reset
+
+    def _poll_host(self, deadline: float | None) -> bool:
+        """Between two ticks of the host: input, signals, time limit. True when the run has to end."""
+        self.console.poll()
+        self._seen |= core.take_signals()
+        return bool(self._seen - {core.SIGALRM_NUMBER}) or (deadline is not None and time.monotonic() >= deadline)
+
+    _seen: set[int] = set()
+
+    def _signals(self, deadline: float | None) -> RunResult | None:
+        seen, self._seen = self._seen | core.take_signals(), set()
+        if not self.counted:
+            self.console.poll()
+        for number in sorted(seen - {core.SIGALRM_NUMBER}):
+            return RunResult(128 + number, "interrupted", self.summary())
+        if deadline is not None and time.monotonic() >= deadline:
+            return RunResult(TIMEOUT_STATUS, "timeout", self.summary())
+        return None
+
+    def _idle(self, deadline: float | None) -> RunResult | None:
+        """Nobody can run: go on to the next event, or wait for input."""
+        due = self.clock.next_deadline()
+        live = self.console.live
+        if due is not None and self.counted and not live:
+            self._base = max(self._base, due)
+            return self._signals(deadline)
+        if due is None and not live:
+            error = GuestError("every vCPU waits for an interrupt and nothing is left that could send one")
+            return RunResult(1, "crash", self.summary(), report=crash_report(self, self.vcpus[0], error))
+        nap = IDLE_NAP if due is None else min(max(due - self._now(), 0) / 1e9, IDLE_NAP)
+        self.console.wait(nap)
+        self.console.poll()
+        if due is not None and self.counted:
+            self._base = min(max(self._base, due), self._base + int(nap * 1e9))
+        return self._signals(deadline)
+
+    def _restart(self) -> None:
+        self._reset = False
+        for vcpu in self.vcpus:
+            vcpu.on = vcpu.idle = vcpu.irq = False
+            vcpu.flush_tlb("reset")
+        self.platform.reset()
+        for memory in self.flash:
+            memory.device.reset()
+        self._power_on()
+
+    def summary(self) -> Summary:
+        """What the machine did so far."""
+        return Summary(
+            instructions=sum(vcpu.engine.insns for vcpu in self.vcpus) if self.counted else None,
+            seconds=self.seconds,
+            guest_faults=sum(vcpu.faults for vcpu in self.vcpus),
+            invalidations=self.secondary.invalidations,
+            tlb_flushes=sum(vcpu.engine.flushes for vcpu in self.vcpus),
+            flash_programs=sum(memory.device.programs for memory in self.flash),
+            flash_erases=sum(memory.device.erases for memory in self.flash),
+        )
+
+
+def _check_host(memory: int) -> None:
+    have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if memory > have:
+        raise HostMemoryError(memory, f"{format_size(memory)} of guest memory: the host has {have >> 20} MiB")
+
+
+def _read(path: str) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            data = file.read(1 << 21)
+    except OSError as error:
+        raise BadInput(f"{path}: {error.strerror}") from None
+    if data[:4] != b"\xd0\x0d\xfe\xed":
+        raise BadInput(f"{path}: is not a device tree (DTB)")
+    return data
