@@ -70,11 +70,12 @@ class FlashMemory:
 
     def read(self, gpa: int, size: int) -> bytes:
         """Bytes of the array at guest physical address ``gpa``, whatever mode the chips are in."""
+        found = bytearray()
         at = gpa - self.bank.base
-        return b"".join(
-            self._host.read(self.first + (n >> PAGE_SHIFT), n % PAGE_SIZE, min(PAGE_SIZE - n % PAGE_SIZE, at + size - n))
-            for n in (at, *range((at // PAGE_SIZE + 1) * PAGE_SIZE, at + size, PAGE_SIZE))
-        )
+        while len(found) < size:
+            page, offset = divmod(at + len(found), PAGE_SIZE)
+            found += self._host.read(self.first + page, offset, min(PAGE_SIZE - offset, size - len(found)))
+        return bytes(found)
 
     def _leave_array(self) -> None:
         self.file.ready = False

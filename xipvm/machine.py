@@ -93,9 +93,9 @@ class RunResult:
 class Machine:
     """A machine, ready to run. Use it as a context manager, or ``close`` it: it holds images and engines.
 
-    ``board``: a name or Board, by default the one that runs ``guest``. ``guest``: path of an ELF; without one the machine
-    starts at the base of flash bank 0. ``memory``: bytes of RAM. ``flash``: image options. ``trace``: what everything is
-    told to; sinks may be attached before or after. Raises BadInput; nothing is left open then.
+    ``board``: a name or Board, by default the one that runs ``guest``. ``guest``: path of an ELF; without one the
+    machine starts at the base of flash bank 0. ``memory``: bytes of RAM. ``flash``: image options. ``trace``: what
+    everything is told to; sinks may be attached before or after. Raises BadInput; nothing is left open then.
     """
 
     def __init__(
@@ -333,7 +333,7 @@ class Machine:
     def read_physical(self, gpa: int, size: int) -> bytes | None:
         """Bytes of RAM or flash as the guest would read them, None where neither is."""
         offset = gpa - self.board.ram_base
-        if 0 <= offset and offset + size <= self.memory_size:
+        if offset >= 0 and offset + size <= self.memory_size:
             return self.mm.read(self.ram + offset, size)
         for memory in self.flash:
             if memory.contains(gpa) and memory.contains(gpa + size - 1):

@@ -22,7 +22,7 @@ BEFORE, AFTER = 16, 16
 
 @dataclass
 class CrashReport:
-    """A crash of vCPU ``vcpu`` at ``pc``. ``code`` rows are (address, bytes, text); ``translation`` rows (what, text)."""
+    """A crash of vCPU ``vcpu`` at ``pc``; ``code`` rows are (address, bytes, text)."""
 
     message: str
     vcpu: int

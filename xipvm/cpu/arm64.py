@@ -65,6 +65,14 @@ TIMER_REGISTERS = {
 WFI, WFE, YIELD, HLT_SEMIHOST = 0xD503207F, 0xD503205F, 0xD503203F, 0xD45E0000
 HVC, SMC, CALL_MASK = 0xD4000002, 0xD4000003, 0xFFE0001F
 
+_REPORTED = (
+    ("esr_el1", ESR_EL1),
+    ("far_el1", FAR_EL1),
+    ("elr_el1", ELR_EL1),
+    ("vbar_el1", VBAR_EL1),
+    ("sctlr_el1", SCTLR_EL1),
+)
+
 _X = [core.ARM64_X0 + n for n in range(29)] + [core.ARM64_X29, core.ARM64_X30]
 
 
@@ -118,7 +126,7 @@ class Arm64:
         if number == EXCP_SWI:
             insn = self._insn(pc - 4)
             self._enter(EC_SVC64, insn >> 5 & 0xFFFF, pc, None, "SVC")
-        elif number == EXCP_HVC or number == EXCP_SMC:
+        elif number in (EXCP_HVC, EXCP_SMC):
             self._call(pc)
         elif number == EXCP_BKPT:
             self._enter(EC_BRK64, self._insn(pc) >> 5 & 0xFFFF, pc, None, "BRK")
@@ -261,9 +269,7 @@ class Arm64:
         rows.append(("sp", int(engine.reg(core.ARM64_SP))))
         rows.append(("pc", self.pc()))
         rows.append(("pstate", int(engine.reg(core.ARM64_PSTATE))))
-        for name, register in (
-            ("esr_el1", ESR_EL1), ("far_el1", FAR_EL1), ("elr_el1", ELR_EL1), ("vbar_el1", VBAR_EL1), ("sctlr_el1", SCTLR_EL1),
-        ):  # fmt: skip
+        for name, register in _REPORTED:
             rows.append((name, int(engine.cp_reg(*register))))
         return rows
 

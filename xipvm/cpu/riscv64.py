@@ -45,9 +45,13 @@ EBREAK, C_EBREAK = 0x00100073, 0x9002
 SEMIHOST_BEFORE, SEMIHOST_AFTER = 0x01F01013, 0x40705013
 
 _TRAP_CSRS = (
-    ("mstatus", core.RISCV_MSTATUS), ("mtvec", core.RISCV_MTVEC), ("mepc", core.RISCV_MEPC), ("mcause", core.RISCV_MCAUSE),
-    ("mtval", core.RISCV_MTVAL), ("satp", core.RISCV_SATP),
-)  # fmt: skip
+    ("mstatus", core.RISCV_MSTATUS),
+    ("mtvec", core.RISCV_MTVEC),
+    ("mepc", core.RISCV_MEPC),
+    ("mcause", core.RISCV_MCAUSE),
+    ("mtval", core.RISCV_MTVAL),
+    ("satp", core.RISCV_SATP),
+)
 
 
 class Riscv64:
