@@ -10,6 +10,7 @@ from elftools.elf.elffile import ELFFile
 
 from xipvm.errors import GuestImageError
 from xipvm.loader import ElfImage
+from xipvm.loader.elf import rwx
 
 Build = Callable[..., bytes]
 GUESTS = sorted((Path(__file__).parents[2] / "guests" / "bin").rglob("*.elf"))
@@ -37,7 +38,7 @@ def test_header_segments_and_symbols(build_elf: Build, bits: int) -> None:
         )
     )  # fmt: skip
     assert (elf.bits, elf.machine, elf.entry, elf.position_independent) == (bits, 183, 0x1004, False)
-    assert [(s.number, s.vaddr, s.paddr, bytes(s.data), s.memsz, s.rwx) for s in elf.segments] == [
+    assert [(s.number, s.vaddr, s.paddr, bytes(s.data), s.memsz, rwx(s.flags)) for s in elf.segments] == [
         (0, 0x1000, 0x1000, CODE, 64, "r-x"),
         (2, 0x40000000, 0x2000, b"data", 100, "rw-"),
     ]

@@ -36,6 +36,11 @@ _STT_NOTYPE, _STT_OBJECT, _STT_FUNC = 0, 1, 2
 _MAX_FILE = 1 << 30
 
 
+def rwx(flags: int) -> str:
+    """``PF_R | PF_W | PF_X`` as ``r-x``."""
+    return "".join(letter if flags & bit else "-" for letter, bit in (("r", PF_R), ("w", PF_W), ("x", PF_X)))
+
+
 class Segment(NamedTuple):
     """A PT_LOAD program header. Addresses and sizes in bytes; ``flags`` are ``PF_R | PF_W | PF_X``."""
 
@@ -48,11 +53,6 @@ class Segment(NamedTuple):
     """What the file holds of it: p_filesz bytes."""
     memsz: int
     """Its size in memory, at least ``len(data)``; the rest is zero."""
-
-    @property
-    def rwx(self) -> str:
-        """The flags as ``r-x``."""
-        return "".join(letter if self.flags & bit else "-" for letter, bit in (("r", PF_R), ("w", PF_W), ("x", PF_X)))
 
 
 class Symbol(NamedTuple):

@@ -1,0 +1,181 @@
+"""The commands and their options. What a command does is in a module of its own, imported when it is used."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from xipvm.address import parse_size
+
+
+class Converted(click.ParamType):  # type: ignore[type-arg] # generic only since click 8.2
+    """An option whose text ``convert`` understands; its ValueError is the complaint."""
+
+    def __init__(self, name: str, convert: Callable[[str], Any]) -> None:
+        self.name = name
+        self._convert = convert
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """What ``value`` means. Fails with one line."""
+        if not isinstance(value, str):
+            return value
+        try:
+            return self._convert(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not seconds > 0:
+        raise ValueError(f"{text!r} is no positive number of seconds")
+    return seconds
+
+
+def _hexadecimal(text: str) -> int:
+    try:
+        return int(text, 16)
+    except ValueError:
+        raise ValueError(f"{text!r} is not a hexadecimal number") from None
+
+
+SIZE = Converted("size", parse_size)
+SECONDS = Converted("seconds", _seconds)
+HEX = Converted("hex", _hexadecimal)
+
+
+def _version(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    if not value:
+        return
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        click.echo(f"xipvm {version('xipvm')}")
+    except PackageNotFoundError:
+        click.echo("xipvm, not installed as a package")
+    ctx.exit()
+
+
+@click.group(no_args_is_help=False, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_version, help="Show the version.")
+def cli() -> None:
+    """Run guests in place from emulated flash, behind a secondary MMU that MMU notifiers keep coherent."""
+
+
+@cli.command()
+@click.argument("guest", required=False)
+@click.option("--board", metavar="NAME", help="The board; by default the one that GUEST is for. See 'xipvm boards'.")
+@click.option("--memory", type=SIZE, help="RAM, such as 64M or 1G.")
+@click.option("--smp", type=int, default=1, metavar="N", help="Number of vCPUs.")
+@click.option(
+    "--flash",
+    multiple=True,
+    metavar="FILE[,bank=N][,snapshot=on][,readonly=on]",
+    help="A flash image; stores go to the file, with snapshot=on nowhere. May be repeated.",
+)
+@click.option("--secondary", type=click.Choice(["kvm"]), default="kvm", help="The secondary MMU.")
+@click.option(
+    "--clock",
+    type=click.Choice(["instructions", "host"]),
+    default="instructions",
+    help="What guest time is: retired instructions (repeatable) or the host's time (faster).",
+)
+@click.option("--trace", metavar="FILE", help="Record everything that happens; see 'xipvm trace show'.")
+@click.option("--timeout", type=SECONDS, help="End the run after so many seconds, with status 124.")
+@click.option("--max-instructions", type=click.IntRange(min=1), metavar="N", help="Likewise, after N instructions.")
+@click.option("--input", "input_file", metavar="FILE", help="Console input, fed as the guest reads it.")
+@click.option("--until", metavar="TEXT", help="End with status 0 when the input is used up and the guest prints TEXT.")
+@click.option("--dtb", metavar="FILE", help="Device tree for the guest, instead of the board's own.")
+@click.option("--quiet", is_flag=True, help="No summary on stderr.")
+def run(**options: Any) -> int:
+    """Run GUEST, an ELF file, in place. Without GUEST the machine starts from the flash images.
+
+    The exit status is the guest's own; 124 on a limit, 1 when the guest crashed, 2 for bad input.
+    """
+    from xipvm.cli.run import run_guest
+
+    return run_guest(**options)
+
+
+@cli.command()
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+def boards(as_json: bool) -> None:
+    """List the boards and their memory maps."""
+    from xipvm.cli.boards import list_boards
+
+    list_boards(as_json=as_json)
+
+
+@cli.command()
+@click.argument("guest")
+@click.option("--board", metavar="NAME", help="The board; by default the one that GUEST is for.")
+@click.option("--memory", type=SIZE, help="RAM, such as 64M or 1G; by default the board's.")
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+def inspect(guest: str, board: str | None, memory: int | None, as_json: bool) -> None:
+    """Show what of GUEST would be placed where, and run nothing."""
+    from xipvm.cli.inspect import inspect_guest
+
+    inspect_guest(guest, board, memory, as_json=as_json)
+
+
+@cli.group(no_args_is_help=False)
+def flash() -> None:
+    """Make flash images."""
+
+
+@flash.command()
+@click.argument("file")
+@click.option("--board", required=True, metavar="NAME")
+@click.option("--bank", type=click.IntRange(min=0), metavar="N", help="The bank that it is for; by default 0.")
+@click.option("--force", is_flag=True, help="Replace an existing file.")
+def create(file: str, board: str, bank: int | None, force: bool) -> None:
+    """Write an erased image of a flash bank."""
+    from xipvm.cli.flash import create_image
+
+    create_image(file, board, bank, force=force)
+
+
+@flash.command()
+@click.argument("file")
+@click.option("--board", required=True, metavar="NAME")
+@click.option("--bank", type=click.IntRange(min=0), metavar="N", help="The bank that it is for.")
+def pad(file: str, board: str, bank: int | None) -> None:
+    """Append erased bytes to FILE up to the size of the flash bank, or of all banks."""
+    from xipvm.cli.flash import pad_image
+
+    pad_image(file, board, bank)
+
+
+@cli.group(no_args_is_help=False)
+def trace() -> None:
+    """Look into traces."""
+
+
+@trace.command()
+@click.argument("file")
+@click.option("--kind", multiple=True, metavar="KIND", help="Only this kind; may be a pattern, may be repeated.")
+@click.option("--actor", multiple=True, metavar="ACTOR", help="Only this actor; may be a pattern, may be repeated.")
+@click.option("--page", type=HEX, metavar="HEX", help="Only events that name this page number or address.")
+@click.option("--from", "first", type=int, metavar="SEQ", help="Only from this sequence number on.")
+@click.option("--to", "last", type=int, metavar="SEQ", help="Only up to this sequence number.")
+@click.option("--json", "as_json", is_flag=True, help="One line of JSON an event.")
+def show(
+    file: str,
+    kind: tuple[str, ...],
+    actor: tuple[str, ...],
+    page: int | None,
+    first: int | None,
+    last: int | None,
+    as_json: bool,
+) -> None:
+    """Print the events of a trace FILE."""
+    from xipvm.cli.trace import show_trace
+    from xipvm.trace.show import Filter
+
+    show_trace(file, Filter(kind, actor, page, first, last), as_json=as_json)

@@ -1,0 +1,155 @@
+"""``xipvm run``: a machine from the options, its run, and what is said about it afterwards."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from xipvm.console import Console
+from xipvm.devices.flash.files import parse_option
+from xipvm.errors import BadInput, TraceFileError
+from xipvm.machine import Machine, RunResult
+from xipvm.trace.funnel import Trace
+from xipvm.trace.recorder import Recorder
+
+
+def run_guest(
+    *,
+    guest: str | None,
+    board: str | None,
+    memory: int | None,
+    smp: int,
+    flash: tuple[str, ...],
+    secondary: str,
+    clock: str,
+    trace: str | None,
+    timeout: float | None,
+    max_instructions: int | None,
+    input_file: str | None,
+    until: str | None,
+    dtb: str | None,
+    quiet: bool,
+) -> int:
+    """Run a guest as the options of ``xipvm run`` say. Returns the exit status. Raises XipvmError."""
+    if guest is None and not flash:
+        raise BadInput("there is nothing to run: name a GUEST, or a flash image with --flash")
+    if guest is None and board is None:
+        raise BadInput("without a GUEST the board has to be named: --board, see 'xipvm boards'")
+    if until == "":
+        raise BadInput("--until needs a text to wait for")
+    options = [parse_option(text) for text in flash]
+    funnel = Trace()
+    machine: Machine | None = None
+
+    def trace_failed(error: TraceFileError) -> None:
+        if machine is None:
+            raise error
+        machine.request_exit("trace", 2)
+
+    with _console(input_file, until) as console:
+        recorder = None
+        if trace is not None:
+            info = _machine_info(guest, board, memory, smp, secondary=secondary, clock=clock)
+            recorder = Recorder(trace, machine=info, on_error=trace_failed)
+            funnel.attach(recorder)
+        try:
+            with Machine(
+                board=board,
+                guest=guest,
+                memory=memory,
+                smp=smp,
+                flash=options,
+                clock=clock,
+                secondary=secondary,
+                trace=funnel,
+                console=console,
+                dtb=dtb,
+            ) as machine:
+                result = machine.run(timeout=timeout, max_instructions=max_instructions, until=until)
+                notes = () if machine.placement is None else machine.placement.notes
+                if recorder is not None:
+                    funnel.detach(recorder)
+        finally:
+            if recorder is not None:
+                recorder.close()
+    if result.report is not None:
+        _say(result.report.render())
+        for note in notes:
+            _say(f"note: {note}")
+    if not quiet:
+        _summarise(result)
+    if recorder is not None and recorder.error is not None:
+        raise recorder.error
+    return result.status if 0 <= result.status <= 255 else (result.status & 0xFF or 1)
+
+
+def _console(input_file: str | None, until: str | None) -> Console:
+    """The guest's console: a script, or standard input as it comes. Raises BadInput."""
+    if input_file is not None:
+        try:
+            with open(input_file, "rb") as file:
+                return Console(sys.stdout.buffer, file.read())
+        except OSError as error:
+            raise BadInput(f"{input_file}: {error.strerror}") from error
+    # A terminal never runs out of input, so waiting for a text behind the last of it means that there is none.
+    if sys.stdin is None or sys.stdin.closed or (until is not None and sys.stdin.isatty()):
+        return Console(sys.stdout.buffer, b"")
+    return Console.stdio()
+
+
+def _machine_info(
+    guest: str | None, board: str | None, memory: int | None, smp: int, *, secondary: str, clock: str
+) -> dict[str, Any]:
+    """What the header of a trace says of its machine; the same for equal runs, wherever their files lie."""
+    import os
+
+    from xipvm import boards
+    from xipvm.loader import ElfImage, board_for
+
+    chosen = boards.get(board) if board is not None else board_for(ElfImage.open(guest or ""))
+    return {
+        "board": chosen.name,
+        "memory": chosen.default_memory if memory is None else memory,
+        "smp": smp,
+        "secondary": secondary,
+        "clock": clock,
+        "guest": None if guest is None else os.path.basename(guest),
+    }
+
+
+_ENDINGS = {
+    "exit": "the guest ended",
+    "until": "the awaited text came",
+    "timeout": "the time limit was reached",
+    "limit": "the instruction limit was reached",
+    "crash": "the guest crashed",
+    "quit": "ended from the console",
+    "interrupted": "interrupted",
+    "trace": "the trace could not be written",
+}
+
+
+def _summarise(result: RunResult) -> None:
+    summary = result.summary
+    _say(f"xipvm: {_ENDINGS.get(result.reason, result.reason)}, status {result.status}")
+    amount = "" if summary.instructions is None else f"{summary.instructions} instructions in "
+    speed = "" if summary.mips is None else f" ({summary.mips:.1f} MIPS)"
+    _say(f"xipvm: {amount}{summary.seconds:.3f} s{speed}")
+    counts = [
+        (summary.guest_faults, "guest fault"),
+        (summary.invalidations, "invalidation"),
+        (summary.tlb_flushes, "TLB flush"),
+        (summary.flash_programs, "flash program"),
+        (summary.flash_erases, "flash erase"),
+    ]
+    _say("xipvm: " + ", ".join(_counted(count, what) for count, what in counts))
+
+
+def _counted(count: int, what: str) -> str:
+    if count == 1:
+        return f"1 {what}"
+    return f"{count} {what}{'es' if what.endswith('sh') else 's'}"
+
+
+def _say(line: str) -> None:
+    sys.stderr.write(f"{line}\n")
