@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _call(argv: Sequence[str] | None) -> int:
     import click
 
-    from xipvm.cli.commands import cli
+    from xipvm.cli.commands import OutputClosedError, cli
     from xipvm.errors import BadInput, InternalError, XipvmError
 
     try:
@@ -56,7 +56,7 @@ def _call(argv: Sequence[str] | None) -> int:
         return _say(error.format_message(), BAD_INPUT)
     except (KeyboardInterrupt, click.Abort):
         return INTERRUPTED
-    except BrokenPipeError:
+    except OutputClosedError:
         return BROKEN_PIPE
     except OSError as error:
         return _say(f"{error.filename or 'standard output'}: {error.strerror}", BAD_INPUT)

@@ -50,6 +50,21 @@ SECONDS = Converted("seconds", _seconds)
 HEX = Converted("hex", _hexadecimal)
 
 
+class OutputClosedError(Exception):
+    """Whoever read our standard output has gone."""
+
+
+class Commands(click.Group):
+    """A group that tells of a broken pipe; click itself would end the process with status 1, as if a guest crashed."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command. Raises OutputClosedError."""
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError as error:
+            raise OutputClosedError from error
+
+
 def _version(ctx: click.Context, param: click.Parameter, value: bool) -> None:
     if not value:
         return
@@ -62,7 +77,11 @@ def _version(ctx: click.Context, param: click.Parameter, value: bool) -> None:
     ctx.exit()
 
 
-@click.group(no_args_is_help=False, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(
+    cls=Commands,
+    no_args_is_help=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
 @click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_version, help="Show the version.")
 def cli() -> None:
     """Run guests in place from emulated flash, behind a secondary MMU that MMU notifiers keep coherent."""
