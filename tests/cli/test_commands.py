@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -103,6 +104,26 @@ def test_inspect_as_json(xipvm: Call) -> None:
         ("flash0", "rw-"),
         ("ram", "rw-"),
     ]
+
+
+def test_a_file_name_that_is_no_text(tmp_path: Path) -> None:
+    name = os.fsencode(tmp_path) + b"/\xff\n.elf"
+    Path(os.fsdecode(name)).write_bytes(HELLO.read_bytes())
+    child = subprocess.run([sys.executable, "-m", "xipvm", "inspect", name], capture_output=True, check=False)
+    assert child.stdout.startswith(name + b": AArch64")
+    assert (child.returncode, child.stderr) == (0, b"")
+    child = subprocess.run([sys.executable, "-m", "xipvm", "inspect", name + b"2"], capture_output=True, check=False)
+    assert (child.returncode, child.stdout, child.stderr.count(b"\n")) == (2, b"", 1)
+
+
+def test_closed_standard_streams() -> None:
+    for closed in ("1", "2"):
+        command = f'exec {closed}>&-; exec "$@"'
+        child = subprocess.run(
+            ["sh", "-c", command, "sh", sys.executable, "-m", "xipvm", "boards"], capture_output=True, check=False
+        )
+        assert (child.returncode, child.stderr) == (0, b"")
+        assert (child.stdout == b"") == (closed == "1")
 
 
 def test_flash_create_and_pad(xipvm: Call, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ here imports rich, numpy, capstone or pyelftools for ``xipvm run``.
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ BROKEN_PIPE = 141
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line ``argv`` (without the program's name; by default the process's) and exit."""
+    _prepare_streams()
     status = _call(argv)
     try:
         sys.stdout.flush()
@@ -33,6 +35,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         elif status != BAD_INPUT:
             status = _say(f"standard output: {error.strerror}", BAD_INPUT)
     sys.exit(status)
+
+
+def _prepare_streams() -> None:
+    """Have a standard output and error, even where the parent closed them, that any file name can be printed to."""
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for the life of the process)
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")
 
 
 def _call(argv: Sequence[str] | None) -> int:
