@@ -37,6 +37,7 @@ cdef class HostMemory:
     cdef object _keep
     cdef object __weakref__
     cdef int views              # exported buffers: close() refuses while there are any
+    cdef public object rmap     # the reverse map over these frames, see rmap.py
     # NULL for a pfn that is neither an arena frame nor a device frame
     cdef FrameMeta *meta_of(self, uint64_t pfn) noexcept
     cdef uint8_t *bytes_of(self, uint64_t pfn) noexcept

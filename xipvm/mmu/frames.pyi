@@ -6,6 +6,7 @@ from typing import Any, Literal
 import numpy
 
 from xipvm.address import Pfn
+from xipvm.mmu.rmap import ReverseMap
 
 PG_RESERVED: int
 PG_ANON: int
@@ -30,6 +31,7 @@ class HostMemory:
     nr_frames: int
     free_frames: int
     fd: int
+    rmap: ReverseMap | None
     def __init__(self, size_bytes: int, *, poison: Literal["head", "frame"] = "head") -> None:
         """Raises HostMemoryError when the size is impossible or the host refuses it."""
 

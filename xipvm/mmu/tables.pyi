@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy
 
+from xipvm.address import Pfn
 from xipvm.mmu.frames import HostMemory
 
 class PageTable:
@@ -49,6 +50,32 @@ class PageTable:
     def table_view(self, index: int) -> numpy.ndarray[Any, Any] | None:
         """The 512 entries of the leaf table over page ``index`` as a shared u64 array; None without one."""
 
+    def gup(self, index: int, write: bool) -> GupPage | None:
+        """The page behind a present primary PTE, None where a fault is needed. Sets accessed; ``write``: dirty, too."""
+
+    def map_anon(self, index: int, flags: int, host: HostMemory, mapping: int, offset: int) -> int:
+        """Maps a new zeroed frame, exclusive, with ``flags`` and that rmap root; its pfn, -1 if an entry is there.
+
+        Raises OutOfFrames.
+        """
+
+    def protect(
+        self, start: int, end: int, rights: int, upgrade: int = 0, segments: bool = False
+    ) -> tuple[int, list[tuple[int, int, int]]]:
+        """Gives the mapped primary PTEs ``rights`` (PRESENT or PROTNONE, WRITE, EXEC) in place of those they have.
+
+        WRITE as well where all bits of ``upgrade`` (not 0) are set. Returns how many changed that a TLB may hold
+        and, if ``segments`` and something changed, (start, end, flags) of ranges whose mapped entries agree.
+        """
+
+    def copy_to(
+        self, child: PageTable, start: int, end: int, host: HostMemory, cow: bool, segments: bool = False
+    ) -> list[tuple[int, int, int]]:
+        """Copies the mapped primary PTEs, with a reference and a mapcount each; ``cow`` takes WRITE and EXCLUSIVE.
+
+        Returns segments of this table, as ``protect`` does.
+        """
+
     def zap_mapped(
         self, start: int, end: int, gather: Gather, runs: bool = True, keep_anon: bool = False
     ) -> list[tuple[int, int]]:
@@ -57,6 +84,15 @@ class PageTable:
         Each counted frame loses a mapcount, takes over the dirty and accessed bits (file pages) and goes into
         ``gather``. ``keep_anon`` leaves private copies alone. No huge entry may be in the range.
         """
+
+class GupPage:
+    """What get_user_pages found: the frame, and whether the primary entry allows writing to it."""
+
+    pfn: Pfn
+    writable: bool
+    def __init__(self, pfn: int, writable: bool) -> None: ...
+    def __eq__(self, other: object) -> bool: ...
+    def __hash__(self) -> int: ...
 
 class Gather:
     """Frames whose last reference is dropped only after the primary TLB flush."""

@@ -2,7 +2,7 @@
 
 The tree knows three things about an entry: zero is empty, bit 7 marks a 2 MiB entry (stored at level 2),
 bits 12..51 are a pfn. The rest is the owner's business, except for the operations that are fused here because
-they run once a page: ``zap_mapped``, ``copy_cow`` and ``map_new`` know the primary PTE's bits (pte.py).
+they run once a page: ``gup``, ``map_anon``, ``zap_mapped``, ``protect`` and ``copy_to`` know the primary PTE's bits (pte.py).
 
 Invariants:
 
@@ -12,6 +12,7 @@ Invariants:
 * An intermediate entry is (table number << 12) | 1.
 """
 
+cimport cython
 from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport free, realloc
 from libc.string cimport memset
@@ -20,6 +21,17 @@ from posix.mman cimport MAP_ANONYMOUS, MAP_FAILED, MAP_PRIVATE, PROT_READ, PROT_
 from xipvm.errors import InternalError, OutOfFrames
 
 from xipvm.mmu.frames cimport FrameMeta, HostMemory
+from xipvm.mmu.pte cimport (
+    PTE_ACCESSED,
+    PTE_ANON,
+    PTE_DIRTY,
+    PTE_EXCLUSIVE,
+    PTE_PRESENT,
+    PTE_PROTNONE,
+    PTE_SPECIAL,
+    PTE_WRITE,
+    PTE_EXEC,
+)
 
 cdef extern from "<sys/mman.h>":
     int MAP_NORESERVE
@@ -29,21 +41,13 @@ cdef enum:
     MAX_LEVELS = 4
     POOL_TABLES = 1 << 20  # 4 GiB of address space: leaf tables for 2 TiB
 
-    # the primary PTE, see pte.py
-    PRESENT = 1 << 0
-    WRITE = 1 << 1
-    SPECIAL = 1 << 3
-    PROTNONE = 1 << 4
-    ACCESSED = 1 << 5
-    DIRTY = 1 << 6
-    HUGE = 1 << 7
-    ANON = 1 << 9
-    EXCLUSIVE = 1 << 10
+    HUGE = 1 << 7  # in primary and secondary entries
 
     # frame flags, see frames.pyx
     PG_ANON = 1 << 1
     PG_DIRTY = 1 << 2
     PG_REFERENCED = 1 << 3
+    PG_SWAPBACKED = 1 << 4
 
 cdef uint64_t PFN_MASK = 0x000FFFFFFFFFF000
 cdef uint64_t MMIO = <uint64_t>1 << 62
@@ -168,6 +172,8 @@ cdef enum Verb:
     ZAP             # clear; runs collect pfns
     ZAP_MAPPED      # clear primary PTEs; frames go into the gather
     BITS            # entry = (entry & keep) | add where (entry & need) == need
+    PROTECT         # likewise on mapped primary PTEs, and WRITE where all bits of `upgrade` are there
+    COPY            # primary PTEs into another table, as fork does
     FIND            # stop at the first non-zero entry
 
 cdef struct Pass:
@@ -178,9 +184,66 @@ cdef struct Pass:
     uint64_t keep
     uint64_t add
     uint64_t need
+    uint64_t upgrade
     uint64_t changed
+    uint64_t flushes    # changed entries that a TLB may hold
     uint64_t found
     bint keep_anon
+    bint cow
+
+
+@cython.final
+cdef class Segments:
+    """Ranges of pages whose mapped entries all have the same flags; nothing is mapped between them."""
+
+    cdef list done
+    cdef uint64_t start
+    cdef uint64_t end
+    cdef uint64_t flags
+
+    def __cinit__(self):
+        self.done = []
+
+    cdef int add(self, uint64_t page, uint64_t flags) except -1:
+        flags &= 0xFFF & ~(PTE_ACCESSED | PTE_DIRTY)
+        if self.end and flags == self.flags:
+            self.end = page + 1
+            return 0
+        self.take()
+        self.start, self.end, self.flags = page, page + 1, flags
+        return 0
+
+    cdef list take(self):
+        if self.end:
+            self.done.append((self.start, self.end, self.flags))
+            self.end = 0
+        return self.done
+
+
+@cython.final
+@cython.freelist(16)
+cdef class GupPage:
+    """What get_user_pages found: the frame, and whether the primary entry allows writing."""
+
+    cdef readonly uint64_t pfn
+    cdef readonly bint writable
+
+    def __init__(self, uint64_t pfn, bint writable):
+        self.pfn = pfn
+        self.writable = writable
+
+    def __eq__(self, other):
+        return (
+            isinstance(other, GupPage)
+            and self.pfn == (<GupPage>other).pfn
+            and self.writable == (<GupPage>other).writable
+        )
+
+    def __hash__(self):
+        return hash((self.pfn, self.writable))
+
+    def __repr__(self):
+        return f"GupPage(pfn={self.pfn:#x}, writable={bool(self.writable)})"
 
 
 cdef class PageTable:
@@ -317,7 +380,7 @@ cdef class PageTable:
         cdef Pass todo
         memset(&todo, 0, sizeof(todo))
         todo.verb, todo.start, todo.end = FIND, start, end
-        run_pass(self, &todo, None)
+        run_pass(self, &todo, None, None, None)
         return <int64_t>todo.found if todo.changed else -1
 
     def entries(self, uint64_t start, uint64_t end):
@@ -330,7 +393,7 @@ cdef class PageTable:
         self.check_range(start, end)
         while todo.start < end:
             todo.changed = 0
-            run_pass(self, &todo, None)
+            run_pass(self, &todo, None, None, None)
             if not todo.changed:
                 break
             entry = self.lookup(todo.found, &level)[0]
@@ -346,7 +409,7 @@ cdef class PageTable:
         cdef Pass todo
         memset(&todo, 0, sizeof(todo))
         todo.verb, todo.start, todo.end, todo.runs.wanted = ZAP, start, end, True
-        run_pass(self, &todo, None)
+        run_pass(self, &todo, None, None, None)
         return take_runs(&todo.runs)
 
     def clear_bits(self, uint64_t start, uint64_t end, uint64_t mask, uint64_t where=0):
@@ -360,7 +423,7 @@ cdef class PageTable:
         memset(&todo, 0, sizeof(todo))
         todo.verb, todo.start, todo.end = BITS, start, end
         todo.keep, todo.add, todo.need = ~clear, set, where
-        run_pass(self, &todo, None)
+        run_pass(self, &todo, None, None, None)
         return todo.changed
 
     def table_view(self, uint64_t index):
@@ -379,34 +442,90 @@ cdef class PageTable:
 
     # ---- primary PTEs, fused ----
 
+    def gup(self, uint64_t index, bint write):
+        cdef int level
+        cdef uint64_t entry
+        cdef uint64_t *slot = self.lookup(index, &level)
+        cdef GupPage page
+        if slot == NULL:
+            return None
+        entry = slot[0]
+        if not entry & PTE_PRESENT or (write and not entry & PTE_WRITE):
+            return None
+        slot[0] = entry | PTE_ACCESSED | (PTE_DIRTY if write else 0)
+        page = GupPage.__new__(GupPage)
+        page.pfn = ((entry & PFN_MASK) >> 12) + (index & (ENTRIES - 1) if level == 2 else 0)
+        page.writable = entry & PTE_WRITE != 0
+        return page
+
+    def map_anon(self, uint64_t index, uint64_t flags, HostMemory host not None, uint32_t mapping, uint64_t offset):
+        cdef int64_t pfn
+        cdef FrameMeta *meta
+        cdef uint64_t *slot = self.ensure(index)
+        if slot[0]:
+            return -1
+        pfn = host.alloc_frame(True)
+        if pfn < 0:
+            raise OutOfFrames(f"none of the {host.nr_frames} frames is free")
+        meta = &host.meta[pfn]
+        meta.mapcount = 1
+        meta.flags |= PG_ANON | PG_SWAPBACKED
+        meta.mapping = mapping
+        meta.index = offset
+        slot[0] = (<uint64_t>pfn << 12) | flags | PTE_ANON | PTE_EXCLUSIVE
+        fill_of(slot)[0] += 1
+        self.present += 1
+        return pfn
+
     def zap_mapped(self, uint64_t start, uint64_t end, Gather gather not None, bint runs=True, bint keep_anon=False):
         cdef Pass todo
         memset(&todo, 0, sizeof(todo))
         todo.verb, todo.start, todo.end = ZAP_MAPPED, start, end
         todo.runs.wanted, todo.keep_anon = runs, keep_anon
-        run_pass(self, &todo, gather)
+        run_pass(self, &todo, gather, None, None)
         return take_runs(&todo.runs)
 
+    def protect(self, uint64_t start, uint64_t end, uint64_t rights, uint64_t upgrade=0, bint segments=False):
+        cdef Pass todo
+        cdef Segments parts = Segments() if segments else None
+        memset(&todo, 0, sizeof(todo))
+        todo.verb, todo.start, todo.end = PROTECT, start, end
+        todo.keep, todo.add = ~<uint64_t>(PTE_PRESENT | PTE_PROTNONE | PTE_WRITE | PTE_EXEC), rights
+        todo.upgrade = upgrade
+        run_pass(self, &todo, None, None, parts)
+        return todo.flushes, parts.take() if segments and todo.changed else []
 
-cdef int run_pass(PageTable tree, Pass *todo, Gather gather) except -1:
+    def copy_to(self, PageTable child not None, uint64_t start, uint64_t end, HostMemory host not None, bint cow,
+                bint segments=False):
+        cdef Pass todo
+        cdef Segments parts = Segments() if segments else None
+        cdef Gather frames = Gather(host)
+        memset(&todo, 0, sizeof(todo))
+        todo.verb, todo.start, todo.end, todo.cow = COPY, start, end, cow
+        run_pass(self, &todo, frames, child, parts)
+        return parts.take() if segments and todo.changed else []
+
+
+cdef int run_pass(PageTable tree, Pass *todo, Gather gather, PageTable child, Segments parts) except -1:
     tree.check_range(todo.start, todo.end)
     if todo.start < todo.end:
         try:
-            walk(tree, tree.root, tree.levels, 0, todo, gather)
+            walk(tree, tree.root, tree.levels, 0, todo, gather, child, parts)
         except BaseException:
             free(todo.runs.pairs)
             raise
     return 0
 
 
-cdef int walk(PageTable tree, uint64_t *table, int level, uint64_t base, Pass *todo, Gather gather) except -1:
+cdef int walk(PageTable tree, uint64_t *table, int level, uint64_t base, Pass *todo, Gather gather, PageTable child,
+              Segments parts) except -1:
     """``todo`` on the entries of ``table``, whose first one is page ``base``, inside [todo.start, todo.end)."""
     cdef int shift = 9 * (level - 1)
     cdef uint64_t i = 0
     cdef uint64_t stop = ENTRIES
     cdef uint64_t entry
     cdef uint64_t page
-    cdef uint64_t *child
+    cdef uint64_t *lower
     if base < todo.start:
         i = (todo.start - base) >> shift
     if todo.end - base < <uint64_t>ENTRIES << shift:
@@ -416,12 +535,12 @@ cdef int walk(PageTable tree, uint64_t *table, int level, uint64_t base, Pass *t
         if entry:
             page = base + (i << shift)
             if is_leaf(entry, level):
-                leaf(tree, table, i, level, page, todo, gather)
+                leaf(tree, table, i, level, page, todo, gather, child, parts)
             else:
-                child = child_of(entry)
-                walk(tree, child, level - 1, page, todo, gather)
-                if fill_of(child)[0] == 0:
-                    free_table(child)
+                lower = child_of(entry)
+                walk(tree, lower, level - 1, page, todo, gather, child, parts)
+                if fill_of(lower)[0] == 0:
+                    free_table(lower)
                     tree.tables -= 1
                     table[i] = 0
                     fill_of(table)[0] -= 1
@@ -432,9 +551,10 @@ cdef int walk(PageTable tree, uint64_t *table, int level, uint64_t base, Pass *t
 
 
 cdef inline int leaf(PageTable tree, uint64_t *table, uint64_t i, int level, uint64_t page, Pass *todo,
-                     Gather gather) except -1:
+                     Gather gather, PageTable child, Segments parts) except -1:
     cdef uint64_t entry = table[i]
     cdef uint64_t pfn = (entry & PFN_MASK) >> 12
+    cdef uint64_t new
     cdef FrameMeta *meta
     if todo.verb == FIND:
         todo.found = page if page > todo.start else todo.start
@@ -445,19 +565,49 @@ cdef inline int leaf(PageTable tree, uint64_t *table, uint64_t i, int level, uin
             table[i] = (entry & todo.keep) | todo.add
             todo.changed += 1
         return 0
-    if todo.verb == ZAP_MAPPED:
-        if level == 2:
-            raise InternalError(f"page {page:#x}: a huge entry is not split or zapped page by page")
-        if todo.keep_anon and entry & ANON:
+    if level == 2 and todo.verb != ZAP:
+        raise InternalError(f"page {page:#x}: a huge entry is not worked on page by page, split it first")
+    if todo.verb == PROTECT:
+        if not entry & (PTE_PRESENT | PTE_PROTNONE):
             return 0
-        if not entry & SPECIAL:
+        new = (entry & todo.keep) | todo.add
+        if todo.upgrade and new & todo.upgrade == todo.upgrade:
+            new |= PTE_WRITE
+        if parts is not None:
+            parts.add(page, new)
+        if new != entry:
+            table[i] = new
+            todo.changed += 1
+            if entry & PTE_PRESENT:
+                todo.flushes += 1
+        return 0
+    if todo.verb == COPY:
+        if not entry & (PTE_PRESENT | PTE_PROTNONE):
+            return 0
+        if todo.cow:
+            new = entry & ~<uint64_t>(PTE_WRITE | PTE_EXCLUSIVE)
+            if parts is not None:
+                parts.add(page, new)
+            if new != entry:
+                table[i] = entry = new
+                todo.changed += 1
+        child.store(page, entry & ~<uint64_t>PTE_ACCESSED)
+        if not entry & PTE_SPECIAL:
+            meta = &gather.host.meta[pfn]
+            meta.refcount += 1
+            meta.mapcount += 1
+        return 0
+    if todo.verb == ZAP_MAPPED:
+        if todo.keep_anon and entry & PTE_ANON:
+            return 0
+        if not entry & PTE_SPECIAL:
             gather.add(pfn)
             meta = &gather.host.meta[pfn]
             meta.mapcount -= 1
-            if not entry & ANON:
-                if entry & DIRTY:
+            if not entry & PTE_ANON:
+                if entry & PTE_DIRTY:
                     meta.flags |= PG_DIRTY
-                if entry & ACCESSED:
+                if entry & PTE_ACCESSED:
                     meta.flags |= PG_REFERENCED
     table[i] = 0
     fill_of(table)[0] -= 1

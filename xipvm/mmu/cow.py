@@ -1,0 +1,94 @@
+"""A write to a page whose entry is read-only: reuse it, or copy it.
+
+A private anonymous page is reused when this entry is the only one that maps it and nobody else holds a reference:
+the right is raised, nobody is told, and a secondary MMU finds out when it faults. Otherwise it is copied::
+
+    frame allocated, data copied → range start → entry unchanged? cleared → TLB flush → new entry → range end → old put
+
+Cleared and flushed before the new entry is there: once anybody can write the copy, nobody reads the old page at this
+address. The old page keeps a reference until behind the range end.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from xipvm.actors import point
+from xipvm.address import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE
+from xipvm.mmu.file import VmFault
+from xipvm.mmu.frames import PG_ANON, PG_SWAPBACKED, ZERO_PFN
+from xipvm.mmu.mapping import anon_vma_prepare
+from xipvm.mmu.pte import ACCESSED, ANON, DIRTY, EXCLUSIVE, PFN_SHIFT, SPECIAL, WRITE, pte_pfn
+from xipvm.mmu.vma import Vma
+from xipvm.notifier import RangeEvent
+
+if TYPE_CHECKING:
+    from xipvm.mmu.mm import Mm
+
+
+def do_wp_page(mm: Mm, area: Vma, hva: int, entry: int) -> tuple[VmFault, str]:
+    """``entry`` maps ``hva`` without WRITE, and the area allows writing. Raises OutOfFrames, having changed nothing."""
+    if area.shared:
+        return _wp_page_shared(mm, area, hva, entry)
+    if entry & ANON and (entry & EXCLUSIVE or mm.host.refcount(pte_pfn(entry)) == 1):
+        _reuse(mm, area, hva, entry)
+        return VmFault.OK, "reuse"
+    return VmFault.OK, "cow" if wp_page_copy(mm, area, hva, entry) else "retry"
+
+
+def _wp_page_shared(mm: Mm, area: Vma, hva: int, entry: int) -> tuple[VmFault, str]:
+    """The file hears of the first write to a clean page."""
+    assert area.file is not None
+    fault = area.file.page_mkwrite(area.page_offset(hva), pte_pfn(entry))
+    if fault == VmFault.NOPAGE or mm.pgd.get(hva >> PAGE_SHIFT) != entry:
+        return VmFault.OK, "retry"
+    if fault:
+        return fault, fault.name.lower()
+    mm.set_pte(hva, entry | WRITE | DIRTY | ACCESSED)
+    return VmFault.OK, "mkwrite"
+
+
+def _reuse(mm: Mm, area: Vma, hva: int, entry: int) -> None:
+    """The page is ours alone from now on, also in the reverse map: the mms it was shared with need not be searched."""
+    mm.host.set_rmap(pte_pfn(entry), anon_vma_prepare(area).id, area.page_offset(hva))
+    mm.set_pte(hva, entry | WRITE | DIRTY | ACCESSED | EXCLUSIVE)
+
+
+def wp_page_copy(mm: Mm, area: Vma, hva: int, entry: int) -> bool:
+    """Replaces the page of ``entry`` by a writable copy; False when the entry changed meanwhile."""
+    host, page = mm.host, hva >> PAGE_SHIFT
+    old = pte_pfn(entry)
+    new = mm.alloc_frame(old == ZERO_PFN)
+    if old != ZERO_PFN:
+        host.copy(old, new)
+    counted = not entry & SPECIAL
+    if counted:
+        host.get(old)
+    spare: int = new  # what is left over in the end
+    try:
+        point("mm.cow.copied")
+        start = hva & PAGE_MASK
+        with mm.notifiers.invalidate_range(start, start + PAGE_SIZE, RangeEvent.CLEAR):
+            if mm.pgd.get(page) == entry:
+                mm.clear_flush(start)
+                map_new_anon(mm, area, start, new)
+                spare = old
+                if counted:
+                    host.add_mapcount(old, -1)
+                if mm.trace.on:
+                    mm.trace.emit("mm_cow", mm=mm.name, hva=start, old=old, new=new)
+        return spare == old
+    finally:
+        if counted:
+            mm.put_frame(old)
+        if spare == new or counted:
+            mm.put_frame(spare)
+
+
+def map_new_anon(mm: Mm, area: Vma, hva: int, pfn: int) -> None:
+    """Fills the empty entry of ``hva`` with ``pfn``, a private page that nobody else knows yet; takes its reference."""
+    host = mm.host
+    host.set_flags(pfn, PG_ANON | PG_SWAPBACKED)
+    host.set_rmap(pfn, anon_vma_prepare(area).id, area.page_offset(hva))
+    host.add_mapcount(pfn, 1)
+    mm.set_pte(hva, pfn << PFN_SHIFT | area.rights | WRITE | DIRTY | ACCESSED | ANON | EXCLUSIVE)

@@ -1,0 +1,149 @@
+"""Page faults of the primary MMU: what happens when an entry is missing or does not allow the access.
+
+A fault never notifies when it fills an empty entry; only a copy made on write does (cow.py). It is atomic except where
+a file may sleep, and behind that everything is looked at again: when the world has changed, the fault reports OK
+without having done anything, and whoever needs the page faults again.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from xipvm.actors import point
+from xipvm.address import PAGE_MASK, PAGE_SHIFT
+from xipvm.errors import OutOfFrames
+from xipvm.mmu.cow import do_wp_page, map_new_anon
+from xipvm.mmu.file import VmFault
+from xipvm.mmu.frames import ZERO_PFN
+from xipvm.mmu.mapping import anon_vma_prepare
+from xipvm.mmu.pte import ACCESSED, DIRTY, PFN_SHIFT, SPECIAL, WRITE
+from xipvm.mmu.vma import PROT_WRITE, VM_SHARED, Vma
+
+if TYPE_CHECKING:
+    from xipvm.mmu.file import AddressSpace
+    from xipvm.mmu.mm import Mm
+
+FAULT_AROUND_PAGES: Final = 16
+
+
+def handle_mm_fault(mm: Mm, hva: int, write: bool) -> VmFault:
+    """Makes the entry of ``hva`` allow the access, as far as the areas do."""
+    point("mm.fault")
+    area = mm.cached_vma
+    if area is None or not area.start <= hva < area.end:
+        area = mm.find_vma(hva)
+    if area is None or not area.prot or (write and not area.prot & PROT_WRITE):
+        result, how = VmFault.SIGSEGV, "sigsegv"
+    else:
+        try:
+            result, how = _fault(mm, area, hva, write)
+        except OutOfFrames:
+            result, how = VmFault.OOM, "oom"
+    if mm.trace.on:
+        mm.trace.emit("mm_fault", mm=mm.name, hva=hva & PAGE_MASK, access="write" if write else "read", result=how)
+    return result
+
+
+def _fault(mm: Mm, area: Vma, hva: int, write: bool) -> tuple[VmFault, str]:
+    """By what is there: how it went, and the word for it in the trace. Raises OutOfFrames, having changed nothing."""
+    entry = mm.pgd.get(hva >> PAGE_SHIFT)
+    if entry:
+        if write and not entry & WRITE:
+            return do_wp_page(mm, area, hva, entry)
+        return VmFault.OK, "spurious"
+    if area.file is None:
+        return _do_anonymous_page(mm, area, hva, write)
+    if not write:
+        return _do_read_fault(mm, area, area.file, hva)
+    if area.flags & VM_SHARED:
+        return _do_shared_fault(mm, area, area.file, hva)
+    return _do_cow_fault(mm, area, area.file, hva)
+
+
+def _do_anonymous_page(mm: Mm, area: Vma, hva: int, write: bool) -> tuple[VmFault, str]:
+    """A new zeroed frame for a write, the zero page for a read."""
+    page = hva >> PAGE_SHIFT
+    if write:
+        root = area.anon_vma or anon_vma_prepare(area)
+        flags = area.rights | WRITE | DIRTY | ACCESSED
+        pfn = mm.pgd.map_anon(page, flags, mm.host, root.id, area.pgoff + page - (area.start >> PAGE_SHIFT))
+        if mm.trace.on:
+            mm.trace.emit("page_alloc", pfn=pfn)
+            mm.emit_pte_set(hva, mm.pgd.get(page))
+        return VmFault.OK, "anon"
+    mm.set_pte(hva, ZERO_PFN << PFN_SHIFT | area.rights | SPECIAL | ACCESSED)
+    return VmFault.OK, "zero"
+
+
+def _do_read_fault(mm: Mm, area: Vma, file: AddressSpace, hva: int) -> tuple[VmFault, str]:
+    """The file's page, read-only where writes have to be noticed; with it its neighbours that are cached."""
+    page = hva >> PAGE_SHIFT
+    if not file.mixed:
+        _map_around(mm, area, file, page)
+        if mm.pgd.get(page):
+            return VmFault.OK, "file"
+    pfn, fault = file.fault(area, area.page_offset(hva), False)
+    if fault:
+        return fault, fault.name.lower()
+    if mm.find_vma(hva) is not area or mm.pgd.get(page):
+        mm.put_frame(pfn)
+        return VmFault.OK, "retry"
+    _map_file_page(mm, area, page, pfn, area.page_prot | ACCESSED)
+    return VmFault.OK, "file"
+
+
+def _map_around(mm: Mm, area: Vma, file: AddressSpace, page: int) -> None:
+    """Maps the pages of the aligned group of 16 that are in the page cache and not mapped yet."""
+    first = max(page & -FAULT_AROUND_PAGES, area.start >> PAGE_SHIFT)
+    end = min((page & -FAULT_AROUND_PAGES) + FAULT_AROUND_PAGES, area.end >> PAGE_SHIFT)
+    offset = area.page_offset(first << PAGE_SHIFT) - first
+    for near in range(first, end):
+        pfn = file.cached(near + offset)
+        if pfn is not None and not mm.pgd.get(near):
+            mm.host.get(pfn)
+            _map_file_page(mm, area, near, pfn, area.page_prot | (ACCESSED if near == page else 0))
+
+
+def _do_shared_fault(mm: Mm, area: Vma, file: AddressSpace, hva: int) -> tuple[VmFault, str]:
+    """The file's page, writable; the file hears of the write first."""
+    page, pgoff = hva >> PAGE_SHIFT, area.page_offset(hva)
+    pfn, fault = file.fault(area, pgoff, True)
+    if fault:
+        return fault, fault.name.lower()
+    fault = file.page_mkwrite(pgoff, pfn)
+    if not fault and mm.find_vma(hva) is area and area.prot & PROT_WRITE and not mm.pgd.get(page):
+        _map_file_page(mm, area, page, pfn, area.rights | WRITE | DIRTY | ACCESSED)
+        return VmFault.OK, "file"
+    mm.put_frame(pfn)
+    if fault in (VmFault.OK, VmFault.NOPAGE):
+        return VmFault.OK, "retry"
+    return fault, fault.name.lower()
+
+
+def _do_cow_fault(mm: Mm, area: Vma, file: AddressSpace, hva: int) -> tuple[VmFault, str]:
+    """A private copy of a page that is not mapped yet: nobody can have a translation, so nobody is told."""
+    page = hva >> PAGE_SHIFT
+    new = mm.alloc_frame(False)
+    try:
+        pfn, fault = file.fault(area, area.page_offset(hva), False)
+    except BaseException:
+        mm.put_frame(new)
+        raise
+    if not fault:
+        mm.host.copy(pfn, new)
+        mm.put_frame(pfn)
+        if mm.find_vma(hva) is area and not mm.pgd.get(page) and area.prot & PROT_WRITE:
+            map_new_anon(mm, area, hva, new)
+            return VmFault.OK, "cow"
+    mm.put_frame(new)
+    return fault, fault.name.lower() if fault else "retry"
+
+
+def _map_file_page(mm: Mm, area: Vma, page: int, pfn: int, flags: int) -> None:
+    """Fills the empty entry of ``page``; the reference to ``pfn`` becomes the entry's."""
+    assert area.file is not None
+    if area.file.mixed:
+        flags |= SPECIAL
+    else:
+        mm.host.add_mapcount(pfn, 1)
+    mm.set_pte(page << PAGE_SHIFT, pfn << PFN_SHIFT | flags)

@@ -1,0 +1,82 @@
+"""What can be mapped: the interface between the fault handler and a file.
+
+An :class:`AddressSpace` is the mapping side of one file: it knows the areas that map it (Linux's i_mmap) and hands out
+the frames of its pages. Page caches (page_cache.py), device memory (device_file.py) and files executed in place are
+such.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
+
+from xipvm.mmu.rmap import reverse_map
+
+if TYPE_CHECKING:
+    from xipvm.mmu.frames import HostMemory
+    from xipvm.mmu.vma import Vma
+    from xipvm.trace.funnel import Trace
+
+
+class VmFault(IntEnum):
+    """How a fault went; names and numbers of Linux's VM_FAULT_*."""
+
+    OK = 0
+    """The entry is there now, or somebody changed it meanwhile: look again."""
+    OOM = 0x01
+    SIGBUS = 0x02
+    """There is an area, but no page behind it."""
+    SIGSEGV = 0x40
+    """No area, or none that allows the access."""
+    NOPAGE = 0x100
+    """A file says: not this page any more, look again."""
+
+
+class FaultResult(NamedTuple):
+    """What a file gives the fault handler: a frame with a reference for the mapping, or the reason why not."""
+
+    pfn: int
+    fault: VmFault = VmFault.OK
+
+
+class AddressSpace:
+    """Base of everything that mmap takes as ``file``; by itself a file without pages. ``name`` is for errors."""
+
+    kind: ClassVar[str] = "file"
+    """What its areas are called in traces."""
+    mixed: ClassVar[bool] = False
+    """Its frames have no reference count (VM_MIXEDMAP)."""
+    tracks_writes: ClassVar[bool] = False
+    """Pages are mapped read-only until ``page_mkwrite`` has heard of the first write."""
+
+    def __init__(self, host: HostMemory, trace: Trace, name: str, *, writable: bool) -> None:
+        self.host = host
+        self.trace = trace
+        self.name = name
+        self.writable = writable
+        """Shared mappings may be written."""
+        self.areas: dict[Vma, None] = {}
+        """Who maps it, in the order of mapping."""
+        self.id = reverse_map(host).add_file(self)
+        """Its number as a root of the reverse map."""
+
+    def fault(self, area: Vma, pgoff: int, write: bool) -> FaultResult:
+        """The frame of page ``pgoff``. May sleep; what it returns is true at the moment of return."""
+        return FaultResult(0, VmFault.SIGBUS)
+
+    def page_mkwrite(self, pgoff: int, pfn: int) -> VmFault:
+        """A shared entry of page ``pgoff`` is about to become writable. NOPAGE when ``pfn`` is not that page any more.
+
+        May sleep.
+        """
+        return VmFault.OK
+
+    def cached(self, pgoff: int) -> int | None:
+        """The frame of a page that can be mapped without sleeping, None otherwise. No reference is taken."""
+        return None
+
+    def unmapped(self) -> None:
+        """The last area is gone."""
+
+    def __repr__(self) -> str:
+        return f"<{self.kind} {self.name}>"

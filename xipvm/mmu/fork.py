@@ -1,0 +1,61 @@
+"""fork: a second mm with the same areas, whose private pages are shared read-only until one side writes.
+
+For each private area that has something to copy (an anon_vma, or device frames)::
+
+    range start over the whole area → parent's entries lose WRITE, child's are filled → range end
+
+and one flush of the whole parent behind the last range end: until then threads of the parent may still write through
+old translations. The other areas copy nothing, their pages come back by faults. The child has no notifiers.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from xipvm.actors import point
+from xipvm.address import PAGE_SHIFT
+from xipvm.mmu.mapping import insert
+from xipvm.mmu.vma import TASK_SIZE, VM_DONTCOPY, VM_MIXEDMAP, Vma
+from xipvm.notifier import RangeEvent
+
+if TYPE_CHECKING:
+    from xipvm.mmu.mm import Mm
+
+
+def fork(mm: Mm, name: str | None) -> Mm:
+    """See :meth:`Mm.fork`."""
+    mm.check_alive("fork")
+    mm.children += 1
+    child = type(mm)(mm.host, mm.trace, name=name or f"{mm.name}.{mm.children}")
+    with mm.because("mm_fork", child=child.name):
+        for area in tuple(mm.vmas):
+            if not area.flags & VM_DONTCOPY:
+                _dup_area(mm, child, area)
+        point("mm.fork.unflushed")
+        mm.flush_tlb_range(0, TASK_SIZE)
+    return child
+
+
+def _dup_area(mm: Mm, child: Mm, area: Vma) -> None:
+    twin = Vma(child, area.start, area.end, area.prot, area.flags, area.file, area.pgoff)
+    mm.rmap.fork(area, twin)
+    insert(child, twin)
+    if mm.trace.on:
+        mm.trace.emit("vma_map", mm=child.name, start=twin.start, end=twin.end, prot=twin.prot, kind=twin.kind)
+    if area.anon_vma is None and not area.flags & VM_MIXEDMAP:
+        return
+    if area.shared:
+        _copy_entries(mm, child, area)
+    else:
+        with mm.notifiers.invalidate_range(area.start, area.end, RangeEvent.PROTECTION_PAGE):
+            _copy_entries(mm, child, area)
+
+
+def _copy_entries(mm: Mm, child: Mm, area: Vma) -> None:
+    start, end = area.start >> PAGE_SHIFT, area.end >> PAGE_SHIFT
+    trace = mm.trace
+    changed = mm.pgd.copy_to(child.pgd, start, end, mm.host, not area.shared, trace.on)
+    if trace.on:
+        for lo, hi, flags in changed:
+            trace.emit("pte_protect", mm=mm.name, start=lo << PAGE_SHIFT, end=hi << PAGE_SHIFT, flags=flags)
+        trace.emit("pte_copy", mm=mm.name, child=child.name, start=area.start, end=area.end)

@@ -1,0 +1,73 @@
+"""get_user_pages: from an address to the frame behind it, faulting where needed; and copies to and from an mm.
+
+No reference is taken for the caller: between two schedule points the frame cannot go away, and whoever keeps a pfn
+across one has to be told of changes (a notifier) or hold a reference of its own (``HostMemory.get``).
+"""
+
+from __future__ import annotations
+
+import errno
+from typing import TYPE_CHECKING
+
+from xipvm.address import PAGE_SHIFT, PAGE_SIZE
+from xipvm.errors import MmError
+from xipvm.mmu.fault import handle_mm_fault
+from xipvm.mmu.file import VmFault
+
+if TYPE_CHECKING:
+    from xipvm.mmu.mm import Mm
+    from xipvm.mmu.tables import GupPage
+
+
+def get_user_pages(mm: Mm, hva: int, write: bool) -> GupPage:
+    """See :meth:`Mm.get_user_pages`; this is the way for entries that do not allow the access yet."""
+    mm.check_alive("get_user_pages")
+    while True:
+        fault = handle_mm_fault(mm, hva, write)
+        if fault:
+            raise MmError(
+                errno.ENOMEM if fault == VmFault.OOM else errno.EFAULT,
+                f"get_user_pages({hva:#x}, {'write' if write else 'read'}) in {mm.name}: {fault.name}",
+            )
+        page = mm.pgd.gup(hva >> PAGE_SHIFT, write)
+        if page is not None:
+            return page
+
+
+def pieces(hva: int, size: int) -> list[tuple[int, int, int]]:
+    """``[hva, hva + size)`` cut at page boundaries: (address, offset in its page, bytes)."""
+    cuts = []
+    end = hva + size
+    while hva < end:
+        offset = hva & (PAGE_SIZE - 1)
+        length = min(PAGE_SIZE - offset, end - hva)
+        cuts.append((hva, offset, length))
+        hva += length
+    return cuts
+
+
+def copy_from_user(mm: Mm, hva: int, size: int) -> bytes:
+    """See :meth:`Mm.read`."""
+    parts = []
+    for address, offset, length in pieces(hva, size):
+        parts.append(mm.host.read(mm.get_user_pages(address, write=False).pfn, offset, length))
+    return b"".join(parts)
+
+
+def copy_to_user(mm: Mm, hva: int, data: bytes | bytearray | memoryview) -> None:
+    """See :meth:`Mm.write`. The pages are held until all are there."""
+    host, source = mm.host, memoryview(data).cast("B")
+    held: list[int] = []
+    cuts = pieces(hva, len(source))
+    try:
+        for address, _, _ in cuts:
+            page = mm.get_user_pages(address, write=True)
+            host.get(page.pfn)
+            held.append(page.pfn)
+        done = 0
+        for pfn, (_, offset, length) in zip(held, cuts, strict=True):
+            host.write(pfn, offset, source[done : done + length])
+            done += length
+    finally:
+        for pfn in held:
+            mm.put_frame(pfn)

@@ -1,0 +1,109 @@
+"""A file of the real host behind a page cache with dirty tracking, as a disk file system has it.
+
+A clean page is mapped read-only, so that the first write faults and marks it dirty. Write-back takes the right away
+again before it reads the page (``page_mkclean``): for every shared area that maps it ::
+
+    range start (PROTECTION_PAGE) → entry cleared → TLB flush → same page, clean and read-only → range end
+
+so that a write during or after the write-back faults and makes the page dirty again, for the next one.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from xipvm.actors import point
+from xipvm.address import PAGE_SHIFT, PAGE_SIZE, page_up
+from xipvm.errors import BadInput
+from xipvm.mmu.file import VmFault
+from xipvm.mmu.frames import PG_DIRTY
+from xipvm.mmu.page_cache import PageCache
+from xipvm.mmu.pte import DIRTY, WRITE, pte_pfn
+from xipvm.notifier import RangeEvent
+
+if TYPE_CHECKING:
+    from xipvm.mmu.frames import HostMemory
+    from xipvm.mmu.vma import Vma
+    from xipvm.trace.funnel import Trace
+
+
+class HostFile(PageCache):
+    """The file at ``path``, written only if ``writable``. Raises BadInput when it cannot be opened."""
+
+    tracks_writes = True
+
+    def __init__(self, host: HostMemory, trace: Trace, path: str, *, writable: bool = False) -> None:
+        try:
+            self._fd = os.open(path, os.O_RDWR if writable else os.O_RDONLY)
+        except OSError as error:
+            raise BadInput(f"{path}: {error.strerror}") from None
+        super().__init__(host, trace, path, os.fstat(self._fd).st_size, writable=writable)
+
+    def unmapped(self) -> None:
+        """The last area is gone: of a closed file, what is dirty is written, and the file let go."""
+        if self.closed and not self.areas and self._fd >= 0:
+            self.fsync()
+            super().unmapped()
+            os.close(self._fd)
+            self._fd = -1
+
+    def _read_page(self, pgoff: int, pfn: int) -> None:
+        data = os.pread(self._fd, PAGE_SIZE, pgoff << PAGE_SHIFT)
+        if data:
+            self.host.write(pfn, 0, data)
+        point("mm.file.read")
+
+    def readahead(self, pgoff: int, count: int) -> None:
+        """Reads pages into the cache, as far as the file goes. Raises OutOfFrames."""
+        for near in range(pgoff, min(pgoff + count, page_up(self.size) >> PAGE_SHIFT)):
+            self._grab(near)
+
+    def page_mkwrite(self, pgoff: int, pfn: int) -> VmFault:
+        """The page is dirty from now on; NOPAGE when the file has lost it meanwhile."""
+        point("mm.file.page_mkwrite")
+        if self.pages.get(pgoff) != pfn:
+            return VmFault.NOPAGE
+        self.host.set_flags(pfn, PG_DIRTY)
+        return VmFault.OK
+
+    def fsync(self, pgoff: int = 0, count: int | None = None) -> int:
+        """Writes back the dirty pages of the range (all by default); how many there were. Raises OSError."""
+        end = page_up(self.size) >> PAGE_SHIFT if count is None else pgoff + count
+        written = 0
+        for near in sorted(near for near in self.pages if pgoff <= near < end):
+            pfn = self.pages.get(near)
+            if pfn is not None and self.host.flags(pfn) & PG_DIRTY:
+                self.host.clear_flags(pfn, PG_DIRTY)
+                self._page_mkclean(near, pfn)
+                used = min(self.size - (near << PAGE_SHIFT), PAGE_SIZE)
+                if used > 0:
+                    os.pwrite(self._fd, self.host.read(pfn, 0, used), near << PAGE_SHIFT)
+                written += 1
+        return written
+
+    def _page_mkclean(self, pgoff: int, pfn: int) -> None:
+        for area in tuple(self.areas):
+            hva = area.address_of(pgoff)
+            if area.shared and hva is not None:
+                self._mkclean_one(area, hva, pfn)
+
+    def _mkclean_one(self, area: Vma, hva: int, pfn: int) -> None:
+        mm = area.mm
+        with mm.notifiers.invalidate_range(hva, hva + PAGE_SIZE, RangeEvent.PROTECTION_PAGE):
+            entry = mm.pgd.get(hva >> PAGE_SHIFT)
+            if not entry & (WRITE | DIRTY) or pte_pfn(entry) != pfn:
+                return
+            mm.clear_flush(hva)
+            mm.set_pte(hva, entry & ~(WRITE | DIRTY))
+
+    def truncate(self, size: int) -> None:
+        """See :meth:`PageCache.truncate`; the file itself changes too. Raises OSError."""
+        os.ftruncate(self._fd, size)
+        super().truncate(size)
+
+    def punch_hole(self, pgoff: int, count: int) -> None:
+        """See :meth:`PageCache.punch_hole`; the file itself gets zeros there. Raises OSError."""
+        super().punch_hole(pgoff, count)
+        start = pgoff << PAGE_SHIFT
+        os.pwrite(self._fd, bytes(max(min(count << PAGE_SHIFT, self.size - start), 0)), start)

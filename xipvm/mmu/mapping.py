@@ -1,0 +1,201 @@
+"""mmap and munmap: the areas of an mm, split and merged so that neighbours of one kind are one area.
+
+Merging follows Linux: neighbours with the same protection, flags and file, whose page offsets continue and whose
+anonymous pages have compatible roots. It is not cosmetic: fork and MADV_DONTNEED announce one range per area.
+"""
+
+from __future__ import annotations
+
+import errno
+from bisect import bisect_left
+from operator import attrgetter
+from typing import TYPE_CHECKING, Final
+
+from xipvm.address import PAGE_MASK, PAGE_SHIFT, Hva, page_up
+from xipvm.errors import MmError
+from xipvm.mmu.vma import (
+    MAP_ANONYMOUS,
+    MAP_FIXED,
+    MAP_FIXED_NOREPLACE,
+    MAP_KNOWN,
+    MAP_PRIVATE,
+    MAP_SHARED,
+    PROT_ALL,
+    PROT_WRITE,
+    TASK_SIZE,
+    VM_MIXEDMAP,
+    VM_SHARED,
+    Vma,
+)
+from xipvm.mmu.zap import unmap_vmas
+
+if TYPE_CHECKING:
+    from xipvm.mmu.file import AddressSpace
+    from xipvm.mmu.mm import Mm
+    from xipvm.mmu.rmap import AnonVma
+
+MMAP_TOP: Final = 0x7FFF_F7FF_F000
+"""Areas without a wish for an address are put below this one, downwards."""
+_HUGE: Final = 2 << 20
+
+_start = attrgetter("start")
+
+
+# ---- mmap and munmap
+
+
+def mmap(mm: Mm, length: int, prot: int, flags: int, addr: int | None, file: AddressSpace | None, pgoff: int) -> Hva:
+    """See :meth:`Mm.mmap`."""
+    size = page_up(length)
+    start = _check(mm, size, prot, flags, addr, file, pgoff)
+    if file is None:
+        pgoff = start >> PAGE_SHIFT
+    if flags & MAP_FIXED and mm.areas_in(start, start + size):
+        munmap(mm, start, size)
+    vm_flags = (VM_SHARED if flags & MAP_SHARED else 0) | (VM_MIXEDMAP if file is not None and file.mixed else 0)
+    area = Vma(mm, start, start + size, prot, vm_flags, file, pgoff)
+    insert(mm, area)
+    if mm.trace.on:
+        mm.trace.emit("vma_map", mm=mm.name, start=start, end=start + size, prot=prot, kind=area.kind)
+    merge(mm, start, start + size)
+    return Hva(start)
+
+
+def _check(mm: Mm, size: int, prot: int, flags: int, addr: int | None, file: AddressSpace | None, pgoff: int) -> int:
+    """The arguments of mmap; returns the address."""
+    call = f"mmap({size:#x} bytes at {'any address' if addr is None else hex(addr)})"
+    sharing = flags & (MAP_SHARED | MAP_PRIVATE)
+    fixed = flags & (MAP_FIXED | MAP_FIXED_NOREPLACE)
+    if (
+        size <= 0
+        or prot & ~PROT_ALL
+        or flags & ~MAP_KNOWN
+        or sharing not in (MAP_SHARED, MAP_PRIVATE)
+        or pgoff < 0
+        or (fixed and (addr is None or addr & ~PAGE_MASK or addr < 0))
+        or (file is not None and flags & MAP_ANONYMOUS)
+    ):
+        raise MmError(errno.EINVAL, call)
+    if file is None and not flags & MAP_ANONYMOUS:
+        raise MmError(errno.EBADF, call)
+    if file is not None and flags & MAP_SHARED and prot & PROT_WRITE and not file.writable:
+        raise MmError(errno.EACCES, f"{call}: {file.name} is not writable")
+    if addr is not None:
+        start = page_up(addr)
+        if fixed:
+            if start + size > TASK_SIZE:
+                raise MmError(errno.ENOMEM, call)
+            if flags & MAP_FIXED_NOREPLACE and mm.areas_in(start, start + size):
+                raise MmError(errno.EEXIST, call)
+            return start
+        if start > 0 and start + size <= TASK_SIZE and not mm.areas_in(start, start + size):
+            return start
+    start = _find_gap(mm, size)
+    if start <= 0:
+        raise MmError(errno.ENOMEM, call)
+    return start
+
+
+def _find_gap(mm: Mm, size: int) -> int:
+    """The highest free place below MMAP_TOP, on a huge-page boundary if that is worth it; 0 if there is none."""
+    mask = ~(_HUGE - 1) if size >= _HUGE else PAGE_MASK
+    top = MMAP_TOP
+    for area in reversed(mm.vmas):
+        if area.start >= MMAP_TOP:
+            continue
+        start = (top - size) & mask
+        if start >= area.end:
+            return start
+        top = area.start
+    return max((top - size) & mask, 0)
+
+
+def munmap(mm: Mm, addr: int, length: int) -> None:
+    """See :meth:`Mm.munmap`. One range for all areas, as long as any is in it."""
+    start, end = mm.check_range("munmap", addr, length)
+    if start == end or end > TASK_SIZE:
+        raise MmError(errno.EINVAL, f"munmap({addr:#x}, {length:#x})")
+    if not mm.areas_in(start, end):
+        return
+    split(mm, start)
+    split(mm, end)
+    areas = mm.areas_in(start, end)
+    for area in areas:
+        remove(mm, area)
+    with mm.because("vma_unmap", start=start, end=end):
+        unmap_vmas(mm, areas, start, end)
+
+
+# ---- the list of areas
+
+
+def insert(mm: Mm, area: Vma) -> None:
+    """Links a new area, which overlaps nothing."""
+    mm.vmas.insert(bisect_left(mm.vmas, area.start, key=_start), area)
+    mm.rmap.enter(area)
+
+
+def remove(mm: Mm, area: Vma) -> None:
+    """Unlinks an area from its mm. The reverse map still finds its entries, until ``rmap.leave``."""
+    del mm.vmas[bisect_left(mm.vmas, area.start, key=_start)]
+    mm.cached_vma = None
+
+
+def split(mm: Mm, hva: int) -> None:
+    """Makes ``hva`` a boundary between areas; entries stay where they are."""
+    area = mm.find_vma(hva)
+    if area is None or area.start == hva:
+        return
+    upper = Vma(mm, hva, area.end, area.prot, area.flags, area.file, area.page_offset(hva))
+    area.end = hva
+    mm.rmap.clone(area, upper)
+    insert(mm, upper)
+
+
+def merge(mm: Mm, start: int, end: int) -> None:
+    """Makes one of neighbours that touch or lie in ``[start, end)`` and may be one."""
+    at = max(bisect_left(mm.vmas, start, key=_start) - 1, 0)
+    while at + 1 < len(mm.vmas) and mm.vmas[at].start < end:
+        lower, upper = mm.vmas[at], mm.vmas[at + 1]
+        if lower.prot == upper.prot and _adjoin(lower, upper) and _compatible(lower, upper):
+            remove(mm, upper)
+            lower.end = upper.end
+            if lower.anon_vma is None:
+                mm.rmap.clone(upper, lower)
+            mm.rmap.leave(upper)
+        else:
+            at += 1
+
+
+def _adjoin(lower: Vma, upper: Vma) -> bool:
+    """They would be one area but for the protection and the roots of their pages."""
+    return (
+        lower.end == upper.start
+        and lower.flags == upper.flags
+        and lower.file is upper.file
+        and lower.page_offset(lower.end) == upper.pgoff
+    )
+
+
+def _compatible(lower: Vma, upper: Vma) -> bool:
+    """Their anonymous pages can have one chain of roots."""
+    if lower.anon_vma is None or upper.anon_vma is None:
+        # A forked area has its parents' roots too, which it must not hand to one that has not.
+        return len(lower.anon_chain or upper.anon_chain) <= 1
+    return lower.anon_vma is upper.anon_vma and lower.anon_chain == upper.anon_chain
+
+
+def anon_vma_prepare(area: Vma) -> AnonVma:
+    """Before an anonymous page is mapped: the anon_vma of ``area``, a neighbour's if the two may be merged later."""
+    return area.anon_vma or area.mm.rmap.prepare(area, _reusable_anon_vma(area))
+
+
+def _reusable_anon_vma(area: Vma) -> AnonVma | None:
+    areas = area.mm.vmas
+    at = bisect_left(areas, area.start, key=_start)
+    for lower, upper in ((at, at + 1), (at - 1, at)):
+        if lower >= 0 and upper < len(areas) and _adjoin(areas[lower], areas[upper]):
+            other = areas[upper if lower == at else lower]
+            if other.anon_vma is not None and len(other.anon_chain) == 1:
+                return other.anon_vma
+    return None

@@ -1,0 +1,246 @@
+"""The address space of one process: its areas, its page table, its notifiers and the threads that run in it.
+
+What the operations do stands in modules of their own; :class:`Mm` holds the state and is the way in:
+
+======================  ==========================================================
+mapping.py              mmap, munmap, splitting and merging of areas
+protect.py              mprotect
+madvise.py              madvise
+zap.py                  taking entries away: the gather, truncation, exit
+fault.py, cow.py        what a missing or a read-only entry leads to
+gup.py                  get_user_pages, and copies to and from the address space
+fork.py                 a child that shares pages until somebody writes
+======================  ==========================================================
+
+Every operation that lowers a right or changes a page keeps one order: range start to the notifiers → entries change →
+range end → TLB flush → frames are freed. COW flushes inside the range instead. Nothing may be assumed across a
+schedule point; a fault that lost a race leaves things as they are and is simply repeated.
+"""
+
+from __future__ import annotations
+
+import errno
+from bisect import bisect_right
+from contextlib import AbstractContextManager, nullcontext
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any
+
+from xipvm.address import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE, Hva, Pfn, page_up
+from xipvm.errors import MmError
+from xipvm.mmu import fork, gup, madvise, mapping, protect, zap
+from xipvm.mmu.frames import HostMemory
+from xipvm.mmu.page_cache import ShmemFile
+from xipvm.mmu.pte import FLAGS, PFN_SHIFT, pte_pfn
+from xipvm.mmu.rmap import reverse_map
+from xipvm.mmu.tables import GupPage, PageTable
+from xipvm.mmu.vma import MAP_ANONYMOUS, MAP_PRIVATE, MAP_SHARED, Vma
+from xipvm.notifier import MmuNotifiers
+
+if TYPE_CHECKING:
+    from xipvm.mmu.file import AddressSpace
+    from xipvm.mmu.host_thread import HostThread
+    from xipvm.trace.funnel import Trace
+
+_end = attrgetter("end")
+
+
+class Mm:
+    """An empty address space over ``host``. ``name`` is what traces call it.
+
+    Operations raise MmError with Linux's errno and then have changed nothing; ESRCH when the mm has exited. Where Linux
+    does a part of the work and then reports ENOMEM for a hole, as mprotect and madvise do, nothing is done.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "_gup_fast",
+        "cached_vma",
+        "children",
+        "dead",
+        "host",
+        "name",
+        "notifiers",
+        "pgd",
+        "rmap",
+        "threads",
+        "trace",
+        "vmas",
+    )
+
+    def __init__(self, host: HostMemory, trace: Trace, *, name: str = "mm0") -> None:
+        self.host = host
+        self.trace = trace
+        self.name = name
+        self.pgd = PageTable(4)
+        self.vmas: list[Vma] = []
+        """All areas, ascending."""
+        self.threads: list[HostThread] = []
+        self.notifiers = MmuNotifiers(self)
+        self.rmap = reverse_map(host)
+        self.rmap.mms[self] = None
+        self.dead = False
+        self.children = 0
+        self.cached_vma: Vma | None = None
+        self._gup_fast = self.pgd.gup
+
+    # ---- areas
+
+    def mmap(
+        self,
+        length: int,
+        prot: int,
+        flags: int = MAP_PRIVATE | MAP_ANONYMOUS,
+        *,
+        addr: int | None = None,
+        file: AddressSpace | None = None,
+        pgoff: int = 0,
+    ) -> Hva:
+        """Maps ``length`` bytes (rounded up to pages) of ``file`` from page ``pgoff``, or of anonymous memory.
+
+        ``addr`` is a wish unless ``flags`` say MAP_FIXED (replaces what is there) or MAP_FIXED_NOREPLACE (EEXIST).
+        Errors: EINVAL, ENOMEM (no room), EACCES (shared and writable on a file that is not), EBADF (no file).
+        """
+        self.check_alive("mmap")
+        if file is None and flags & MAP_SHARED and flags & MAP_ANONYMOUS:
+            # As in Linux: a memory file that nobody else has, and that goes with its last mapping.
+            file, pgoff, flags = (
+                ShmemFile(self.host, self.trace, "/dev/zero", page_up(length)),
+                0,
+                flags ^ MAP_ANONYMOUS,
+            )
+            file.close()
+        return mapping.mmap(self, length, prot, flags, addr, file, pgoff)
+
+    def munmap(self, addr: int, length: int) -> None:
+        """Unmaps what is mapped in the range; areas are split where needed. Errors: EINVAL."""
+        mapping.munmap(self, addr, length)
+
+    def mprotect(self, addr: int, length: int, prot: int) -> None:
+        """Changes the protection. Errors: EINVAL, ENOMEM (a hole), EACCES (shared, and the file is not writable)."""
+        protect.mprotect(self, addr, length, prot)
+
+    def madvise(self, addr: int, length: int, advice: int) -> None:
+        """MADV_DONTNEED drops the pages, MADV_DONTFORK and MADV_DOFORK say what fork copies.
+
+        Errors: EINVAL (also another advice), ENOMEM (a hole).
+        """
+        madvise.madvise(self, addr, length, advice)
+
+    def find_vma(self, hva: int) -> Vma | None:
+        """The area that ``hva`` lies in, None if it is not mapped."""
+        area = self.cached_vma
+        if area is not None and area.start <= hva < area.end:
+            return area
+        areas = self.vmas
+        at = bisect_right(areas, hva, key=_end)
+        if at < len(areas) and areas[at].start <= hva:
+            self.cached_vma = areas[at]
+            return areas[at]
+        return None
+
+    def areas_in(self, start: int, end: int) -> list[Vma]:
+        """The areas that overlap ``[start, end)``, ascending."""
+        first = bisect_right(self.vmas, start, key=_end)
+        last = first
+        while last < len(self.vmas) and self.vmas[last].start < end:
+            last += 1
+        return self.vmas[first:last]
+
+    # ---- pages
+
+    def get_user_pages(self, hva: int, *, write: bool) -> GupPage:
+        """The frame at ``hva`` and whether the primary entry allows writing, faulting it in as ``write`` needs it.
+
+        No reference is taken. Errors: EFAULT, ENOMEM (no frame).
+        """
+        page = self._gup_fast(hva >> PAGE_SHIFT, write)
+        return page if page is not None else gup.get_user_pages(self, hva, write)
+
+    def read(self, hva: int, size: int) -> bytes:
+        """Copies ``size`` bytes from the address space, as copy_from_user does. Errors: EFAULT."""
+        return gup.copy_from_user(self, hva, size)
+
+    def write(self, hva: int, data: bytes | bytearray | memoryview) -> None:
+        """Copies ``data`` to the address space, as copy_to_user does. Errors: EFAULT; nothing is written then."""
+        gup.copy_to_user(self, hva, data)
+
+    def alloc_frame(self, zero: bool) -> Pfn:
+        """A new frame. Raises OutOfFrames."""
+        pfn = self.host.alloc(zero)
+        if self.trace.on:
+            self.trace.emit("page_alloc", pfn=pfn)
+        return pfn
+
+    def put_frame(self, pfn: int) -> None:
+        """Drops a reference to ``pfn``; the last one frees it."""
+        if self.host.put(pfn) and self.trace.on:
+            self.trace.emit("page_free", pages=[(pfn, 1)])
+
+    def set_pte(self, hva: int, entry: int) -> None:
+        """Writes the entry of ``hva``."""
+        self.pgd.set(hva >> PAGE_SHIFT, entry)
+        if self.trace.on:
+            self.emit_pte_set(hva, entry)
+
+    def emit_pte_set(self, hva: int, entry: int) -> None:
+        """Tells the trace of an entry that was written."""
+        pfn, flags = entry >> PFN_SHIFT, entry & FLAGS
+        self.trace.emit("pte_set", mm=self.name, hva=hva & PAGE_MASK, pfn=pfn, flags=flags)
+
+    def clear_flush(self, hva: int) -> None:
+        """Clears the entry of ``hva``, which maps a page, and makes every CPU forget it."""
+        old = self.pgd.set(hva >> PAGE_SHIFT, 0)
+        start = hva & PAGE_MASK
+        if self.trace.on:
+            self.trace.emit("pte_clear", mm=self.name, start=start, end=start + PAGE_SIZE, pages=[(pte_pfn(old), 1)])
+        self.flush_tlb_range(start, start + PAGE_SIZE)
+
+    def flush_tlb_range(self, start: int, end: int) -> None:
+        """Makes every CPU that runs a thread of this mm forget its translations of ``[start, end)``."""
+        for thread in self.threads:
+            thread.flush_tlb(start, end)
+        if self.trace.on:
+            self.trace.emit("primary_tlb_flush", mm=self.name, start=start, end=end)
+
+    # ---- life
+
+    def fork(self, name: str | None = None) -> Mm:
+        """A child with the same mappings; private pages are shared until one side writes."""
+        return fork.fork(self, name)
+
+    def exit(self) -> None:
+        """Releases the notifiers, then unmaps everything. A second call does nothing."""
+        zap.exit_mmap(self)
+
+    def because(self, kind: str, **fields: Any) -> AbstractContextManager[None]:
+        """A context for what an operation does: its events are caused by an event ``kind`` of this mm."""
+        if not self.trace.on:
+            return nullcontext()
+        return self.trace.because(self.trace.emit(kind, mm=self.name, **fields))
+
+    def check_alive(self, what: str) -> None:
+        """Raises MmError ESRCH when the mm has exited."""
+        if self.dead:
+            raise MmError(errno.ESRCH, f"{what}: {self.name} has exited")
+
+    def check_range(self, what: str, addr: int, length: int) -> tuple[int, int]:
+        """``[addr, addr + length)`` with the length rounded up to pages. Raises ESRCH and EINVAL."""
+        self.check_alive(what)
+        if addr & ~PAGE_MASK or addr < 0 or length < 0:
+            raise MmError(errno.EINVAL, f"{what}({addr:#x}, {length:#x})")
+        return addr, addr + page_up(length)
+
+    def covered(self, what: str, start: int, end: int) -> list[Vma]:
+        """The areas of ``[start, end)``. Raises ENOMEM when there is a hole."""
+        areas = self.areas_in(start, end)
+        at = start
+        for area in areas:
+            if area.start > at:
+                break
+            at = area.end
+        if at < end:
+            raise MmError(errno.ENOMEM, f"{what}: nothing is mapped at {at:#x} in {self.name}")
+        return areas
+
+    def __repr__(self) -> str:
+        return f"<mm {self.name}: {len(self.vmas)} areas, {self.pgd.present} pages{', exited' if self.dead else ''}>"

@@ -1,0 +1,164 @@
+"""Files whose pages are frames of the arena: the page cache, and memory files, which have nothing else.
+
+``pages`` holds one reference to each cached frame; every mapping holds another. A page leaves the cache only unmapped:
+truncation and hole punching take the entries away first (with notification), then the pages.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from xipvm.actors import point
+from xipvm.address import PAGE_SHIFT, PAGE_SIZE, page_up
+from xipvm.errors import OutOfFrames
+from xipvm.mmu.file import AddressSpace, FaultResult, VmFault
+from xipvm.mmu.frames import PG_DIRTY, PG_SWAPBACKED
+from xipvm.mmu.gup import pieces
+from xipvm.mmu.vma import TASK_SIZE
+from xipvm.mmu.zap import unmap_mapping_range
+
+if TYPE_CHECKING:
+    from xipvm.mmu.frames import HostMemory
+    from xipvm.mmu.vma import Vma
+    from xipvm.trace.funnel import Trace
+
+_ALL_PAGES = TASK_SIZE >> PAGE_SHIFT
+
+
+class PageCache(AddressSpace):
+    """A file of ``size`` bytes. :meth:`close` it; its pages go when the last mapping is gone, too."""
+
+    def __init__(self, host: HostMemory, trace: Trace, name: str, size: int, *, writable: bool = True) -> None:
+        super().__init__(host, trace, name, writable=writable)
+        self.size = size
+        self.pages: dict[int, int] = {}
+        """Cached frames by page offset."""
+        self.closed = False
+
+    def close(self) -> None:
+        """Nobody will use the object as a file any more. Idempotent."""
+        self.closed = True
+        self.unmapped()
+
+    def unmapped(self) -> None:
+        """The last area is gone."""
+        if self.closed and not self.areas:
+            self._evict(0, _ALL_PAGES)
+
+    # ---- for the fault handler
+
+    def fault(self, area: Vma, pgoff: int, write: bool) -> FaultResult:
+        """The cached page, read in if it is not."""
+        if pgoff >= page_up(self.size) >> PAGE_SHIFT:
+            return FaultResult(0, VmFault.SIGBUS)
+        try:
+            pfn = self._grab(pgoff)
+        except OutOfFrames:
+            return FaultResult(0, VmFault.OOM)
+        if pfn is None:
+            return FaultResult(0, VmFault.SIGBUS)
+        self.host.get(pfn)
+        return FaultResult(pfn)
+
+    def cached(self, pgoff: int) -> int | None:
+        """The cached frame that a fault nearby may map along."""
+        return self.pages.get(pgoff) if pgoff < page_up(self.size) >> PAGE_SHIFT else None
+
+    # ---- the cache
+
+    def _grab(self, pgoff: int) -> int | None:
+        """The frame of ``pgoff``, None when the file ends before it by now. Raises OutOfFrames."""
+        while True:
+            pfn = self.pages.get(pgoff)
+            if pfn is not None:
+                return pfn
+            pfn = self.host.alloc()
+            if self.trace.on:
+                self.trace.emit("page_alloc", pfn=pfn)
+            try:
+                self._read_page(pgoff, pfn)
+            except BaseException:
+                self._put(pfn)
+                raise
+            if pgoff >= page_up(self.size) >> PAGE_SHIFT:
+                self._put(pfn)
+                return None
+            if pgoff in self.pages:
+                self._put(pfn)
+                continue
+            self.host.set_rmap(pfn, self.id, pgoff)
+            self.pages[pgoff] = pfn
+            return pfn
+
+    def _read_page(self, pgoff: int, pfn: int) -> None:
+        """Fills a new zeroed frame with what the file has at ``pgoff``. May sleep."""
+
+    def _evict(self, first: int, end: int) -> None:
+        """Takes the pages ``[first, end)``, which nobody maps, out of the cache."""
+        for pgoff in sorted(pgoff for pgoff in self.pages if first <= pgoff < end):
+            pfn = self.pages.pop(pgoff)
+            self.host.set_rmap(pfn, 0, 0)
+            self._put(pfn)
+
+    def _put(self, pfn: int) -> None:
+        if self.host.put(pfn) and self.trace.on:
+            self.trace.emit("page_free", pages=[(pfn, 1)])
+
+    # ---- as a file
+
+    def pread(self, offset: int, size: int) -> bytes:
+        """Up to ``size`` bytes from ``offset``, fewer at the end of the file."""
+        parts = []
+        for at, in_page, length in pieces(offset, max(min(size, self.size - offset), 0)):
+            pfn = self._grab(at >> PAGE_SHIFT)
+            if pfn is None:
+                break
+            parts.append(self.host.read(pfn, in_page, length))
+        return b"".join(parts)
+
+    def pwrite(self, offset: int, data: bytes) -> None:
+        """Writes ``data`` at ``offset``, growing the file. Mappings see it at once; nobody is told."""
+        self.size = max(self.size, offset + len(data))
+        for at, in_page, length in pieces(offset, len(data)):
+            pfn = self._grab(at >> PAGE_SHIFT)
+            if pfn is None:
+                return
+            self.host.write(pfn, in_page, data[at - offset : at - offset + length])
+            self.host.set_flags(pfn, PG_DIRTY)
+
+    def truncate(self, size: int) -> None:
+        """Makes the file ``size`` bytes long. What is cut off goes from every mapping, private copies included.
+
+        Unmapped twice: a fault between the first time and the emptying of the cache may have mapped a page again.
+        """
+        old, self.size = self.size, size
+        if size >= old:
+            return
+        first = page_up(size) >> PAGE_SHIFT
+        unmap_mapping_range(self, first, _ALL_PAGES)
+        point("mm.truncate.unmapped")
+        self._zero_tail()
+        self._evict(first, _ALL_PAGES)
+        unmap_mapping_range(self, first, _ALL_PAGES)
+
+    def _zero_tail(self) -> None:
+        """Bytes of the last page behind the end of the file read as zero when it grows again."""
+        pfn = self.pages.get(self.size >> PAGE_SHIFT)
+        used = self.size & (PAGE_SIZE - 1)
+        if pfn is not None and used:
+            self.host.write(pfn, used, bytes(PAGE_SIZE - used))
+            self.host.set_flags(pfn, PG_DIRTY)
+
+    def punch_hole(self, pgoff: int, count: int) -> None:
+        """Makes ``count`` pages from ``pgoff`` read as zero; private copies of them keep their content."""
+        unmap_mapping_range(self, pgoff, count, even_cows=False)
+        self._evict(pgoff, pgoff + count)
+
+
+class ShmemFile(PageCache):
+    """A memory file (memfd, shared anonymous memory): a page that was never written is zero."""
+
+    kind = "shmem"
+
+    def _read_page(self, pgoff: int, pfn: int) -> None:
+        self.host.set_flags(pfn, PG_SWAPBACKED)

@@ -1,0 +1,46 @@
+"""Bits of a primary page-table entry; pte.pxd has the same numbers for native code.
+
+An entry is empty (0), mapped (``PRESENT``), or mapped without any access (``PROTNONE``: PROT_NONE over a page
+that stays). ``ANON`` and ``EXCLUSIVE`` are the page's facts as this entry sees them: EXCLUSIVE says that this is
+the only entry that maps the anonymous page, so it may be written in place.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+PRESENT: Final = 1 << 0
+WRITE: Final = 1 << 1
+EXEC: Final = 1 << 2
+SPECIAL: Final = 1 << 3
+"""The zero page or a device frame: neither refcount nor mapcount."""
+PROTNONE: Final = 1 << 4
+"""In place of PRESENT: the page is kept, nobody may touch it."""
+ACCESSED: Final = 1 << 5
+DIRTY: Final = 1 << 6
+HUGE: Final = 1 << 7
+SOFT_DIRTY: Final = 1 << 8
+ANON: Final = 1 << 9
+EXCLUSIVE: Final = 1 << 10
+
+MAPPED: Final = PRESENT | PROTNONE
+FLAGS: Final = 0xFFF
+STABLE: Final = FLAGS & ~(ACCESSED | DIRTY)
+"""The flags that only the kernel changes: what events report of a range."""
+
+PFN_SHIFT: Final = 12
+PFN_MASK: Final = 0x000F_FFFF_FFFF_F000
+
+
+def pte_pfn(entry: int) -> int:
+    """The frame that a mapped entry names."""
+    return (entry & PFN_MASK) >> PFN_SHIFT
+
+
+def describe(entry: int) -> str:
+    """An entry in words, for errors: ``0x12 rw- anon exclusive``."""
+    if not entry:
+        return "empty"
+    rights = "".join(letter if entry & bit else "-" for letter, bit in (("r", PRESENT), ("w", WRITE), ("x", EXEC)))
+    names = (("protnone", PROTNONE), ("special", SPECIAL), ("anon", ANON), ("exclusive", EXCLUSIVE), ("dirty", DIRTY))
+    return " ".join([f"{pte_pfn(entry):#x}", rights, *(name for name, bit in names if entry & bit)])

@@ -1,0 +1,125 @@
+"""Reverse mapping: from a frame to the entries that map it.
+
+A mapped frame names its root by id: the anon_vma of the area that first mapped it, or the address space (page
+cache) that it belongs to. The root knows the areas that may map its pages, and a page's ``index`` says where in
+each of them. As in Linux an anon_vma is shared by the pieces of a split area; at fork the child's area joins all
+anon_vmas of the parent's and gets one of its own for the pages it will copy.
+
+Invariant: if an entry of an area maps an anonymous frame, the frame's root is in the area's ``anon_chain`` and the
+area is in the root's ``areas``; for a page-cache frame the root is the area's file.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from xipvm.address import PAGE_SHIFT
+from xipvm.mmu.frames import HostMemory
+from xipvm.mmu.pte import MAPPED, pte_pfn
+
+if TYPE_CHECKING:
+    from xipvm.mmu.file import AddressSpace
+    from xipvm.mmu.mm import Mm
+    from xipvm.mmu.vma import Vma
+
+
+class AnonVma:
+    """A root of anonymous pages. ``areas`` keeps the order in which they joined."""
+
+    __slots__ = ("areas", "id")
+
+    def __init__(self, id: int) -> None:
+        self.id = id
+        self.areas: dict[Vma, None] = {}
+
+
+class ReverseMap:
+    """The roots and the mms of one host memory; :func:`reverse_map` finds it."""
+
+    def __init__(self) -> None:
+        self.mms: dict[Mm, None] = {}
+        """Every mm that has not exited."""
+        self._roots: dict[int, AnonVma] = {}
+        self._files: weakref.WeakValueDictionary[int, AddressSpace] = weakref.WeakValueDictionary()
+        self._last_id = 0
+
+    def areas(self, root: int) -> tuple[Vma, ...]:
+        """The areas that may map pages of the anon_vma or address space ``root``."""
+        found = self._roots.get(root) or self._files.get(root)
+        return tuple(found.areas) if found is not None else ()
+
+    # ---- roots
+
+    def add_file(self, file: AddressSpace) -> int:
+        """Gives an address space its id. It is forgotten with the object."""
+        self._last_id += 1
+        self._files[self._last_id] = file
+        return self._last_id
+
+    def _new_anon_vma(self) -> AnonVma:
+        self._last_id += 1
+        root = self._roots[self._last_id] = AnonVma(self._last_id)
+        return root
+
+    def prepare(self, area: Vma, reuse: AnonVma | None) -> AnonVma:
+        """Gives ``area``, which has none, the anon_vma ``reuse`` or a new one."""
+        area.anon_vma = root = reuse or self._new_anon_vma()
+        self._join(area, (root,))
+        return root
+
+    def clone(self, source: Vma, target: Vma) -> None:
+        """``target`` may map the pages that ``source`` maps: after a split."""
+        target.anon_vma = source.anon_vma
+        self._join(target, source.anon_chain)
+
+    def fork(self, source: Vma, target: Vma) -> None:
+        """``target`` is ``source`` in a forked mm."""
+        if source.anon_vma is not None:
+            target.anon_vma = self._new_anon_vma()
+            self._join(target, (*source.anon_chain, target.anon_vma))
+
+    def _join(self, area: Vma, roots: tuple[AnonVma, ...]) -> None:
+        for root in roots:
+            root.areas[area] = None
+        area.anon_chain += roots
+
+    def enter(self, area: Vma) -> None:
+        """``area`` is new: its file may have pages here from now on."""
+        if area.file is not None:
+            area.file.areas[area] = None
+
+    def leave(self, area: Vma) -> None:
+        """``area`` goes away; its entries have gone before."""
+        file = area.file
+        if file is not None:
+            del file.areas[area]
+            if not file.areas:
+                file.unmapped()
+        for root in area.anon_chain:
+            del root.areas[area]
+            if not root.areas:
+                del self._roots[root.id]
+        area.anon_chain = ()
+        area.anon_vma = None
+
+    # ---- from a frame to its entries
+
+    def walk(self, host: HostMemory, pfn: int) -> Iterator[tuple[Vma, int]]:
+        """(area, hva) of every entry that maps ``pfn`` now."""
+        index = host.index(pfn)
+        for area in self.areas(host.mapping(pfn)):
+            hva = area.address_of(index)
+            if hva is not None:
+                entry = area.mm.pgd.get(hva >> PAGE_SHIFT)
+                if entry & MAPPED and pte_pfn(entry) == pfn:
+                    yield area, hva
+
+
+def reverse_map(host: HostMemory) -> ReverseMap:
+    """The one reverse map of ``host``. It is kept by ``host``, so that both go together."""
+    found = host.rmap
+    if found is None:
+        found = host.rmap = ReverseMap()
+    return found

@@ -1,0 +1,109 @@
+"""One virtual memory area: a range of an mm with one protection, one backing and one set of flags.
+
+Addresses are bytes, half-open and page-aligned. ``pgoff`` is the page offset of ``start`` in the backing: in the
+file, or for anonymous memory the page number at which the area was created. It gives every page a place in its
+mapping that survives splits and moves, which is what the reverse mapping looks pages up by.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from xipvm.address import PAGE_SHIFT, PAGE_SIZE
+from xipvm.mmu.pte import ANON, DIRTY, EXCLUSIVE, EXEC, PRESENT, PROTNONE, WRITE
+
+if TYPE_CHECKING:
+    from xipvm.mmu.file import AddressSpace
+    from xipvm.mmu.mm import Mm
+    from xipvm.mmu.rmap import AnonVma
+
+PROT_NONE: Final = 0
+PROT_READ: Final = 1
+PROT_WRITE: Final = 2
+PROT_EXEC: Final = 4
+PROT_ALL: Final = PROT_READ | PROT_WRITE | PROT_EXEC
+
+MAP_SHARED: Final = 0x01
+MAP_PRIVATE: Final = 0x02
+MAP_FIXED: Final = 0x10
+MAP_ANONYMOUS: Final = 0x20
+MAP_FIXED_NOREPLACE: Final = 0x100000
+MAP_KNOWN: Final = MAP_SHARED | MAP_PRIVATE | MAP_FIXED | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE
+
+TASK_SIZE: Final = (1 << 47) - PAGE_SIZE
+"""End of the addresses that can be mapped."""
+
+VM_SHARED: Final = 0x08
+VM_DONTCOPY: Final = 0x20000
+"""fork leaves the area out (MADV_DONTFORK)."""
+VM_MIXEDMAP: Final = 0x10000000
+"""Maps frames that have no reference count."""
+
+
+class Vma:
+    """``[start, end)`` of ``mm``. Only mmap.py, protect.py and fork.py change one."""
+
+    __slots__ = ("anon_chain", "anon_vma", "end", "file", "flags", "mm", "pgoff", "prot", "rights", "start")
+
+    def __init__(
+        self, mm: Mm, start: int, end: int, prot: int, flags: int, file: AddressSpace | None, pgoff: int
+    ) -> None:
+        self.mm = mm
+        self.start = start
+        self.end = end
+        self.flags = flags
+        self.file = file
+        self.pgoff = pgoff
+        self.anon_vma: AnonVma | None = None
+        """Where new anonymous pages of this area belong; None until the first one."""
+        self.anon_chain: tuple[AnonVma, ...] = ()
+        """All anon_vmas that may have pages here: the own one and those of the mms it was forked from."""
+        self.set_prot(prot)
+
+    def set_prot(self, prot: int) -> None:
+        """Change the protection; the entries are the caller's business."""
+        self.prot = prot
+        self.rights = PROTNONE if prot == PROT_NONE else PRESENT | (EXEC if prot & PROT_EXEC else 0)
+        """The permission bits of an entry here, without WRITE."""
+
+    @property
+    def shared(self) -> bool:
+        """Writes go to the file, not to private copies."""
+        return bool(self.flags & VM_SHARED)
+
+    @property
+    def kind(self) -> str:
+        """What is behind it, for traces: ``anon``, or what its file says."""
+        return "anon" if self.file is None else self.file.kind
+
+    def page_offset(self, hva: int) -> int:
+        """The offset of the page at ``hva`` in the backing."""
+        return self.pgoff + ((hva - self.start) >> PAGE_SHIFT)
+
+    def address_of(self, pgoff: int) -> int | None:
+        """Where the page at ``pgoff`` of the backing would be mapped, None when outside."""
+        hva = self.start + ((pgoff - self.pgoff) << PAGE_SHIFT)
+        return hva if self.start <= hva < self.end else None
+
+    @property
+    def page_prot(self) -> int:
+        """The permission bits that every new entry gets: WRITE only where nobody has to notice the first write."""
+        if self.prot & PROT_WRITE and self.flags & VM_SHARED and self.file is not None and not self.file.tracks_writes:
+            return self.rights | WRITE
+        return self.rights
+
+    @property
+    def upgrade(self) -> int:
+        """The bits that earn an entry WRITE without a fault, 0 if nothing does.
+
+        A private page has them when this entry is its only one; a page of a file that tracks writes when its first
+        write was announced, which left it dirty.
+        """
+        if not self.prot & PROT_WRITE:
+            return 0
+        return DIRTY if self.flags & VM_SHARED else ANON | EXCLUSIVE
+
+    def __repr__(self) -> str:
+        rights = "".join(c if self.prot & bit else "-" for c, bit in (("r", 1), ("w", 2), ("x", 4)))
+        share = "shared" if self.shared else "private"
+        return f"<vma {self.mm.name} {self.start:#x}..{self.end:#x} {rights} {share} {self.kind} +{self.pgoff:#x}>"

@@ -1,0 +1,106 @@
+"""Taking primary entries away: the gather, munmap, truncation, exit.
+
+The order, for every one of them::
+
+    range start → entries cleared, frames into the gather → range end → TLB flush → gathered frames put
+
+A frame keeps its last reference until every CPU has forgotten it: as long as a TLB holds the old translation,
+accesses go to the old page and not to somebody else's. The range is what the caller asked for, whether or not
+anything is mapped there; the flush is left out when nothing was.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from xipvm.actors import point
+from xipvm.address import PAGE_SHIFT
+from xipvm.mmu.tables import Gather
+from xipvm.mmu.vma import TASK_SIZE, Vma
+from xipvm.notifier import RangeEvent
+
+if TYPE_CHECKING:
+    from xipvm.mmu.file import AddressSpace
+    from xipvm.mmu.mm import Mm
+
+
+class MmuGather:
+    """The frames and the address range of one operation, between the clearing of entries and the flush."""
+
+    __slots__ = ("_end", "_frames", "_mm", "_start")
+
+    def __init__(self, mm: Mm) -> None:
+        self._mm = mm
+        self._frames = Gather(mm.host)
+        self._start = TASK_SIZE
+        self._end = 0
+
+    def zap(self, start: int, end: int, *, keep_anon: bool = False) -> None:
+        """Clears the entries of ``[start, end)``, those of private copies left alone with ``keep_anon``."""
+        mm = self._mm
+        pgd = mm.pgd
+        before = pgd.present
+        trace = mm.trace
+        runs = pgd.zap_mapped(start >> PAGE_SHIFT, end >> PAGE_SHIFT, self._frames, trace.on, keep_anon)
+        if pgd.present == before:
+            return
+        self._start = min(self._start, start)
+        self._end = max(self._end, end)
+        if trace.on:
+            trace.emit("pte_clear", mm=mm.name, start=start, end=end, pages=runs)
+
+    def finish(self) -> None:
+        """Flushes the TLBs, then puts the frames."""
+        if not self._end:
+            return
+        mm = self._mm
+        point("mm.gather.unflushed")
+        mm.flush_tlb_range(self._start, self._end)
+        point("mm.gather.flushed")
+        trace = mm.trace
+        freed = self._frames.free_all(trace.on)
+        if freed:
+            trace.emit("page_free", pages=freed)
+
+
+def unmap_vmas(mm: Mm, areas: list[Vma], start: int, end: int) -> None:
+    """Takes away the entries of ``areas``, which are unlinked and lie in ``[start, end)``, then the areas."""
+    gather = MmuGather(mm)
+    with mm.notifiers.invalidate_range(start, end, RangeEvent.UNMAP):
+        for area in areas:
+            gather.zap(area.start, area.end)
+    for area in areas:
+        mm.rmap.leave(area)
+    gather.finish()
+
+
+def unmap_mapping_range(file: AddressSpace, pgoff: int, count: int, *, even_cows: bool = True) -> None:
+    """Takes pages ``[pgoff, pgoff + count)`` of ``file`` out of every mapping, private copies only if ``even_cows``.
+
+    Every area that covers a part of them gets a range, a flush and a free of its own.
+    """
+    for area in tuple(file.areas):
+        lo = max(area.start, area.start + ((pgoff - area.pgoff) << PAGE_SHIFT))
+        hi = min(area.end, area.start + ((pgoff + count - area.pgoff) << PAGE_SHIFT))
+        if lo >= hi or area not in file.areas:
+            continue
+        mm = area.mm
+        gather = MmuGather(mm)
+        with mm.notifiers.invalidate_range(lo, hi, RangeEvent.CLEAR):
+            gather.zap(lo, hi, keep_anon=not even_cows)
+        gather.finish()
+
+
+def exit_mmap(mm: Mm) -> None:
+    """See :meth:`Mm.exit`. The notifiers are released first, so none of them hears of the unmapping."""
+    if mm.dead:
+        return
+    mm.dead = True
+    with mm.because("mm_exit"):
+        mm.notifiers.release()
+        areas, mm.vmas, mm.cached_vma = mm.vmas, [], None
+        if areas:
+            with mm.because("vma_unmap", start=areas[0].start, end=areas[-1].end):
+                unmap_vmas(mm, areas, areas[0].start, TASK_SIZE)
+    mm.threads.clear()
+    del mm.rmap.mms[mm]
