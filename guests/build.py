@@ -98,12 +98,12 @@ class BuildError(Exception):
     """The toolchain is missing or has refused a source; the text is for the user."""
 
 
-def zig(*arguments: str) -> None:
-    """Runs the wheel's zig in this folder; raises BuildError with what it printed."""
+def zig(*arguments: str, folder: Path = HERE) -> None:
+    """Runs the wheel's zig in ``folder``; raises BuildError with what it printed."""
     if importlib.util.find_spec("ziglang") is None:
         raise BuildError(f"the guests' compiler is not installed: {sys.executable} -m pip install {ZIGLANG}")
     done = subprocess.run(
-        [sys.executable, "-m", "ziglang", *arguments], cwd=HERE, capture_output=True, text=True, check=False
+        [sys.executable, "-m", "ziglang", *arguments], cwd=folder, capture_output=True, text=True, check=False
     )
     if done.returncode != 0 or done.stderr:
         raise BuildError(done.stderr or f"zig {arguments[0]}: status {done.returncode}")
@@ -119,6 +119,16 @@ def link(isa: Isa, objects: Iterable[Path], output: Path) -> None:
     """Links one ELF with the ISA's memory map."""
     output.parent.mkdir(parents=True, exist_ok=True)
     zig("ld.lld", *LDFLAGS, "-T", f"common/{isa.name}.ld", *map(str, objects), "-o", str(output))
+
+
+def differences(built: Iterable[Path], fresh: Path, committed: Path) -> list[str]:
+    """Names below ``fresh`` of the built files that differ from those below ``committed``, or are missing there."""
+    names = [path.relative_to(fresh) for path in built]
+    return [
+        str(name)
+        for name in names
+        if not (committed / name).is_file() or (committed / name).read_bytes() != (fresh / name).read_bytes()
+    ]
 
 
 def build(guests: Iterable[Guest], isas: Iterable[Isa], output: Path) -> list[Path]:
@@ -142,12 +152,7 @@ def build(guests: Iterable[Guest], isas: Iterable[Isa], output: Path) -> list[Pa
 def check(guests: Iterable[Guest], isas: Iterable[Isa]) -> list[str]:
     """Rebuilds elsewhere and returns the names that differ from guests/bin/, or are missing there."""
     with tempfile.TemporaryDirectory() as fresh:
-        built = [path.relative_to(fresh) for path in build(guests, isas, Path(fresh))]
-        return [
-            str(path)
-            for path in built
-            if not (BIN / path).is_file() or (BIN / path).read_bytes() != Path(fresh, path).read_bytes()
-        ]
+        return differences(build(guests, isas, Path(fresh)), Path(fresh), BIN)
 
 
 def main() -> int:
