@@ -65,6 +65,18 @@ def test_cancelled_calls_do_not_run_and_hold_no_deadline() -> None:
     assert ran == [300, 2000]
 
 
+def test_order_survives_the_sweep_of_cancelled_calls() -> None:
+    clock = EventClock()
+    ran: list[int] = []
+    for place in range(400):
+        ns = place * 149 % 400
+        call = clock.call_at(ns, lambda ns=ns: ran.append(ns))
+        if ns % 3:
+            clock.cancel(call)
+    clock.advance(400)
+    assert ran == list(range(0, 400, 3))
+
+
 def test_on_earlier_tells_of_new_first_deadlines_only() -> None:
     clock = EventClock()
     told: list[int] = []

@@ -181,9 +181,10 @@ class TestHtif:
 
     @pytest.mark.parametrize(("value", "status"), [(1, 0), (3, 1), (1337 << 1 | 1, 1337)])
     def test_exit_by_a_64_bit_store(self, value: int, status: int) -> None:
-        htif, _, _, _, exits = self.make()
+        htif, clock, _, _, exits = self.make()
         self.send(htif, value)
         assert exits == [("htif exit", status)]
+        assert clock.next_deadline() is None
         assert htif.read(self.TOHOST, 4) == 0
 
     def test_exit_by_a_32_bit_store_takes_a_moment(self) -> None:

@@ -93,6 +93,9 @@ def test_a_level_interrupt_stays_until_its_line_falls() -> None:
     machine.end(33)
     assert not machine.levels[0]
     assert machine.ack() == SPURIOUS
+    line(True)
+    line(False)
+    assert not machine.levels[0], "a level that fell again is forgotten"
 
 
 def test_an_edge_is_remembered_once() -> None:

@@ -77,6 +77,15 @@ class TestArchTimer:
         assert clock.next_deadline() is None
         assert not virtual.level
 
+    def test_a_timer_turned_off_leaves_no_deadline(self) -> None:
+        clock, timer, _, _ = self.make()
+        timer.write_sysreg("CNTV_CVAL_EL0", 10)
+        timer.write_sysreg("CNTV_CTL_EL0", 1)
+        timer.write_sysreg("CNTV_CVAL_EL0", 20)
+        assert clock.next_deadline() == 320
+        timer.write_sysreg("CNTV_CTL_EL0", 0)
+        assert clock.next_deadline() is None
+
     def test_reset_turns_both_off(self) -> None:
         clock, timer, physical, virtual = self.make()
         for name in ("CNTP", "CNTV"):
