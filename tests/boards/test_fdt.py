@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xipvm.boards.fdt import Fdt, Node
@@ -82,6 +82,7 @@ def expect(name: str, tree: tuple[dict[str, bytes], dict[str, Any]]) -> Tree:
     return name, tree[0], [expect(child, below) for child, below in tree[1].items()]
 
 
+@settings(deadline=None, derandomize=True)
 @given(trees)
 def test_any_tree_comes_back(tree: tuple[dict[str, bytes], dict[str, Any]]) -> None:
     fdt = Fdt()

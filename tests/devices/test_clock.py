@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xipvm.cpu.clock import EventClock
 
 
+@settings(deadline=None, derandomize=True)
 @given(st.lists(st.integers(0, 5), max_size=20))
 def test_due_calls_run_by_instant_then_by_order_of_asking(instants: list[int]) -> None:
     clock = EventClock()
