@@ -21,7 +21,7 @@ from xipvm.boards.board import FlashBank
 from xipvm.cpu.core import EngineGroup
 from xipvm.cpu.vcpu import Vcpu
 from xipvm.devices.flash.cfi01 import PflashCfi01
-from xipvm.mmu.file import DeviceFile, unmap_mapping_range
+from xipvm.mmu.device_file import DeviceFile
 from xipvm.mmu.frames import HostMemory
 from xipvm.mmu.mm import Mm
 from xipvm.mmu.secondary.kvm import Kvm
@@ -45,7 +45,8 @@ class FlashMemory:
         self._vcpus: Sequence[Vcpu] = ()
         pages = bank.size >> PAGE_SHIFT
         self.first = host.add_device(device.address, bank.size, device)
-        self.file = DeviceFile(host, self.first, pages, name=bank.name)
+        self._ready = True
+        self.file = DeviceFile(host, mm.trace, bank.name, self.first, pages, ready=lambda: self._ready)
         self.hva = mm.mmap(bank.size, PROT_READ | PROT_EXEC, MAP_SHARED, file=self.file)
         secondary.set_memslot(slot, Gfn(bank.base >> PAGE_SHIFT), pages, self.hva, MEM_ROMD)
         device.on_leave_array = self._leave_array
@@ -78,11 +79,11 @@ class FlashMemory:
         return bytes(found)
 
     def _leave_array(self) -> None:
-        self.file.ready = False
-        unmap_mapping_range(self.file, 0, self.file.pages)
+        self._ready = False
+        self.file.unmap()
 
     def _enter_array(self) -> None:
-        self.file.ready = True
+        self._ready = True
         for vcpu in self._vcpus:
             vcpu.flush_tlb("flash")
 

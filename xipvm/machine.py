@@ -35,7 +35,7 @@ from xipvm.errors import BadInput, GuestError, HostMemoryError
 from xipvm.firmware import Firmware
 from xipvm.flash_memory import FlashMemory
 from xipvm.loader.elf import ElfImage
-from xipvm.loader.place import Chunk, Placement, board_for, place
+from xipvm.loader.place import Piece, Placement, board_for, place
 from xipvm.mmu.frames import HostMemory
 from xipvm.mmu.mm import Mm
 from xipvm.mmu.secondary.kvm import Kvm
@@ -81,7 +81,8 @@ class Summary:
 
 @dataclass
 class RunResult:
-    """How a run ended. ``reason`` is one of exit, until, timeout, limit, crash, quit, interrupted."""
+    """How a run ended. ``reason`` is one of exit, until, timeout, limit, crash, quit,
+    interrupted, trace."""
 
     status: int
     reason: str
@@ -116,7 +117,7 @@ class Machine:
             raise BadInput(f"no clock is called {clock!r}; known are {', '.join(CLOCKS)}")
         if secondary not in SECONDARIES:
             raise BadInput(f"no secondary MMU is called {secondary!r}; known are {', '.join(SECONDARIES)}")
-        image = None if guest is None else ElfImage.load(guest)
+        image = None if guest is None else ElfImage.open(guest)
         if board is None:
             if image is None:
                 raise BadInput("without a guest the board has to be named")
@@ -205,7 +206,7 @@ class Machine:
     def request_exit(self, reason: str, status: int) -> None:
         """End the run with ``status`` once the guest has left its present block."""
         if self._exit is None:
-            self._exit = (status, reason)
+            self._exit = (status, reason if reason in ("until", "quit", "trace") else "exit")
         self._attend()
 
     def request_reset(self) -> None:
@@ -292,8 +293,8 @@ class Machine:
         if self.placement is None:
             return
         for memory in self.flash:
-            for chunk in self.placement.of(memory.bank.name):
-                memory.device.place(chunk.address - memory.bank.base, chunk.contents())
+            for piece in self.placement.of(memory.bank.name):
+                memory.device.place(piece.address - memory.bank.base, bytes(piece.data).ljust(piece.size, b"\0"))
 
     def _power_on(self) -> None:
         """RAM segments and device tree written, vCPU 0 at the entry point, the others off."""
@@ -303,19 +304,19 @@ class Machine:
         entry = self.board.flash[0].base
         if self.placement is not None:
             entry = self.placement.entry
-            for chunk in self.placement.of("ram"):
-                self._load(chunk)
+            for piece in self.placement.of("ram"):
+                self._load(piece)
         for vcpu in self.vcpus:
             vcpu.isa.reset(entry, address)
             # A RISC-V machine starts every hart; the others of an AArch64 one wait for PSCI.
             vcpu.on = vcpu.index == 0 or self.board.isa == "riscv64"
             vcpu.idle = False
 
-    def _load(self, chunk: Chunk) -> None:
+    def _load(self, piece: Piece) -> None:
         """A RAM segment; what it has beyond its file bytes is zeroed without touching pages that are zero already."""
-        self.write_ram(chunk.address, bytes(chunk.data))
-        rest = chunk.size - len(chunk.data)
-        at = chunk.address + len(chunk.data)
+        self.write_ram(piece.address, bytes(piece.data))
+        rest = piece.size - len(piece.data)
+        at = piece.address + len(piece.data)
         while rest:
             size = min(rest, PAGE_SIZE - at % PAGE_SIZE)
             if any(self.mm.read(self.ram + at - self.board.ram_base, size)):
@@ -345,6 +346,7 @@ class Machine:
         if self._closed:
             return
         self._closed = True
+        self.secondary.vcpus.clear()
         self.group.close()
         for memory in self.flash:
             memory.close()

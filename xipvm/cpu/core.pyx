@@ -95,6 +95,7 @@ cdef enum:
     NR_SCANNED = 1024
     MISS_LIMIT = 4096
     TCG_BUFFER = 32 << 20
+    POOLED_BYTES = 64 << 20
 
 cdef uint64_t SPTE_MMIO = (<uint64_t>1) << 62
 cdef uint64_t PFN_MASK = (((<uint64_t>1) << 40) - 1)
@@ -531,6 +532,8 @@ cdef class Engine:
             self._add_insn_hook(<void *>_mrs, UC_ARM64_INS_MRS)
             self._add_insn_hook(<void *>_msr, UC_ARM64_INS_MSR)
             self._add_insn_hook(<void *>_sys, UC_ARM64_INS_SYS)
+        _check(api.mmio_map(self.uc, MMIO_BASE_C, MMIO_SIZE, <void *>_mmio_read, <void *>self, <void *>_mmio_write, <void *>self),
+               "uc_mmio_map")
         _check(api.context_alloc(self.uc, &self.pristine), "uc_context_alloc")
         _check(api.context_save(self.uc, self.pristine), "uc_context_save")
 
@@ -544,7 +547,7 @@ cdef class Engine:
                       "uc_hook_add")
 
     def bind(self, EngineGroup group not None, PageTable sptes not None):
-        """Joins a machine: maps its frames and the MMIO window. ``release`` undoes it."""
+        """Joins a machine and maps its frames. ``release`` undoes it."""
         used = 0
         for other in group.engines:
             used |= (<Engine>other).bit
@@ -562,9 +565,6 @@ cdef class Engine:
         for n in range(self.host.nr_regions):
             if self.host.regions[n].count:
                 self._map(self.host.regions[n].first << 12, self.host.regions[n].count << 12, self.host.regions[n].base)
-        _check(api.mmio_map(self.uc, MMIO_BASE_C, MMIO_SIZE, <void *>_mmio_read, <void *>self, <void *>_mmio_write, <void *>self),
-               "uc_mmio_map")
-        self.maps.append((MMIO_BASE_C, MMIO_SIZE))
         self.hot.insns = 0
         self.hot.kick = 0
         self.flush_generation = 1
@@ -576,7 +576,10 @@ cdef class Engine:
         return 0
 
     def release(self):
-        """Leaves the machine and goes back to the pool, in its reset state."""
+        """Leaves the machine and goes back to the pool, in its reset state.
+
+        Unmapping costs 0.1 us a page, so an engine with much memory is closed instead.
+        """
         if self.group is None:
             return
         if self.running:
@@ -586,8 +589,10 @@ cdef class Engine:
         for handle in self.hooks.values():
             api.hook_del(self.uc, handle)
         self.hooks.clear()
-        for address, size in self.maps:
-            _check(api.mem_unmap(self.uc, address, size), "uc_mem_unmap")
+        large = sum(size for _, size in self.maps) > POOLED_BYTES
+        if not large:
+            for address, size in self.maps:
+                _check(api.mem_unmap(self.uc, address, size), "uc_mem_unmap")
         self.maps.clear()
         _check(api.ctl(self.uc, UC_CTL_WRITE(UC_CTL_TB_FLUSH, 0)), "TB flush")
         api.ctl(self.uc, UC_CTL_WRITE(UC_CTL_TLB_FLUSH, 0))
@@ -601,7 +606,10 @@ cdef class Engine:
         self.host = None
         self.sptes = None
         self.handed = None
-        _pool.setdefault((self.isa, self.counted), []).append(self)
+        if large:
+            self.close()
+        else:
+            _pool.setdefault((self.isa, self.counted), []).append(self)
 
     def close(self):
         """Closes the engine for good. It must have been released."""
@@ -785,6 +793,8 @@ cdef class Engine:
             self.on_flush(reason)
 
     cdef void flush(self) noexcept:
+        if self.uc == NULL:
+            return
         api.ctl(self.uc, UC_CTL_WRITE(UC_CTL_TLB_FLUSH, 0))
         self.flushes += 1
         self.flush_generation += 1

@@ -58,6 +58,10 @@ class ReverseMap:
         self._files[self._last_id] = file
         return self._last_id
 
+    def files(self) -> list[AddressSpace]:
+        """Every address space that still exists, oldest first."""
+        return [self._files[id] for id in sorted(self._files)]
+
     def _new_anon_vma(self) -> AnonVma:
         self._last_id += 1
         root = self._roots[self._last_id] = AnonVma(self._last_id)

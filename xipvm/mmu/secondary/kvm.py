@@ -90,6 +90,8 @@ class Kvm(SecondaryMmu, MmuNotifier):
         self.mmu_invalidate_range_start = 0
         self.mmu_invalidate_range_end = 0
         self.mn_active_invalidate_count = 0
+        self.invalidations = 0
+        """Ranges that were announced so far."""
         self.released = False
         """The mm is gone or the VM destroyed: every fault fails."""
         mm.notifiers.register(self)
@@ -188,6 +190,7 @@ class Kvm(SecondaryMmu, MmuNotifier):
     def invalidate_range_start(self, range: MmuNotifierRange) -> int:
         """Remove the entries of the range and keep faults from installing new ones. Never declines."""
         self.mn_active_invalidate_count += 1
+        self.invalidations += 1
         begun = False
         try:
             point("kvm.invalidate.counted")
