@@ -166,7 +166,8 @@ class TerminalInput(StreamInput):
         saved, self._saved = self._saved, None
         termios.tcsetattr(self._fd, termios.TCSADRAIN, saved)  # type: ignore[arg-type]
         for number, handler in self._handlers.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
+            # None: whatever was there was not installed from Python and cannot be put back from here.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # type: ignore[arg-type]
         atexit.unregister(self.close)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
@@ -222,16 +223,13 @@ class Console:
         if byte == 0x0A or len(pending) >= _BUFFER:
             self.flush()
         if self._until and byte == self._until[-1] and self.tail.endswith(self._until) and self.input_used():
-            self.flush()
-            self._until = b""
-            if self._on_until is not None:
-                self._on_until()
+            self._reached()
 
     def readable(self) -> bool:
         """Whether ``read`` has a byte."""
         if self._next < len(self._input):
             return True
-        if not self._source.live:
+        if not self.live:
             return False
         self._vain += 1
         if self._vain % _LIVE_POLLS == 1:
@@ -268,7 +266,7 @@ class Console:
         self.flush()
         if self._next < len(self._input):
             return True
-        return self._source.live and self._fill()
+        return self.live and self._fill()
 
     def wait(self, seconds: float | None) -> bool:
         """Sleep until input arrives or ``seconds`` have passed (None: no limit); False when it cannot arrive.
@@ -328,9 +326,18 @@ class Console:
     ) -> None:
         self.close()
 
+    def _reached(self) -> None:
+        self.flush()
+        self._until = b""
+        if self._on_until is not None:
+            self._on_until()
+
     def _fill(self) -> bool:
         data = self._source.take()
         if not data:
+            # The end of a pipe shows only after its last byte, when the text may have been printed already.
+            if self._until and self.input_used() and self._until in self.tail:
+                self._reached()
             return False
         self._input += data
         self._vain = 0

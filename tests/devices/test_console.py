@@ -152,6 +152,35 @@ class TestPipe:
         assert console.input_used()
         assert console.wait(None) is False
 
+    def test_until_holds_when_the_end_shows_after_the_text(self, pipe: tuple[int, int]) -> None:
+        hits: list[int] = []
+        console = Console(source=StreamInput(pipe[0]))
+        console.watch("=> ", lambda: hits.append(1))
+        os.write(pipe[1], b"q")
+        os.close(pipe[1])
+        console.poll()
+        assert console.read() == ord("q")
+        assert console.live
+        say(console, b"bye\n=> ")
+        assert hits == []
+        console.poll()
+        console.poll()
+        assert hits == [1]
+        assert not console.live
+
+    def test_until_does_not_hold_for_text_from_before_the_last_byte(self, pipe: tuple[int, int]) -> None:
+        hits: list[int] = []
+        console = Console(source=StreamInput(pipe[0]))
+        console.watch(b"=> ", lambda: hits.append(1))
+        say(console, b"=> ")
+        os.write(pipe[1], b"q")
+        os.close(pipe[1])
+        console.poll()
+        take_all(console)
+        console.poll()
+        assert console.input_used()
+        assert hits == []
+
 
 class TestTerminal:
     @pytest.fixture
