@@ -1,0 +1,1 @@
+"""Benchmarks of xipvm against its peers; ``python -m benchmarks`` runs them. See README.md."""
