@@ -82,6 +82,8 @@ GUESTS = (
     Guest("faults", "faults.c"),
     Guest("crash", "crash.c"),
     Guest("panic", "crash.c", ("VECTORS",)),
+    Guest("user", "user.c"),
+    Guest("paging", "paging.c"),
     Guest("clocks", "clocks.c"),
     Guest("pages", "pages.c"),
     Guest("token", "token.c"),

@@ -54,7 +54,8 @@ static const struct attempt {
     {"system call", call, TRAP_CALL, 0},
 };
 
-static const struct attempt *current;
+/* Volatile: the handler reads and writes these, and the compiler does not see that it is called. */
+static const struct attempt *volatile current;
 static volatile u64 traps, right;
 
 static bool step_over(struct trap *trap)

@@ -66,9 +66,10 @@ void wait_for_interrupt(void);
 
 /* --- Traps ---------------------------------------------------------------------------------------------------- */
 
-/* What the vectors save, in this order. The handler may change any of it: the guest resumes with these values. */
+/* What the vectors save, in this order. The guest resumes with what the handler leaves here, but for the stack
+ * pointer, which only tells what it was. */
 struct trap {
-    u64 regs[32]; /* arm64: x0..x30, sp; riscv64: x0..x31 (x0 unused) */
+    u64 regs[32]; /* arm64: x0..x30, SP_EL1; riscv64: x0..x31 (x0 unused) */
     u64 pc;
     u64 status;   /* SPSR_EL1 / mstatus */
     u64 cause;    /* ESR_EL1 / mcause */
