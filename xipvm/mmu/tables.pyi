@@ -35,8 +35,11 @@ class PageTable:
     def entries(self, start: int, end: int) -> list[tuple[int, int]]:
         """(page, entry) of all entries that overlap [start, end); a huge one with its first page."""
 
-    def zap(self, start: int, end: int) -> list[tuple[int, int]]:
-        """Clears all entries that overlap [start, end); runs of their pfns (MMIO entries have none)."""
+    def zap(self, start: int, end: int, runs: bool = True) -> list[tuple[int, int]]:
+        """Clears all entries that overlap [start, end).
+
+        Returns runs of their pfns (MMIO entries have none), [] unless ``runs``.
+        """
 
     def clear_bits(self, start: int, end: int, mask: int, where: int = 0) -> int:
         """Clears ``mask`` in entries that have all bits of ``where``; how many changed."""

@@ -405,10 +405,10 @@ cdef class PageTable:
                 todo.start = todo.found + 1
         return result
 
-    def zap(self, uint64_t start, uint64_t end):
+    def zap(self, uint64_t start, uint64_t end, bint runs=True):
         cdef Pass todo
         memset(&todo, 0, sizeof(todo))
-        todo.verb, todo.start, todo.end, todo.runs.wanted = ZAP, start, end, True
+        todo.verb, todo.start, todo.end, todo.runs.wanted = ZAP, start, end, runs
         run_pass(self, &todo, None, None, None)
         return take_runs(&todo.runs)
 

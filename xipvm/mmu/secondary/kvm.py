@@ -239,13 +239,17 @@ class Kvm(SecondaryMmu, MmuNotifier):
             raise InternalError(f"{self.name}: more invalidations ended than began")
 
     def _zap(self, start: int, end: int) -> bool:
-        """Remove the entries of guest frames ``[start, end)``; whether there were any. TLBs are not flushed yet."""
-        runs = self.sptes.zap(start, end)
-        if not runs:
-            return False
-        if self.trace.on:
-            self.trace.emit("spte_zap", vm=self.name, start=start, end=end, pages=runs)
-        return True
+        """Remove the entries of guest frames ``[start, end)``; whether there were any. TLBs are not flushed yet.
+
+        Ranges of memslots have no MMIO entries, so what is removed was a translation.
+        """
+        sptes = self.sptes
+        before = sptes.present
+        trace = self.trace
+        runs = sptes.zap(start, end, trace.on)
+        if runs:
+            trace.emit("spte_zap", vm=self.name, start=start, end=end, pages=runs)
+        return sptes.present != before
 
     def _flush_and_kick(self, reason: str) -> None:
         self.flush_remote_tlbs(reason)
