@@ -75,7 +75,7 @@ class World:
     def access(self, gfn: int, access: int, vm: Kvm | None = None) -> int | str:
         """What a walker does: the frame that it ends up with, or "mmio" or "fault"."""
         vm = vm or self.kvm
-        for _ in range(8):
+        for _ in range(100):
             mapped = vm.translate(gfn)
             if mapped is not None and (mapped[1] or access != WRITE):
                 for vcpu in vm.vcpus:
