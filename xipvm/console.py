@@ -8,6 +8,11 @@ sources (a pipe, a terminal) are looked at in ``poll`` and on every ``_LIVE_POLL
 guest. Ordering: a device registers with ``listen`` and is called every time that input appears where there
 was none; it then drives its interrupt line from ``readable``.
 
+Programs that print much look for a Ctrl-C between their lines, and throw away whatever else they find. So
+that this does not eat the next lines of a script, ``offered``, which is what a polling guest sees, holds
+input back after each line until the guest has asked ``_QUIET_POLLS`` times without printing; a Ctrl-C is
+there at once.
+
 ``until`` ends a scripted session: its text counts only in what the guest prints after it took the last
 byte of input, so a prompt that the script's own answers follow does not end the run.
 """
@@ -28,6 +33,8 @@ from typing import IO, Protocol
 _BUFFER = 4096
 _TAIL = 1 << 16
 _LIVE_POLLS = 64
+_QUIET_POLLS = 16
+_CTRL_C = 0x03
 _CTRL_A = 0x01
 _HELP = b"\r\nCtrl-A x  leave xipvm\r\nCtrl-A Ctrl-A  send Ctrl-A to the guest\r\nCtrl-A h  this help\r\n"
 
@@ -203,6 +210,8 @@ class Console:
         self._input = bytearray(b"" if self._source.live else self._source.take())
         self._next = 0
         self._vain = 0
+        self._held = False
+        self._quiet = 0
         self._listeners: list[Callable[[], None]] = []
 
     @classmethod
@@ -220,6 +229,7 @@ class Console:
         pending = self._pending
         pending.append(byte)
         self.tail.append(byte)
+        self._quiet = 0
         if byte == 0x0A or len(pending) >= _BUFFER:
             self.flush()
         if self._until and byte == self._until[-1] and self.tail.endswith(self._until) and self.input_used():
@@ -238,12 +248,24 @@ class Console:
             return self._fill()
         return False
 
+    def offered(self) -> bool:
+        """``readable`` for a guest that polls: it wants another line once it asks again and prints nothing."""
+        if not self.readable():
+            return False
+        if not self._held or self._input[self._next] == _CTRL_C:
+            return True
+        self._quiet += 1
+        self._held = self._quiet < _QUIET_POLLS
+        return not self._held
+
     def read(self) -> int | None:
         """The next byte of input, None when there is none now."""
         if not self.readable():
             return None
         byte = self._input[self._next]
         self._next += 1
+        self._held = byte in b"\r\n"
+        self._quiet = 0
         if self._next == len(self._input):
             self._input.clear()
             self._next = 0

@@ -1,7 +1,8 @@
 """The National Semiconductor 16550A UART (datasheet PC16550D), on the console.
 
 Byte registers at consecutive addresses. A byte written is sent at once. The receive FIFO is the console's
-input itself, so clearing it (FCR) drops nothing but what loopback put there. In loopback (MCR bit 4) what
+input itself, so clearing it (FCR) drops nothing but what loopback put there; with the receive interrupt off
+the guest polls, and LSR shows what the console offers to such a guest. In loopback (MCR bit 4) what
 is sent comes back as input, and the modem status shows the modem control outputs, which drivers use to
 tell a 16550 from nothing.
 """
@@ -60,7 +61,7 @@ class Ns16550:
     def read(self, offset: int, size: int) -> int:
         """One register; a wider access reads the register at ``offset`` only."""
         if offset == LSR:
-            return LSR_THRE | LSR_TEMT | (LSR_DR if self._readable() else 0)
+            return LSR_THRE | LSR_TEMT | (LSR_DR if self._data_ready() else 0)
         if offset == RBR:
             if self._lcr & LCR_DLAB:
                 return self._divisor & 0xFF
@@ -115,6 +116,9 @@ class Ns16550:
 
     def _readable(self) -> bool:
         return bool(self._looped) if self._mcr & MCR_LOOP else self._console.readable()
+
+    def _data_ready(self) -> bool:
+        return self._readable() if self._mcr & MCR_LOOP or self._ier & IER_RDI else self._console.offered()
 
     def _receive(self) -> int:
         if self._mcr & MCR_LOOP:

@@ -2,8 +2,9 @@
 
 A byte written is sent at once, so the transmit FIFO is always empty and each write raises the transmit
 interrupt anew. The receive FIFO is the console's input itself: nothing is lost while the guest does not
-look, and the receive and receive-timeout interrupts are both raised for as long as a byte waits. As QEMU
-does, the model sends and receives whether or not UARTEN, TXE and RXE are set.
+look, and the receive and receive-timeout interrupts are both raised for as long as a byte waits; with both
+masked the guest polls, and FR shows what the console offers to such a guest. As QEMU does, the model sends
+and receives whether or not UARTEN, TXE and RXE are set.
 """
 
 from __future__ import annotations
@@ -88,7 +89,8 @@ class Pl011:
         self._update()
 
     def _flags(self) -> int:
-        if not self._console.readable():
+        console = self._console
+        if not (console.readable() if self._stored[IMSC] & (INT_RX | INT_RT) else console.offered()):
             return FR_TXFE | FR_RXFE
         # How full the FIFO is cannot be known; without it, one byte fills the holding register.
         return FR_TXFE if self._stored[LCRH] & LCRH_FEN else FR_TXFE | FR_RXFF
