@@ -161,7 +161,7 @@ class TestDevices:
         world.kvm.fault(0x9000, READ)
         del world.log[:]
         world.slot(1, gfn=0x9000)
-        assert world.log == ["vcpu0 flush memslot"]
+        assert world.log == ["vcpu0 flush memslot", "vcpu0 kick memslot"]
         assert world.kvm.sptes.present == 0
         assert world.read(0x9000) == bytes(8)
 

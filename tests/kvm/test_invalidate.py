@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -11,6 +12,8 @@ from xipvm.actors import on_point
 from xipvm.errors import InternalError, MmError
 from xipvm.mmu.secondary.base import FAULT, READ, WRITE
 from xipvm.notifier import MmuNotifier, MmuNotifierRange, RangeEvent
+from xipvm.trace import Event
+from xipvm.trace.recorder import Recorder
 
 if TYPE_CHECKING:
     from tests.kvm.conftest import World
@@ -175,6 +178,24 @@ def test_nothing_can_run_between_zap_and_flush(world: World) -> None:
     assert trace[install - 1] == "(kvm.fault.gup_done)"
 
 
+def test_every_event_can_be_recorded(world: World, tmp_path: Path) -> None:
+    """The recorder refuses events that their declaration does not allow."""
+    with Recorder(tmp_path / "trace") as recorder:
+        world.trace.attach(recorder)
+        world.add_vm("vm1")
+        hva = world.slot(2, gfn=0x10)
+        world.write(0x10, b"x")  # the zero page first: one retry
+        world.kvm.mmio_lookup = lambda gpa: True
+        world.kvm.fault(0x9000, READ)
+        world.drop(hva)
+        world.read(0x10)
+        world.kvm.delete_memslot(0)
+        world.mm.exit()
+        world.kvm.destroy()
+        world.trace.detach(recorder)
+    assert recorder.events > 15
+
+
 class TestDefectsAreReported:
     def test_an_end_without_a_start(self, world: World) -> None:
         hva = world.slot(1)
@@ -194,12 +215,35 @@ class TestDefectsAreReported:
             if label == where:
                 raise KeyboardInterrupt
 
-        monkeypatch.setattr(world.vcpu, "flush_tlb", lambda reason: abort("flush"))
-        with on_point(abort), pytest.raises(KeyboardInterrupt):
-            world.drop(hva)
+        with monkeypatch.context() as patch:
+            patch.setattr(world.vcpu, "flush_tlb", lambda reason: abort("flush"))
+            with on_point(abort), pytest.raises(KeyboardInterrupt):
+                world.drop(hva)
         assert (world.kvm.mmu_invalidate_in_progress, world.kvm.mn_active_invalidate_count) == (0, 0)
         assert world.mm.notifiers.open_ranges == ()
-        assert world.read(0, 1) == b"x"
+        # The entry is gone, the TLB still has it: the next range flushes though it finds nothing to remove.
+        assert (world.kvm.sptes.present, 0 in world.vcpu.tlb) == (0 if where == "flush" else 1, True)
+        world.drop(hva)
+        assert world.vcpu.tlb == {}
+        assert world.read(0) == bytes(8)
+
+    @pytest.mark.parametrize("kind", [START, "spte_zap", END])
+    def test_a_sink_that_fails_leaves_nothing_counted(self, world: World, kind: str) -> None:
+        hva = world.slot(1)
+        world.write(0, b"x")
+
+        def sink(event: Event) -> None:
+            if event.kind == kind:
+                raise OSError("disk full")
+
+        world.trace.attach(sink)
+        with pytest.raises(OSError, match="disk full"):
+            world.drop(hva)
+        world.trace.detach(sink)
+        assert (world.kvm.mmu_invalidate_in_progress, world.kvm.mn_active_invalidate_count) == (0, 0)
+        assert world.mm.notifiers.open_ranges == ()
+        world.drop(hva)
+        assert world.vcpu.tlb == {}
 
 
 class TestLifetime:

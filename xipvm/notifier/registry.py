@@ -187,12 +187,14 @@ class MmuNotifiers:
             raise InternalError(f"empty range {start:#x}..{end:#x} announced for {self._mm.name}")
         self._last_id = id = self._last_id + 1
         range = MmuNotifierRange(self._mm.name, start, end, event, blockable, id)
-        self._open[id] = range
         trace = self._mm.trace
         if trace.on:
-            with trace.because(self._emit("mmu_notifier_invalidate_range_start", range)):
+            cause = self._emit("mmu_notifier_invalidate_range_start", range)
+            self._open[id] = range
+            with trace.because(cause):
                 self._start(range, notifiers)
         else:
+            self._open[id] = range
             self._start(range, notifiers)
         try:
             point("notifier.range_start.done")
@@ -240,11 +242,16 @@ class MmuNotifiers:
     def _finish(self, range: MmuNotifierRange, notifiers: Sequence[MmuNotifier]) -> list[BaseException]:
         """Close the range and tell ``notifiers``; returns what they raised."""
         errors: list[BaseException] = []
-        trace = self._mm.trace
-        cause = self._emit("mmu_notifier_invalidate_range_end", range) if trace.on else trace.cause
         del self._open[range.id]  # translations may come back as soon as the first end returns
+        trace = self._mm.trace
+        before = cause = trace.cause
+        if trace.on:
+            try:
+                cause = self._emit("mmu_notifier_invalidate_range_end", range)
+            except BaseException as error:  # a sink that fails must not leave anybody's count up
+                errors.append(error)
         self._running += 1
-        before, trace.cause = trace.cause, cause
+        trace.cause = cause
         for notifier in notifiers:
             try:
                 notifier.invalidate_range_end(range)

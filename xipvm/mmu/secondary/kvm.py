@@ -92,6 +92,8 @@ class Kvm(SecondaryMmu, MmuNotifier):
         self.mn_active_invalidate_count = 0
         self.invalidations = 0
         """Ranges that were announced so far."""
+        self.tlbs_dirty = False
+        """Entries were removed that a TLB may still have: flush before mmu_lock is dropped."""
         self.released = False
         """The mm is gone or the VM destroyed: every fault fails."""
         mm.notifiers.register(self)
@@ -195,17 +197,16 @@ class Kvm(SecondaryMmu, MmuNotifier):
         try:
             point("kvm.invalidate.counted")
             # mmu_lock is taken at the first slot that is hit; without one, faults cannot reach these addresses
-            zapped = False
             for start, end in self.memslots.in_hva_range(range.start, range.end):
                 if not begun:
                     self._invalidate_begin()
                     begun = True
                 self._invalidate_range_add(start, end)
-                zapped = self._zap(start, end) or zapped
-            if zapped:
+                self._zap(start, end)
+            if begun and self.tlbs_dirty:
                 self._flush_and_kick("mmu_notifier")
             # mmu_lock is dropped
-        except BaseException:  # an aborted run: no end will come for this range
+        except BaseException:  # an aborted run, a sink that failed: no end comes, and the next range flushes
             if begun:
                 self._invalidate_end()
             self.mn_active_invalidate_count -= 1
@@ -238,33 +239,32 @@ class Kvm(SecondaryMmu, MmuNotifier):
         if self.mmu_invalidate_in_progress < 0:
             raise InternalError(f"{self.name}: more invalidations ended than began")
 
-    def _zap(self, start: int, end: int) -> bool:
-        """Remove the entries of guest frames ``[start, end)``; whether there were any. TLBs are not flushed yet.
-
-        Ranges of memslots have no MMIO entries, so what is removed was a translation.
-        """
+    def _zap(self, start: int, end: int) -> None:
+        """Remove the entries of guest frames ``[start, end)``. The caller flushes if that made ``tlbs_dirty``."""
         sptes = self.sptes
         before = sptes.present
         trace = self.trace
         runs = sptes.zap(start, end, trace.on)
-        if runs:
-            trace.emit("spte_zap", vm=self.name, start=start, end=end, pages=runs)
-        return sptes.present != before
+        if sptes.present != before:
+            self.tlbs_dirty = True
+            if runs:  # MMIO entries have no frames
+                trace.emit("spte_zap", vm=self.name, start=start, end=end, pages=runs)
 
     def _flush_and_kick(self, reason: str) -> None:
         self.flush_remote_tlbs(reason)
         self.kick(reason)
+        self.tlbs_dirty = False
 
-    def _zap_all(self) -> bool:
+    def _zap_all(self) -> None:
         """Remove every entry, MMIO ones included, and make faults that are under way start over."""
-        zapped = self._zap(0, GFN_LIMIT)
         self.mmu_invalidate_seq += 1
-        return zapped
+        self._zap(0, GFN_LIMIT)
 
     def release(self, mm: NotifiedMm) -> None:
         """Drop every entry and let no fault succeed any more. May run twice."""
         self.released = True
-        if self._zap_all():
+        self._zap_all()
+        if self.tlbs_dirty:
             self._flush_and_kick("release")
 
     def destroy(self) -> None:
@@ -291,10 +291,9 @@ class Kvm(SecondaryMmu, MmuNotifier):
                 return
             self._retire(old)
         self.memslots.insert(new)
-        before = self.sptes.present
-        self.sptes.zap(gfn, new.gfn_end)  # MMIO entries: there is memory now
-        if self.sptes.present != before:
-            self.flush_remote_tlbs("memslot")
+        self._zap(gfn, new.gfn_end)  # MMIO entries: there is memory now
+        if self.tlbs_dirty:
+            self._flush_and_kick("memslot")
         if self.trace.on:
             self.trace.emit("memslot_set", vm=self.name, slot=slot, gfn=gfn, pages=pages, hva=hva, flags=flags)
 
