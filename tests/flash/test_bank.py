@@ -24,7 +24,7 @@ def test_order_of_the_hooks_around_a_word_program(rig):
 
 def test_cells_are_new_when_on_change_is_called(rig):
     seen = []
-    rig.bank.on_change = lambda offset, size: seen.append((rig.array[:4], list(c.mode for c in rig.bank.chips)))
+    rig.bank.on_change = lambda offset, size: seen.append((rig.array[:4], [c.mode for c in rig.bank.chips]))
     rig.command(0, 0x40)
     rig.write(0, 0)
     assert seen == [(bytes(4), STATUS)]
@@ -136,7 +136,7 @@ def test_place_in_a_readonly_image(tmp_path, make_rig):
     path.write_bytes(bytes(0x40000))
     rig = make_rig(FlashImage.open(str(path), 0x40000, readonly=True))
     rig.bank.place(0x100, bytes(0x3000))
-    with pytest.raises(FlashImageError, match="flash.img: readonly, and differs from what belongs at 0x100"):
+    with pytest.raises(FlashImageError, match=r"flash\.img: readonly, and differs from what belongs at 0x100"):
         rig.bank.place(0x100, bytes(0x3000) + b"\x01")
     assert rig.calls == []
 

@@ -52,7 +52,8 @@ def test_locks_are_per_chip(rig, driver):
 
 @pytest.mark.parametrize(
     ("offset", "size", "value", "cells"),
-    [(0x10, 1, 0x0F, "0fffffff"), (0x11, 1, 0x0F, "ff0fffff"), (0x13, 1, 0x0F, "ffffff0f"), (0x12, 2, 0x0123, "ffff2301")],
+    [(0x10, 1, 0x0F, "0fffffff"),
+     (0x11, 1, 0x0F, "ff0fffff"), (0x13, 1, 0x0F, "ffffff0f"), (0x12, 2, 0x0123, "ffff2301")],
 )  # fmt: skip
 def test_narrow_data_programs_only_the_bytes_it_drives(rig, offset, size, value, cells):
     rig.bank.write(offset, size, 0x40)

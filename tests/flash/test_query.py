@@ -29,7 +29,8 @@ def test_virt_bank_answers_as_qemu_does_except_for_features(make_rig):
 
 
 @pytest.mark.parametrize(
-    ("width", "device_width", "buffer"), [(1, 1, 256), (2, 1, 512), (2, 2, 2048), (4, 1, 1024), (4, 2, 4096), (4, 4, 2048)]
+    ("width", "device_width", "buffer"),
+    [(1, 1, 256), (2, 1, 512), (2, 2, 2048), (4, 1, 1024), (4, 2, 4096), (4, 4, 2048)]
 )  # fmt: skip
 def test_driver_finds_every_organisation(make_rig, make_driver, width, device_width, buffer):
     rig = make_rig(size=1 * MIB, sector=64 * 1024, width=width, device_width=device_width)
@@ -57,8 +58,9 @@ def test_announced_times_are_those_of_typical_timing():
 
 
 @pytest.mark.parametrize(
-    "sizes", [(3 << 20, 1 << 16, 2), (1 << 20, 3 << 10, 2), (1 << 20, 128, 2), (1 << 20, 1 << 21, 2), (1 << 20, 1 << 16, 8),
-              (1 << 20, 1 << 16, 3), (1 << 25, 256, 1), (1 << 25, 1 << 24, 1), (0, 0, 1)]
+    "sizes",
+    [(3 << 20, 1 << 16, 2), (1 << 20, 3 << 10, 2), (1 << 20, 128, 2), (1 << 20, 1 << 21, 2), (1 << 20, 1 << 16, 8),
+     (1 << 20, 1 << 16, 3), (1 << 25, 256, 1), (1 << 25, 1 << 24, 1), (0, 0, 1)]
 )  # fmt: skip
 def test_geometry_that_no_query_table_can_describe(sizes):
     with pytest.raises(ValueError, match="flash chip"):

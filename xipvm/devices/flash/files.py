@@ -14,6 +14,7 @@ import errno
 import os
 import secrets
 import shlex
+import stat
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -110,7 +111,10 @@ def create(path: str, size: int, *, force: bool = False, progress: Progress | No
     An existing file is replaced only with ``force``, and not while a run uses it. Raises FlashImageError; then
     nothing has changed.
     """
-    target = os.path.realpath(path)
+    try:
+        target = os.path.realpath(path)
+    except ValueError as error:
+        raise FlashImageError(path, f"cannot be created: {error}") from None
     if os.path.lexists(target):
         if os.path.isdir(target):
             raise FlashImageError(path, "is a directory")
@@ -127,7 +131,7 @@ def create(path: str, size: int, *, force: bool = False, progress: Progress | No
                 finish(target, force)
         except FileExistsError:
             raise FlashImageError(path, "exists; it is replaced only by force") from None
-        except (OSError, ValueError) as error:
+        except OSError as error:
             raise FlashImageError(path, f"cannot be created: {_reason(error)}") from None
 
 
@@ -160,9 +164,10 @@ def _banks_of(option: ImageOption, sizes: Sequence[int], board: str) -> tuple[in
     if not sizes:
         raise FlashImageError(path, f"{board} has no flash")
     try:
-        length = os.stat(path).st_size
+        info = os.stat(path)
     except (OSError, ValueError):
-        length = -1  # opening it says why
+        info = None
+    length = info.st_size if info is not None and stat.S_ISREG(info.st_mode) else -1  # opening it says why
     size = wanted_size(path, length, sizes, option.bank)
     if length not in (-1, size):
         both = "" if option.bank is not None or len(sizes) == 1 else f", all of its flash {sum(sizes)}"
@@ -196,10 +201,8 @@ def _append_erased(fd: int, length: int, size: int, progress: Progress | None) -
             progress(done - length, size - length)
 
 
-def _reason(error: Exception) -> str:
-    if isinstance(error, OSError):
-        return "file too large for this user's limit" if error.errno == errno.EFBIG else str(error.strerror)
-    return str(error)
+def _reason(error: OSError) -> str:
+    return "more than the limit on file sizes" if error.errno == errno.EFBIG else str(error.strerror)
 
 
 @contextlib.contextmanager

@@ -109,6 +109,7 @@ class FlashImage:
             view.release()
         self._memory.close()
         if self._fd >= 0:
+            fcntl.flock(self._fd, fcntl.LOCK_UN)  # closing does not unlock while a forgotten slice keeps the mapping
             os.close(self._fd)
 
     def __enter__(self) -> FlashImage:

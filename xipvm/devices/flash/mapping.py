@@ -16,6 +16,7 @@ import os
 import weakref
 
 _ERASED_CHUNK = 1 << 20
+_PIECE = 16 << 10
 _MAP_FIXED = 0x10
 _MAP_NORESERVE = 0x4000
 _MADV_DONTNEED = 4
@@ -96,5 +97,5 @@ def _os_error() -> OSError:
 def _erased_chunk() -> int:
     """The descriptor of the 0xFF-filled object; it lives as long as the process, as mappings of it may."""
     fd = os.memfd_create("xipvm-erased", os.MFD_CLOEXEC)
-    os.pwrite(fd, b"\xff" * _ERASED_CHUNK, 0)
+    os.writev(fd, [b"\xff" * _PIECE] * (_ERASED_CHUNK // _PIECE))  # a buffer that is as large takes thrice the time
     return fd
