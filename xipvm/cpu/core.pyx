@@ -806,6 +806,8 @@ cdef class Engine:
         self.scratch_on = True
         api.ctl(self.uc, UC_CTL_WRITE(UC_CTL_TB_REMOVE_CACHE, 2), SCRATCH, SCRATCH + 4096)
         self.scratch_on = False
+        # The look-up went through the TLB: without a flush the next drop would find this frame again.
+        api.ctl(self.uc, UC_CTL_WRITE(UC_CTL_TLB_FLUSH, 0))
         self.hot.generation += 1
 
     cdef int remember(self, uint64_t gfn, uint64_t pfn) except -1:
