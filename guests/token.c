@@ -1,7 +1,7 @@
 /* token: all CPUs pass a token round through memory. Whoever has it adds to a sum that no lock protects. */
 #include "guest.h"
 
-#define ROUNDS 200
+#define ROUNDS 100
 
 static volatile u64 cpus; /* 0 until all have been started */
 static volatile u64 token;

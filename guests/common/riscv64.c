@@ -41,35 +41,34 @@ _Noreturn void guest_exit(unsigned status)
 /* --- Further CPUs --------------------------------------------------------------------------------------------- */
 
 #define CLINT_MSIP(hart) (CLINT_BASE + 4 * (hart))
-#define CLINT_MTIME (CLINT_BASE + 0xbff8)
-#define START_TIMEOUT 1000000ul /* 100 ms of mtime */
+
+static void memory_barrier(void) { __asm__ volatile("fence iorw, iorw" : : : "memory"); }
 
 static void (*cpu_entry[MAX_CPUS])(unsigned cpu);
 static volatile bool cpu_started[MAX_CPUS];
 
-/* All harts come out of reset; those but 0 sleep in start-riscv64.S until a software interrupt. A hart that is not
- * there can only be told by its silence. */
+/* All harts come out of reset; those but 0 sleep in start-riscv64.S until a software interrupt. The msip of a hart
+ * that is not there stays 0; that of one that is becomes 0 again only after cpu_started has been set. */
 bool cpu_start(unsigned cpu, void (*entry)(unsigned cpu))
 {
-    volatile u64 *mtime = (volatile u64 *)CLINT_MTIME;
-
     if (cpu == 0 || cpu >= MAX_CPUS)
         return false;
     cpu_entry[cpu] = entry;
-    __asm__ volatile("fence rw, rw" : : : "memory");
+    cpu_started[cpu] = false;
+    memory_barrier();
     write32(CLINT_MSIP(cpu), 1);
-    for (u64 deadline = *mtime + START_TIMEOUT; !cpu_started[cpu]; cpu_relax())
-        if (*mtime > deadline)
-            return false;
-    return true;
+    while (read32(CLINT_MSIP(cpu)) & 1)
+        cpu_relax();
+    memory_barrier();
+    return cpu_started[cpu];
 }
 
 /* Called by the woken hart from start-riscv64.S, which parks it again afterwards. */
 void secondary_main(unsigned cpu)
 {
-    write32(CLINT_MSIP(cpu), 0);
     cpu_started[cpu] = true;
-    __asm__ volatile("fence rw, rw" : : : "memory");
+    memory_barrier();
+    write32(CLINT_MSIP(cpu), 0);
     cpu_entry[cpu](cpu);
 }
 
