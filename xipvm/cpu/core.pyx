@@ -22,6 +22,7 @@ All callbacks run with the GIL held: it is never given up while the guest runs.
 """
 
 from cpython.object cimport PyObject
+cimport cython
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, realloc
 from libc.string cimport memset
@@ -291,6 +292,7 @@ cdef void _before_write(void *ctx, uint64_t pfn) noexcept:
         group.revoke_exec(meta, pfn)
 
 
+@cython.no_gc_clear             # __dealloc__ takes the hook out of `host`
 cdef class EngineGroup:
     """See the .pxd. ``members`` are engines; at most 32 live at a time."""
 
@@ -491,6 +493,7 @@ def drain_pool():
             free_ones.pop().close()
 
 
+@cython.no_gc_clear             # closing the engine looks addresses up once more
 cdef class Engine:
     """One emulation engine. Made by ``take_engine``, used between ``bind`` and ``release``.
 
