@@ -58,9 +58,9 @@ def test_a_leave_that_raises_leaves_the_bank_as_it_was(rig):
 def test_enter_comes_with_the_last_chip(rig):
     rig.command(0, 0x70)
     rig.calls.clear()
-    rig.bank.write(2, 2, 0xFF)
+    rig.write(0, 0x00FF_0000)
     assert rig.calls == []
-    rig.bank.write(0, 2, 0xFF)
+    rig.write(0, 0x0000_00FF)
     assert rig.calls == [("enter", True, ARRAY)]
 
 

@@ -90,12 +90,14 @@ class Model:
             for number, each in enumerate(self.lanes):
                 base = word * self.width + number * self.device_width
                 mine = range(base, base + self.device_width)
-                driven = bytes(bytes_[at] for at in mine if at in bytes_)
-                if driven:
-                    data = bytes(bytes_.get(at, 0xFF) for at in mine)
-                    command = int.from_bytes(driven, "little")
-                    # A count cycle takes all of it, every other command cycle its low byte.
-                    each.send((word, int.from_bytes(data, "little"), Command(command)))
+                data = bytes(bytes_.get(at, 0xFF) for at in mine)
+                command = bytes(bytes_[at] for at in mine if at in bytes_)
+                if not command:  # the chip sees what the lowest driven chip sees
+                    first = min(at for at in bytes_ if at // self.width == word)
+                    base = first - first % self.device_width
+                    command = bytes(bytes_[at] for at in range(base, base + self.device_width) if at in bytes_)
+                # A count cycle takes all of it, every other command cycle its low byte.
+                each.send((word, int.from_bytes(data, "little"), Command(int.from_bytes(command, "little"))))
 
     @property
     def bytes(self) -> bytes:

@@ -174,9 +174,9 @@ def test_reset_returns_to_array_and_forgets_errors(rig):
 
 def test_describe(rig):
     assert rig.bank.describe() == "chip 0: read array, SR=0x80; chip 1: read array, SR=0x80"
-    rig.bank.write(0, 2, 0x20)
+    rig.write(0, 0x0000_0020)
     assert rig.bank.describe() == "chip 0: read status, SR=0x80, erase setup; chip 1: read array, SR=0x80"
-    rig.bank.write(0, 2, 0x00)
+    rig.write(0, 0x0000_0000)
     assert rig.bank.describe() == "chip 0: read status, SR=0xb0; chip 1: read array, SR=0x80"
     for setup, text in ((0x40, "program setup"), (0x60, "lock setup"), (0xBC, "blank check setup")):
         rig.bank.reset()

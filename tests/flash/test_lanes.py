@@ -5,18 +5,20 @@ from __future__ import annotations
 import pytest
 
 
-def test_a_command_to_one_lane_reaches_one_chip(rig):
+def test_a_command_on_one_lane_reaches_one_chip(rig):
+    """The other chip sees 0, which is no command."""
     rig.bank.place(0x40, b"\x11\x22\x33\x44")
-    rig.bank.write(0, 2, 0x98)
+    rig.write(0, 0x0000_0098)
     assert not rig.bank.array_mode
     assert rig.read(0x40) == 0x4433_0051
-    rig.bank.write(2, 2, 0x70)
+    rig.write(0, 0x0070_0000)
     assert rig.read(0x40) == 0x0080_0051
-    rig.bank.write(0, 2, 0xFF)
+    rig.write(0, 0x0000_00FF)
     assert rig.read(0x40) == 0x0080_2211
     assert not rig.bank.array_mode
-    rig.bank.write(2, 2, 0xFF)
+    rig.write(0, 0x00FF_0000)
     assert rig.bank.array_mode
+    assert rig.bank.errors == 0
 
 
 def test_different_commands_in_one_cycle(rig):
@@ -34,15 +36,15 @@ def test_one_chip_fails_and_the_other_does_not(rig):
 
 def test_erase_of_one_lane_leaves_the_other_chip_alone(rig):
     rig.bank.place(0, bytes(len(rig.array)))
-    rig.bank.write(0x4002, 2, 0x20)
-    rig.bank.write(0x4002, 2, 0xD0)
+    rig.write(0x4000, 0x0020_0000)
+    rig.write(0x4000, 0x00D0_0000)
     assert rig.array == bytes(0x4000) + b"\0\0\xff\xff" * 0x1000 + bytes(len(rig.array) - 0x8000)
     assert rig.calls[-1] == ("change", 0x4000, 0x4000)
 
 
 def test_locks_are_per_chip(rig, driver):
-    rig.bank.write(0x4000, 2, 0x60)
-    rig.bank.write(0x4000, 2, 0x01)
+    rig.write(0x4000, 0x0000_0060)
+    rig.write(0x4000, 0x0000_0001)
     assert driver.locks(0x4000) == [1, 0]
     rig.command(0x4000, 0x40)
     rig.write(0x4000, 0)
@@ -59,22 +61,57 @@ def test_narrow_data_programs_only_the_bytes_it_drives(rig, offset, size, value,
     rig.bank.write(offset, size, 0x40)
     rig.bank.write(offset, size, value)
     assert rig.array[0x10:0x14].hex() == cells
+    assert rig.read() == 0x0080_0080
 
 
-@pytest.mark.parametrize("offset", range(4))
-def test_a_byte_on_either_half_of_a_chip_is_a_command(rig, offset):
-    rig.bank.write(offset, 1, 0x90)
-    assert [chip.mode for chip in rig.bank.chips] == [
-        "read id" if chip == offset // 2 else "read array" for chip in range(2)
-    ]
+@pytest.mark.parametrize(("offset", "size"), [(0, 1), (1, 1), (2, 1), (3, 1), (0, 2), (2, 2)])
+def test_a_narrow_command_reaches_every_chip(rig, offset, size):
+    rig.bank.write(offset, size, 0x98)
+    assert rig.read(0x40) == 0x0051_0051
+    rig.bank.write(offset, size, 0xFF)
+    assert rig.bank.array_mode
+
+
+def test_narrow_commands_of_byte_wide_chips(make_rig):
+    rig = make_rig(device_width=1)
+    rig.bank.write(2, 2, 0x7098)  # chips 2 and 3; the others see what the lower one sees
+    assert rig.read(0x40) == 0x8051_5151
+
+
+def test_a_bank_of_two_chips_can_be_used_as_one_x16_chip(rig):
+    """What U-Boot takes QEMU's virt bank for: 16-bit cycles, half the size, addresses shifted by one."""
+    write = rig.bank.write
+    write(0x55 * 4, 2, 0x98)
+    assert [rig.bank.read((0x10 + i) * 4, 2) for i in range(3)] == list(b"QRY")
+    write(0, 2, 0xFF)
+    for command in (0x50, 0x20, 0xD0):
+        write(0x4000, 2, command)
+    assert rig.bank.read(0x4000, 2) == 0x80
+    write(0x4000, 2, 0xFF)
+    for offset, value in ((0x4100, 0x1122), (0x4102, 0x3344)):
+        for command in (0x50, 0x40):
+            write(0x4000, 2, command)
+        write(offset, 2, value)
+        assert rig.bank.read(0x4000, 2) == 0x80
+    for command in (0x50, 0x70, 0xE8, 5):
+        write(0x4000, 2, command)
+    for i in range(6):
+        write(0x4202 + 2 * i, 2, 0x0101 * (i + 1))
+    write(0x4000, 2, 0xD0)
+    assert rig.bank.read(0x4000, 2) == 0x80
+    write(0x4000, 2, 0xFF)
+    assert rig.bank.array_mode
+    assert rig.array[0x4100:0x4104].hex() == "22114433"
+    assert rig.array[0x4200:0x4210].hex() == "ffff" + "010102020303040405050606" + "ffff"
+    assert rig.bank.errors == 0
 
 
 def test_misaligned_access_across_bank_words_is_two_cycles(rig):
     rig.command(0, 0x40)
-    rig.bank.write(0x12, 4, 0xAABB_CCDD)  # chip 1 in word 4, chip 0 in word 5
-    assert rig.array[0x10:0x18].hex() == "ffffddcc" + "bbaaffff"
-    rig.command(0, 0xFF)
-    assert rig.bank.read(0x12, 4) == 0xAABB_CCDD
+    rig.bank.write(0x12, 4, 0x00FF_CCDD)  # data for chip 1, then read array for both
+    assert rig.array[0x10:0x18].hex() == "ffffddcc" + "ffffffff"
+    assert rig.bank.array_mode
+    assert rig.bank.read(0x12, 4) == 0xFFFF_CCDD
     rig.command(0, 0x98)
     assert rig.bank.read(0x42, 4) == 0x0052_0051
 

@@ -74,19 +74,20 @@ def test_bank_widths(make_rig, widths):
 
 
 def test_as_u_boot_probes(rig):
-    """Port widths from 1 byte up, at both query addresses: narrow guesses must leave nothing behind."""
+    """Port widths from 1 byte up, at both query addresses, plain and shifted: what fits first is 16 x 16."""
     found = []
     for port in (1, 2, 4):
         for chip in (width for width in (1, 2, 4) if width <= port):
-            lanes = range(0, 8 * port, 8 * chip)
-            for command in (0xF0, 0xFF):
-                rig.bank.write(0, port, sum(command << lane for lane in lanes))
-            for address in (0x55, 0x555):
-                rig.bank.write(address * port, port, sum(0x98 << lane for lane in lanes))
-                wanted = [sum(byte << lane for lane in lanes) for byte in b"QRY"]
-                if [rig.bank.read((0x10 + i) * port, port) for i in range(3)] == wanted:
-                    found.append((port, chip))
-    assert found == [(4, 2), (4, 2)]
+            for shift in (0, 1):
+                lanes = range(0, 8 * port, 8 * chip)
+                for command in (0xF0, 0xFF):
+                    rig.bank.write(0, port, sum(command << lane for lane in lanes))
+                for address in (0x55, 0x555):
+                    rig.bank.write(address * port << shift, port, sum(0x98 << lane for lane in lanes))
+                    wanted = [sum(byte << lane for lane in lanes) for byte in b"QRY"]
+                    if [rig.bank.read((0x10 + i) * port << shift, port) for i in range(3)] == wanted:
+                        found.append((port, chip, shift))
+    assert found == [(2, 2, 1)] * 2 + [(4, 2, 0)] * 2
     rig.command(0, 0xF0, 0xFF)
     assert rig.bank.array_mode
     assert rig.bank.errors == 0

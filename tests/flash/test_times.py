@@ -209,11 +209,11 @@ def test_lock_during_suspend_does_not_stop_the_erase(rig):
 
 def test_interleaved_chips_may_be_at_different_points(rig):
     """Chip 1 starts later, so chip 0 is done while chip 1 can still be suspended."""
-    rig.bank.write(0, 2, 0x20)
-    rig.bank.write(0, 2, 0xD0)
+    rig.write(0, 0x0000_0020)
+    rig.write(0, 0x0000_00D0)
     rig.clock.advance(100 * MS)
-    rig.bank.write(2, 2, 0x20)
-    rig.bank.write(2, 2, 0xD0)
+    rig.write(0, 0x0020_0070)
+    rig.write(0, 0x00D0_0070)
     rig.clock.advance(924 * MS)
     assert rig.read() == 0x0000_0080
     rig.command(0, 0xB0, 0x70)

@@ -4,9 +4,11 @@ A bank word is ``width`` bytes; chip ``i`` is on byte lanes ``[i * device_width,
 sees nothing but them. A driver that wants all chips to act writes its command to every lane; one that does
 not gets chips in different states, as on a board.
 
-Accesses narrower than the bank reach only the chips on their lanes. A chip of more than one byte takes
-a command from whichever of its bytes is driven, and cells whose byte is not driven are not programmed.
-Accesses that are wider than the bank, or cross one of its words, are several bus cycles, lowest first.
+A write that is narrower than the bank is still a cycle of every chip, as they share WE# and have no byte
+enables: a command is taken from the lanes that are driven and seen by all chips, as on buses that replicate
+narrow data; of data, bytes that are not driven are ones and program nothing. So firmware that takes a bank of
+two x16 chips for one x16 chip works (U-Boot on QEMU's virt boards does), and each chip stays in step. Accesses
+that are wider than the bank, or cross one of its words, are several cycles, lowest address first.
 
 While every chip reads its array (``array_mode``) the machine lets the guest read and execute the bytes at ``address``
 directly. The order in which it hears of changes:
@@ -31,6 +33,9 @@ from xipvm.devices.flash.image import FlashImage
 from xipvm.devices.flash.mapping import in_words
 from xipvm.errors import FlashImageError
 from xipvm.trace.funnel import Trace
+
+Lanes = tuple[int, list[tuple[Chip, int, int]]]
+"""Ones on the lanes that a narrow write does not drive; for each chip (shift, mask) of its command in the value."""
 
 _PLACE_PIECE = 4096
 
@@ -126,6 +131,7 @@ class PflashCfi01:
         self._shift = width.bit_length() - 1
         self._lane_bits = 8 * device_width
         self._lane_mask = (1 << self._lane_bits) - 1
+        self._lane_table: dict[tuple[int, int], Lanes] = {}
         # What chips did in this bus cycle, by range of chip words: operations on equal ranges are one to the outside.
         self._programmed: dict[tuple[int, int], bool] = {}
         self._erasing: dict[tuple[int, int, bool], list[int]] = {}
@@ -139,7 +145,7 @@ class PflashCfi01:
         if self._call is not None:
             self._tick()
         if size != self.width or offset & (size - 1):
-            return self._read_bytes(offset, size)
+            return self._read_part(offset, size)
         return self._read_word(offset >> self._shift)
 
     def write(self, offset: int, size: int, value: int) -> None:
@@ -147,7 +153,7 @@ class PflashCfi01:
         if self._call is not None:
             self._tick()
         if size != self.width or offset & (size - 1):
-            self._write_bytes(offset, size, value)
+            self._write_part(offset, size, value)
             return
         if self.array_mode:
             self._before(value)
@@ -194,46 +200,53 @@ class PflashCfi01:
             shift += self._lane_bits
         return value
 
-    def _read_bytes(self, offset: int, size: int) -> int:
-        value = 0
-        for i in range(size):
-            word, byte = divmod(offset + i, self.width)
-            value |= (self._read_word(word) >> 8 * byte & 0xFF) << 8 * i
-        return value
+    def _read_part(self, offset: int, size: int) -> int:
+        """A read of some bytes of a bank word, or of several words."""
+        first = offset & (self.width - 1)
+        here = self._read_word(offset >> self._shift) >> 8 * first
+        room = self.width - first
+        if size <= room:
+            return here & (1 << 8 * size) - 1
+        return here | self._read_part(offset + room, size - room) << 8 * room
 
-    def _write_bytes(self, offset: int, size: int, value: int) -> None:
-        """Write cycles that do not drive all lanes of one bank word."""
-        data = value.to_bytes(size, "little")
-        start = offset
-        end = offset + size
-        while start < end:
-            word = start >> self._shift
-            base = word << self._shift
-            stop = min(end, base + self.width)
-            driven = range(start - base, stop - base)
-            self._write_lanes(word, driven, data[start - offset : stop - offset])
-            start = stop
-
-    def _write_lanes(self, word: int, driven: range, data: bytes) -> None:
-        """One write cycle that drives the bytes ``driven`` of bank word ``word``."""
-        width = self.device_width
-        cycles = []
-        for chip in self.chips:
-            lanes = range(chip.lane * width, (chip.lane + 1) * width)
-            mine = [lane for lane in lanes if lane in driven]
-            if not mine:
-                continue
+    def _write_part(self, offset: int, size: int, value: int) -> None:
+        """A write of some bytes of a bank word, or of several words."""
+        first = offset & (self.width - 1)
+        room = self.width - first
+        if size > room:
+            self._write_part(offset, room, value & (1 << 8 * room) - 1)
+            self._write_part(offset + room, size - room, value >> 8 * room)
+            return
+        undriven, lanes = self._lane_table.get((first, size)) or self._lanes(first, size)
+        if self.array_mode:
+            for chip, shift, mask in lanes:
+                if chip.leaves_array(value >> shift & mask):
+                    self._leave()
+                    break
+        word = offset >> self._shift
+        data = value << 8 * first | undriven
+        for chip, shift, mask in lanes:
             if chip.takes_data:
-                # Ones program nothing.
-                whole = bytes(data[lane - driven.start] if lane in driven else 0xFF for lane in lanes)
-                cycles.append((chip, int.from_bytes(whole, "little")))
+                chip.cycle(word, data >> self._lane_bits * chip.lane & self._lane_mask)
             else:
-                cycles.append((chip, int.from_bytes(bytes(data[lane - driven.start] for lane in mine), "little")))
-        if self.array_mode and any(chip.leaves_array(part) for chip, part in cycles):
-            self._leave()
-        for chip, part in cycles:
-            chip.cycle(word, part)
-        self._after()
+                chip.cycle(word, value >> shift & mask)
+        if self._programmed or self._erasing:
+            self._settle()
+        if self._timed or chip.mode is ARRAY:
+            self._after()
+
+    def _lanes(self, first: int, size: int) -> Lanes:
+        """How a write of ``size`` bytes from lane ``first`` reaches the chips."""
+        commands: list[tuple[int, int] | None] = []
+        for chip in self.chips:
+            start = max(first, chip.lane * self.device_width)
+            stop = min(first + size, (chip.lane + 1) * self.device_width)
+            commands.append((8 * (start - first), (1 << 8 * (stop - start)) - 1) if start < stop else None)
+        lowest = next(filter(None, commands))
+        driven = ((1 << 8 * size) - 1) << 8 * first
+        lanes = [(chip, *(command or lowest)) for chip, command in zip(self.chips, commands, strict=True)]
+        self._lane_table[first, size] = known = (1 << 8 * self.width) - 1 & ~driven, lanes
+        return known
 
     # Cells: what chips ask for.
 

@@ -172,6 +172,8 @@ class Chip:
         self._buffer: list[tuple[int, int]] = []
         self.cycle: Callable[[int, int], None] = self._command
         """Takes the next write cycle: (word address, data of this lane)."""
+        self.takes_data = False
+        """The next write cycle is data for cells, not a command."""
 
     # Reading.
 
@@ -198,11 +200,6 @@ class Chip:
             if index == 5:
                 return self.read_configuration & self._word_mask
         return 0
-
-    @property
-    def takes_data(self) -> bool:
-        """The next write cycle is data for cells: every lane bit counts, not only the command byte."""
-        return self.cycle in (self._program_data, self._buffer_data)
 
     def leaves_array(self, data: int) -> bool:
         """Whether a chip that reads its array would no longer do so after the write cycle ``data``."""
@@ -244,6 +241,7 @@ class Chip:
     def _program_setup(self, word: int) -> None:
         self._set_mode(STATUS)
         self.cycle = self._program_data
+        self.takes_data = True
         if self._suspended:
             self._refuse(word, "program", PROGRAM)
 
@@ -277,12 +275,14 @@ class Chip:
             if operation.kind in kinds:
                 # The second cycle is swallowed: D0 there must not resume what is suspended.
                 self.cycle = self._swallow
+                self.takes_data = False
                 self._fail(word, SEQUENCE_ERROR, f"{what} while {operation.kind} is suspended")
 
     def _swallow(self, word: int, data: int) -> None:
         self.cycle = self._command
 
     def _program_data(self, word: int, data: int) -> None:
+        self.takes_data = False
         if self._quick and not self._suspended and not self.locks[word >> self._block_shift]:
             # What _program comes to: thousands of these in a row are all that a driver without buffered program does.
             self.cycle = self._command
@@ -298,6 +298,7 @@ class Chip:
         self._buffer_start = None
         self._buffer = []
         self.cycle = self._buffer_data
+        self.takes_data = True
 
     def _buffer_data(self, word: int, data: int) -> None:
         start = self._buffer_start
@@ -311,6 +312,7 @@ class Chip:
         self._left -= 1
         if not self._left:
             self.cycle = self._buffer_confirm
+            self.takes_data = False
 
     def _buffer_confirm(self, word: int, data: int) -> None:
         if data & 0xFF != 0xD0:
@@ -441,6 +443,7 @@ class Chip:
     def _botch(self, word: int, what: str) -> None:
         """End a sequence with a command sequence error."""
         self.cycle = self._command
+        self.takes_data = False
         self._fail(word, SEQUENCE_ERROR, what)
 
     def _fail(self, word: int, errors: int, what: str) -> None:
