@@ -588,7 +588,7 @@ cdef class Engine:
         if self.running:
             raise EngineError("release of an engine that runs")
         self.group.engines.remove(self)
-        self.on_miss = None             # unmapping looks addresses up once more
+        self.sptes = None               # unmapping looks addresses up once more: nothing may be found
         for handle in self.hooks.values():
             api.hook_del(self.uc, handle)
         self.hooks.clear()
@@ -607,7 +607,6 @@ cdef class Engine:
         self.error = None
         self.group = None
         self.host = None
-        self.sptes = None
         self.handed = None
         if large:
             self.close()
@@ -888,6 +887,8 @@ cdef class Engine:
             result.paddr = self.scratch_pfn << 12
             result.perms = UC_PROT_READ | UC_PROT_EXEC
             return True
+        if self.sptes is None:
+            return False
         for tries in range(MISS_LIMIT):
             if gfn < INDEX_LIMIT:
                 entry = self.sptes.load(gfn)
