@@ -16,7 +16,8 @@ writable, which also keeps the engine's stores on their fast path.
 
 Leaving the guest happens at block starts only, through the ``kick`` word that the block hook reads. An
 uncounted engine (host clock) has no block hook: there, dropping the code of a revoked frame breaks the
-chains into it, and everything else waits for the signal tick, which stops the engine outside of callbacks.
+chains into it, and everything else stops the engine, which then leaves at the next block start, too
+(``stop_at_blocks``).
 
 All callbacks run with the GIL held: it is never given up while the guest runs.
 """
@@ -96,6 +97,9 @@ cdef enum:
     NR_SCANNED = 1024
     MISS_LIMIT = 4096
     TCG_BUFFER = 32 << 20
+    VERSION = 0x020104ff        # 2.1.4
+    NO_EXIT_REQUEST = 2034      # bytes of struct uc_struct of that release, where long has 64 bits
+    INIT_DONE = 2035
     POOLED_BYTES = 64 << 20
 
 cdef uint64_t SPTE_MMIO = (<uint64_t>1) << 62
@@ -173,6 +177,7 @@ cdef int _load() except -1:
     api.mem_unmap = <uc_mem_unmap_t>_symbol(handle, "uc_mem_unmap")
     api.mmio_map = <uc_mmio_map_t>_symbol(handle, "uc_mmio_map")
     api.strerror = <uc_strerror_t>_symbol(handle, "uc_strerror")
+    api.version = <uc_version_t>_symbol(handle, "uc_version")
     api.context_alloc = <uc_context_alloc_t>_symbol(handle, "uc_context_alloc")
     api.context_save = <uc_context_t>_symbol(handle, "uc_context_save")
     api.context_restore = <uc_context_t>_symbol(handle, "uc_context_restore")
@@ -200,9 +205,13 @@ cdef void _on_signal(int signum) noexcept nogil:
     if hot == NULL:
         return
     hot.kick |= C_KICK_SIGNAL
-    if hot.stop_at != NEVER:
-        return                          # the block hook sees the flag
-    if hot.in_callback:
+    if hot.stop_at == NEVER:            # elsewhere the block hook sees the flag
+        _stop(hot)
+
+
+cdef void _stop(Hot *hot) noexcept nogil:
+    """Has an uncounted engine leave the guest."""
+    if hot.in_callback and not hot.stops_at_blocks:
         _soon()                         # a stop in here would make the engine repeat the store it is in
     else:
         api.emu_stop(hot.uc)
@@ -226,9 +235,9 @@ cdef void _next_tick(double seconds) noexcept nogil:
 
 
 def kick_soon():
-    """Has the uncounted engine that runs now leave the guest within microseconds, if signals are guarded."""
-    if current != NULL and current.stop_at == NEVER and tick_interval > 0:
-        _soon()
+    """Has the uncounted engine that runs now leave the guest, at once or, if signals are guarded, in microseconds."""
+    if current != NULL and current.stop_at == NEVER and (current.stops_at_blocks or tick_interval > 0):
+        _stop(current)
 
 
 def tick_in(double seconds):
@@ -516,6 +525,7 @@ cdef class Engine:
         cdef int arch = UC_ARCH_ARM64 if isa == C_ARM64 else UC_ARCH_RISCV
         cdef int mode = UC_MODE_ARM if isa == C_ARM64 else UC_MODE_RISCV64
         _check(api.open(arch, mode, &self.uc), "uc_open")
+        cdef bint fresh = not (<uint8_t *>self.uc)[INIT_DONE]
         if isa == C_ARM64:
             _check(api.ctl(self.uc, UC_CTL_WRITE(UC_CTL_UC_PAGE_SIZE, 1), <int>4096), "page size")
             _check(api.ctl(self.uc, UC_CTL_WRITE(UC_CTL_CPU_MODEL, 1), <int>UC_CPU_ARM64_A57), "CPU model")
@@ -539,6 +549,24 @@ cdef class Engine:
                "uc_mmio_map")
         _check(api.context_alloc(self.uc, &self.pristine), "uc_context_alloc")
         _check(api.context_save(self.uc, self.pristine), "uc_context_save")
+        self.layout_known = fresh and (<uint8_t *>self.uc)[INIT_DONE] == 1 and (<uint8_t *>self.uc)[NO_EXIT_REQUEST] == 0
+        self.layout_known = self.layout_known and api.version(NULL, NULL) == VERSION
+        if not counted and not self.layout_known:
+            raise EngineError("the host clock needs the engine of the unicorn 2.1.4 wheel")
+        self.stop_at_blocks(True)
+
+    cdef void stop_at_blocks(self, bint on) noexcept:
+        """Whether code translated from now on can be left at block starts only, and not after a memory access.
+
+        By itself the engine asks after every access whether it shall stop, and resumes with the same instruction. A stop
+        that is not one of its own callbacks' must not come there: `ldr x0, [x0]` has lost its address by then, and an
+        atomic addition adds twice. A byte of the engine's state, made for Thumb's IT blocks, leaves these questions
+        out, which also makes loads and stores faster. No call sets it, so its place is known; that the byte behind it,
+        "initialised", has become 1 shows that the place is right.
+        """
+        if self.layout_known:
+            (<uint8_t *>self.uc)[NO_EXIT_REQUEST] = on
+            self.hot.stops_at_blocks = on
 
     cdef int _add_hook(self, int kind, void *callback, void *user) except -1:
         cdef uc_hook handle
@@ -592,6 +620,7 @@ cdef class Engine:
         for handle in self.hooks.values():
             api.hook_del(self.uc, handle)
         self.hooks.clear()
+        self.stop_at_blocks(True)
         large = sum(size for _, size in self.maps) > POOLED_BYTES
         if not large:
             for address, size in self.maps:
@@ -956,10 +985,8 @@ cdef class Engine:
                 self.group.revoke_exec(meta, pfn)
             meta.w_mask |= self.bit
             perms = UC_PROT_READ | UC_PROT_WRITE
-        elif meta.x_mask | meta.code_mask:
-            if meta.x_mask & self.bit and entry & SPTE_EXEC:
-                perms = UC_PROT_READ | UC_PROT_EXEC
-        elif entry & SPTE_WRITE:
+        elif not (meta.x_mask | meta.code_mask) and entry & SPTE_WRITE:
+            # Never with X: what is executed has to come in as a fetch, which scans the page at this address.
             meta.w_mask |= self.bit
             perms = UC_PROT_READ | UC_PROT_WRITE
         result.paddr = pfn << 12
@@ -1012,7 +1039,7 @@ cdef class Engine:
         cdef Scanned *slot = &self.scanned[(gva >> 12) & (NR_SCANNED - 1)]
         cdef uint8_t *page
         cdef int n
-        cdef uint32_t insn, csr, funct
+        cdef uint32_t csr
         cdef uc_hook handle
         if slot.gfn == gva >> 12 and slot.pfn == pfn and slot.generation == self.hot.generation:
             return
@@ -1020,20 +1047,16 @@ cdef class Engine:
         slot.pfn = pfn
         slot.generation = self.hot.generation
         page = self.host.bytes_of(pfn)
-        for n in range(0, 4094, 2):
-            if page[n] & 0x7f != 0x73:
-                continue
-            insn = page[n] | <uint32_t>page[n + 1] << 8
-            if n < 4093:
-                insn |= <uint32_t>page[n + 2] << 16 | <uint32_t>page[n + 3] << 24
-            funct = insn >> 12 & 3
-            csr = insn >> 20
-            if funct == 0:
-                continue
-            if not (0xc00 <= csr <= 0xc1f or 0xb00 <= csr <= 0xb1f or csr == 0x180 or csr == 0x344 or csr == 0x144):
-                continue
+        for n in range(0, 4096, 2):
+            if page[n] & 0x7f != 0x73 or page[n + 1] & 0x30 == 0:
+                continue                # not a CSR instruction
+            if n < 4094:                # beyond that, the next page names the CSR: on_insn looks at it
+                csr = page[n + 2] >> 4 | <uint32_t>page[n + 3] << 4
+                if not (0xc00 <= csr <= 0xc1f or 0xb00 <= csr <= 0xb1f or csr == 0x180 or csr == 0x344 or csr == 0x144):
+                    continue
             if gva + n in self.hooks:
                 continue
+            self.stop_at_blocks(False)      # the question comes after such a hook, too, where it is needed
             if api.hook_add(self.uc, &handle, UC_HOOK_CODE, <void *>_one_insn, <void *>self,
                             <uint64_t>(gva + n), <uint64_t>(gva + n)) == UC_ERR_OK:
                 self.hooks[gva + n] = handle
