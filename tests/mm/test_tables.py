@@ -193,7 +193,7 @@ ops = st.lists(
 
 
 @given(ops)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, derandomize=True)
 def test_like_a_dict(sequence: list[tuple[str, int, int]]) -> None:
     table = PageTable(3)
     model: dict[int, int] = {}

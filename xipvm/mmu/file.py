@@ -75,6 +75,10 @@ class AddressSpace:
         """The frame of a page that can be mapped without sleeping, None otherwise. No reference is taken."""
         return None
 
+    def fsync(self, pgoff: int = 0, count: int | None = None) -> int:
+        """Writes back the dirty pages of the range (all by default); how many there were."""
+        return 0
+
     def unmapped(self) -> None:
         """The last area is gone."""
 

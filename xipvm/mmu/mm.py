@@ -126,6 +126,14 @@ class Mm:
         """
         madvise.madvise(self, addr, length, advice)
 
+    def msync(self, addr: int, length: int) -> None:
+        """Writes back the dirty pages of the shared file mappings in the range (MS_SYNC). Errors: EINVAL, ENOMEM."""
+        start, end = self.check_range("msync", addr, length)
+        for area in self.covered("msync", start, end):
+            if area.file is not None and area.shared:
+                lo, hi = max(area.start, start), min(area.end, end)
+                area.file.fsync(area.page_offset(lo), (hi - lo) >> PAGE_SHIFT)
+
     def find_vma(self, hva: int) -> Vma | None:
         """The area that ``hva`` lies in, None if it is not mapped."""
         area = self.cached_vma

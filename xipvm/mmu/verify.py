@@ -1,0 +1,129 @@
+"""A full scan of the primary MMU that finds what its bookkeeping should say, and compares: Linux's CONFIG_DEBUG_VM.
+
+Slow by design (everything mapped is visited); for tests, the explorer and hunting defects. Between two operations all
+of it holds; in the middle of one only its own writer knows what does.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from xipvm.address import PAGE_SHIFT
+from xipvm.errors import InternalError
+from xipvm.mmu.frames import PG_ANON, PG_RESERVED, ZERO_PFN, HostMemory
+from xipvm.mmu.page_cache import PageCache
+from xipvm.mmu.pte import ANON, DIRTY, EXCLUSIVE, MAPPED, PRESENT, SPECIAL, WRITE, describe, pte_pfn
+from xipvm.mmu.rmap import reverse_map
+from xipvm.mmu.vma import PROT_WRITE
+
+if TYPE_CHECKING:
+    from xipvm.mmu.mm import Mm
+    from xipvm.mmu.vma import Vma
+
+
+def verify(host: HostMemory, *, held: Mapping[int, int] | None = None) -> None:
+    """Checks every mm over ``host``. ``held`` are references of others than entries and page caches, by pfn.
+
+    Raises InternalError that lists what is wrong.
+    """
+    wrong: list[str] = []
+    rmap = reverse_map(host)
+    mappings: defaultdict[int, set[tuple[Vma, int]]] = defaultdict(set)
+    for mm in rmap.mms:
+        wrong.extend(_areas(mm))
+        wrong.extend(_entries(mm, mappings))
+    references = Counter(held or {})
+    for pfn, found in mappings.items():
+        references[pfn] += len(found)
+        if set(rmap.walk(host, pfn)) != found:
+            wrong.append(
+                f"frame {pfn:#x}: the reverse map finds {len(list(rmap.walk(host, pfn)))} of {len(found)} entries"
+            )
+    for file in rmap.files():
+        if isinstance(file, PageCache):
+            for pgoff, pfn in file.pages.items():
+                references[pfn] += 1
+                if (host.mapping(pfn), host.index(pfn)) != (file.id, pgoff):
+                    wrong.append(f"frame {pfn:#x}: is page {pgoff:#x} of {file!r}, but does not know it")
+    wrong.extend(_frames(host, mappings, references))
+    if wrong:
+        raise InternalError("\n".join(wrong))
+
+
+def _areas(mm: Mm) -> list[str]:
+    wrong = []
+    for lower, upper in zip(mm.vmas, mm.vmas[1:], strict=False):
+        if lower.end > upper.start:
+            wrong.append(f"{lower!r} overlaps {upper!r}")
+    for area in mm.vmas:
+        if not area.start < area.end:
+            wrong.append(f"{area!r} is empty")
+        if area.file is not None and area not in area.file.areas:
+            wrong.append(f"{area!r} is unknown to its file")
+        if (area.anon_vma is None) != (not area.anon_chain) or len(set(area.anon_chain)) != len(area.anon_chain):
+            wrong.append(f"{area!r} has a broken chain of anon_vmas")
+        wrong.extend(f"{area!r} is unknown to anon_vma {root.id}" for root in area.anon_chain if area not in root.areas)
+    return wrong
+
+
+def _entries(mm: Mm, mappings: defaultdict[int, set[tuple[Vma, int]]]) -> list[str]:
+    """Checks the entries of ``mm`` against its areas and collects what they map."""
+    wrong = []
+    for page, entry in mm.pgd.entries(0, 1 << 36):
+        hva = page << PAGE_SHIFT
+        area = mm.find_vma(hva)
+        if area is None:
+            wrong.append(f"{mm.name}: entry at {hva:#x} ({describe(entry)}) lies in no area")
+            continue
+        pfn = pte_pfn(entry)
+        if not entry & SPECIAL:
+            mappings[pfn].add((area, hva))
+        wrong.extend(f"{mm.name}: entry at {hva:#x} ({describe(entry)}) {fault}" for fault in _entry(area, hva, entry))
+    return wrong
+
+
+def _entry(area: Vma, hva: int, entry: int) -> list[str]:
+    host, pfn, wrong = area.mm.host, pte_pfn(entry), []
+    if entry & MAPPED != area.rights & MAPPED:
+        wrong.append(f"does not fit {area!r}")
+    if entry & WRITE and (not entry & PRESENT or not area.prot & PROT_WRITE):
+        wrong.append("is writable")
+    if entry & WRITE and area.shared and area.file is not None and area.file.tracks_writes and not entry & DIRTY:
+        wrong.append("is writable, but its file was not told")
+    if bool(entry & SPECIAL) != (pfn == ZERO_PFN or host.is_device(pfn)):
+        wrong.append("is special or not, wrongly")
+    if entry & ANON:
+        if not host.flags(pfn) & PG_ANON:
+            wrong.append("maps a page as anonymous that is not")
+        if host.mapping(pfn) not in [root.id for root in area.anon_chain] or host.index(pfn) != area.page_offset(hva):
+            wrong.append("maps a page whose root does not lead back")
+        if entry & EXCLUSIVE and host.mapcount(pfn) != 1:
+            wrong.append(f"is exclusive, with mapcount {host.mapcount(pfn)}")
+        if entry & WRITE and not entry & EXCLUSIVE:
+            wrong.append("is a writable entry of a shared page")
+    elif not entry & SPECIAL:
+        if not isinstance(area.file, PageCache) or area.file.pages.get(area.page_offset(hva)) != pfn:
+            wrong.append("maps a page that is not in the page cache there")
+        if entry & WRITE and not area.shared:
+            wrong.append("is a writable private entry of a page-cache page")
+    return wrong
+
+
+def _frames(host: HostMemory, mappings: Mapping[int, set[tuple[Vma, int]]], references: Mapping[int, int]) -> list[str]:
+    wrong = []
+    meta = host.meta_view()
+    counts, mapcounts = meta["refcount"].tolist(), meta["mapcount"].tolist()
+    free = 0
+    for pfn in range(1, host.nr_frames):
+        if counts[pfn] != references.get(pfn, 0):
+            wrong.append(f"frame {pfn:#x}: refcount {counts[pfn]}, found {references.get(pfn, 0)}")
+        if mapcounts[pfn] != len(mappings.get(pfn, ())):
+            wrong.append(f"frame {pfn:#x}: mapcount {mapcounts[pfn]}, found {len(mappings.get(pfn, ()))}")
+        free += counts[pfn] == 0
+    if free != host.free_frames:
+        wrong.append(f"{free} frames have no reference, {host.free_frames} are free")
+    if not host.flags(ZERO_PFN) & PG_RESERVED or host.read(ZERO_PFN, 0, 4096).strip(b"\0"):
+        wrong.append("the zero page is not what it should be")
+    return wrong
