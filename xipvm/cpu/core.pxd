@@ -27,6 +27,7 @@ cdef struct Hot:                    # what the block hook touches, away from the
     uint32_t stopped                # the block hook asked to leave before this block
     uint32_t fixed                  # every instruction has 4 bytes
     uint32_t in_callback
+    uint32_t stops_at_blocks        # a stop is never taken inside a block
     uint64_t block_pc
     uint32_t block_size
     uint32_t block_count
@@ -47,6 +48,7 @@ cdef class Engine:
     cdef uc_context *pristine
     cdef readonly int isa
     cdef readonly bint counted
+    cdef bint layout_known
     cdef readonly uint32_t bit
     cdef HostMemory host
     cdef PageTable sptes
@@ -73,6 +75,7 @@ cdef class Engine:
     cdef int _add_hook(self, int kind, void *callback, void *user) except -1
     cdef int _add_insn_hook(self, void *callback, int insn) except -1
     cdef int _map(self, uint64_t address, uint64_t size, void *base) except -1
+    cdef void stop_at_blocks(self, bint on) noexcept
     cdef void flush(self) noexcept
     cdef void drop(self, uint64_t pfn) noexcept
     cdef bint hand_out(self, uint64_t vaddr, uint64_t entry, uint64_t gfn, int access, uc_tlb_entry *result) noexcept

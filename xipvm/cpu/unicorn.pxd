@@ -111,6 +111,7 @@ ctypedef uc_err (*uc_mem_unmap_t)(uc_engine *uc, uint64_t address, uint64_t size
 ctypedef uc_err (*uc_mmio_map_t)(uc_engine *uc, uint64_t address, uint64_t size, void *read, void *user_read,
                                  void *write, void *user_write) noexcept
 ctypedef const char *(*uc_strerror_t)(uc_err code) noexcept
+ctypedef unsigned (*uc_version_t)(unsigned *major, unsigned *minor) noexcept
 ctypedef uc_err (*uc_context_alloc_t)(uc_engine *uc, uc_context **context) noexcept
 ctypedef uc_err (*uc_context_t)(uc_engine *uc, uc_context *context) noexcept
 ctypedef uc_err (*uc_context_free_t)(uc_context *context) noexcept
@@ -129,6 +130,7 @@ cdef struct Api:
     uc_mem_unmap_t mem_unmap
     uc_mmio_map_t mmio_map
     uc_strerror_t strerror
+    uc_version_t version
     uc_context_alloc_t context_alloc
     uc_context_t context_save
     uc_context_t context_restore
