@@ -172,6 +172,7 @@ def test_find_vma(mm: Mm) -> None:
         ({"flags": ANON | MAP_FIXED_NOREPLACE, "addr": AT - PAGE}, errno.EEXIST),
         ({"length": TASK_SIZE}, errno.ENOMEM),
         ({"pgoff": -1}, errno.EINVAL),
+        ({"pgoff": 1 << 51}, errno.EOVERFLOW),
     ],
 )
 def test_mmap_errors(mm: Mm, arguments: dict[str, int], error: int) -> None:
@@ -216,6 +217,8 @@ def test_a_file_that_is_not_writable(mm: Mm, host: HostMemory, trace: Trace) -> 
         (lambda mm: mm.madvise(AT, 7 * PAGE, MADV_DONTNEED), errno.ENOMEM),
         (lambda mm: mm.get_user_pages(AT + 4 * PAGE, write=False), errno.EFAULT),
         (lambda mm: mm.write(AT + 4 * PAGE - 2, b"four"), errno.EFAULT),
+        (lambda mm: mm.read(-8, 16), errno.EFAULT),
+        (lambda mm: mm.read(1 << 60, 16), errno.EFAULT),
     ],
 )
 def test_errors_change_nothing(mm: Mm, call, error: int) -> None:  # type: ignore[no-untyped-def]

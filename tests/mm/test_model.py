@@ -294,13 +294,13 @@ def check_against_the_model(choice: int, sequence: list[tuple[str, int, int, int
 
 
 @given(first_mapping, operations)
-@settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 def test_against_the_model(choice: int, sequence: list[tuple[str, int, int, int, int]]) -> None:
     check_against_the_model(choice, sequence)
 
 
 @pytest.mark.slow
 @given(first_mapping, operations)
-@settings(max_examples=500, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 def test_against_the_model_at_length(choice: int, sequence: list[tuple[str, int, int, int, int]]) -> None:
     check_against_the_model(choice, sequence)

@@ -40,10 +40,10 @@ def _wp_page_shared(mm: Mm, area: Vma, hva: int, entry: int) -> tuple[VmFault, s
     """The file hears of the first write to a clean page."""
     assert area.file is not None
     fault = area.file.page_mkwrite(area.page_offset(hva), pte_pfn(entry))
-    if fault == VmFault.NOPAGE or mm.pgd.get(hva >> PAGE_SHIFT) != entry:
-        return VmFault.OK, "retry"
-    if fault:
+    if fault not in (VmFault.OK, VmFault.NOPAGE):
         return fault, fault.name.lower()
+    if fault or mm.pgd.get(hva >> PAGE_SHIFT) != entry or not mm.still_writable(area, hva):
+        return VmFault.OK, "retry"
     mm.set_pte(hva, entry | WRITE | DIRTY | ACCESSED)
     return VmFault.OK, "mkwrite"
 
@@ -69,7 +69,7 @@ def wp_page_copy(mm: Mm, area: Vma, hva: int, entry: int) -> bool:
         point("mm.cow.copied")
         start = hva & PAGE_MASK
         with mm.notifiers.invalidate_range(start, start + PAGE_SIZE, RangeEvent.CLEAR):
-            if mm.pgd.get(page) == entry:
+            if mm.pgd.get(page) == entry and mm.still_writable(area, hva):
                 mm.clear_flush(start)
                 map_new_anon(mm, area, start, new)
                 spare = old

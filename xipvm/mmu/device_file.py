@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from xipvm.trace.funnel import Trace
 
 
+_OK = VmFault.OK  # attributes of enumerations are slow
+
+
 def _always() -> bool:
     return True
 
@@ -48,8 +51,8 @@ class DeviceFile(AddressSpace):
     def fault(self, area: Vma, pgoff: int, write: bool) -> FaultResult:
         """The frame itself."""
         if pgoff >= self.pages or not self.ready():
-            return FaultResult(0, VmFault.SIGBUS)
-        return FaultResult(self.first + pgoff)
+            return 0, VmFault.SIGBUS
+        return self.first + pgoff, _OK
 
     def unmap(self, pgoff: int = 0, count: int | None = None) -> None:
         """Takes the pages (all by default) out of every mapping; private copies stay."""

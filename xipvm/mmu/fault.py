@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from xipvm.mmu.mm import Mm
 
 FAULT_AROUND_PAGES: Final = 16
+_OK: Final = VmFault.OK  # attributes of enumerations are slow
 
 
 def handle_mm_fault(mm: Mm, hva: int, write: bool) -> VmFault:
@@ -50,7 +51,7 @@ def _fault(mm: Mm, area: Vma, hva: int, write: bool) -> tuple[VmFault, str]:
     if entry:
         if write and not entry & WRITE:
             return do_wp_page(mm, area, hva, entry)
-        return VmFault.OK, "spurious"
+        return _OK, "spurious"
     if area.file is None:
         return _do_anonymous_page(mm, area, hva, write)
     if not write:
@@ -70,9 +71,9 @@ def _do_anonymous_page(mm: Mm, area: Vma, hva: int, write: bool) -> tuple[VmFaul
         if mm.trace.on:
             mm.trace.emit("page_alloc", pfn=pfn)
             mm.emit_pte_set(hva, mm.pgd.get(page))
-        return VmFault.OK, "anon"
+        return _OK, "anon"
     mm.set_pte(hva, ZERO_PFN << PFN_SHIFT | area.rights | SPECIAL | ACCESSED)
-    return VmFault.OK, "zero"
+    return _OK, "zero"
 
 
 def _do_read_fault(mm: Mm, area: Vma, file: AddressSpace, hva: int) -> tuple[VmFault, str]:
@@ -81,15 +82,15 @@ def _do_read_fault(mm: Mm, area: Vma, file: AddressSpace, hva: int) -> tuple[VmF
     if not file.mixed:
         _map_around(mm, area, file, page)
         if mm.pgd.get(page):
-            return VmFault.OK, "file"
+            return _OK, "file"
     pfn, fault = file.fault(area, area.page_offset(hva), False)
     if fault:
         return fault, fault.name.lower()
     if mm.find_vma(hva) is not area or mm.pgd.get(page):
         mm.put_frame(pfn)
-        return VmFault.OK, "retry"
+        return _OK, "retry"
     _map_file_page(mm, area, page, pfn, area.page_prot | ACCESSED)
-    return VmFault.OK, "file"
+    return _OK, "file"
 
 
 def _map_around(mm: Mm, area: Vma, file: AddressSpace, page: int) -> None:
@@ -111,12 +112,12 @@ def _do_shared_fault(mm: Mm, area: Vma, file: AddressSpace, hva: int) -> tuple[V
     if fault:
         return fault, fault.name.lower()
     fault = file.page_mkwrite(pgoff, pfn)
-    if not fault and mm.find_vma(hva) is area and area.prot & PROT_WRITE and not mm.pgd.get(page):
+    if not fault and mm.still_writable(area, hva) and not mm.pgd.get(page):
         _map_file_page(mm, area, page, pfn, area.rights | WRITE | DIRTY | ACCESSED)
-        return VmFault.OK, "file"
+        return _OK, "file"
     mm.put_frame(pfn)
-    if fault in (VmFault.OK, VmFault.NOPAGE):
-        return VmFault.OK, "retry"
+    if fault in (_OK, VmFault.NOPAGE):
+        return _OK, "retry"
     return fault, fault.name.lower()
 
 
@@ -132,9 +133,9 @@ def _do_cow_fault(mm: Mm, area: Vma, file: AddressSpace, hva: int) -> tuple[VmFa
     if not fault:
         mm.host.copy(pfn, new)
         mm.put_frame(pfn)
-        if mm.find_vma(hva) is area and not mm.pgd.get(page) and area.prot & PROT_WRITE:
+        if mm.still_writable(area, hva) and not mm.pgd.get(page):
             map_new_anon(mm, area, hva, new)
-            return VmFault.OK, "cow"
+            return _OK, "cow"
     mm.put_frame(new)
     return fault, fault.name.lower() if fault else "retry"
 

@@ -8,7 +8,7 @@ such.
 from __future__ import annotations
 
 from enum import IntEnum
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, ClassVar
 
 from xipvm.mmu.rmap import reverse_map
 
@@ -32,11 +32,8 @@ class VmFault(IntEnum):
     """A file says: not this page any more, look again."""
 
 
-class FaultResult(NamedTuple):
-    """What a file gives the fault handler: a frame with a reference for the mapping, or the reason why not."""
-
-    pfn: int
-    fault: VmFault = VmFault.OK
+FaultResult = tuple[int, VmFault]
+"""What a file gives the fault handler: a frame, with a reference for the mapping, and OK; or 0 and why not."""
 
 
 class AddressSpace:
@@ -62,7 +59,7 @@ class AddressSpace:
 
     def fault(self, area: Vma, pgoff: int, write: bool) -> FaultResult:
         """The frame of page ``pgoff``. May sleep; what it returns is true at the moment of return."""
-        return FaultResult(0, VmFault.SIGBUS)
+        return 0, VmFault.SIGBUS
 
     def page_mkwrite(self, pgoff: int, pfn: int) -> VmFault:
         """A shared entry of page ``pgoff`` is about to become writable. NOPAGE when ``pfn`` is not that page any more.

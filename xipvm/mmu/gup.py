@@ -35,7 +35,9 @@ def get_user_pages(mm: Mm, hva: int, write: bool) -> GupPage:
 
 
 def pieces(hva: int, size: int) -> list[tuple[int, int, int]]:
-    """``[hva, hva + size)`` cut at page boundaries: (address, offset in its page, bytes)."""
+    """``[hva, hva + size)`` cut at page boundaries: (address, offset in its page, bytes). EFAULT for a negative one."""
+    if hva < 0:
+        raise MmError(errno.EFAULT, f"address {hva:#x}")
     cuts = []
     end = hva + size
     while hva < end:

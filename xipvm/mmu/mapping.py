@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 MMAP_TOP: Final = 0x7FFF_F7FF_F000
 """Areas without a wish for an address are put below this one, downwards."""
 _HUGE: Final = 2 << 20
+_MAX_PGOFF: Final = 1 << 51
 
 _start = attrgetter("start")
 
@@ -78,6 +79,8 @@ def _check(mm: Mm, size: int, prot: int, flags: int, addr: int | None, file: Add
         raise MmError(errno.EINVAL, call)
     if file is None and not flags & MAP_ANONYMOUS:
         raise MmError(errno.EBADF, call)
+    if pgoff + (size >> PAGE_SHIFT) > _MAX_PGOFF:
+        raise MmError(errno.EOVERFLOW, call)
     if file is not None and flags & MAP_SHARED and prot & PROT_WRITE and not file.writable:
         raise MmError(errno.EACCES, f"{call}: {file.name} is not writable")
     if addr is not None:

@@ -33,7 +33,7 @@ from xipvm.mmu.page_cache import ShmemFile
 from xipvm.mmu.pte import FLAGS, PFN_SHIFT, pte_pfn
 from xipvm.mmu.rmap import reverse_map
 from xipvm.mmu.tables import GupPage, PageTable
-from xipvm.mmu.vma import MAP_ANONYMOUS, MAP_PRIVATE, MAP_SHARED, Vma
+from xipvm.mmu.vma import MAP_ANONYMOUS, MAP_PRIVATE, MAP_SHARED, PROT_WRITE, Vma
 from xipvm.notifier import MmuNotifiers
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ class Mm:
         """Maps ``length`` bytes (rounded up to pages) of ``file`` from page ``pgoff``, or of anonymous memory.
 
         ``addr`` is a wish unless ``flags`` say MAP_FIXED (replaces what is there) or MAP_FIXED_NOREPLACE (EEXIST).
-        Errors: EINVAL, ENOMEM (no room), EACCES (shared and writable on a file that is not), EBADF (no file).
+        Errors: EINVAL, EOVERFLOW, EBADF (no file), ENOMEM (no room), EACCES (shared and writable, the file is not).
         """
         self.check_alive("mmap")
         if file is None and flags & MAP_SHARED and flags & MAP_ANONYMOUS:
@@ -145,6 +145,10 @@ class Mm:
             self.cached_vma = areas[at]
             return areas[at]
         return None
+
+    def still_writable(self, area: Vma, hva: int) -> bool:
+        """Whether ``area``, which was found for ``hva`` before a schedule point, is still there and may be written."""
+        return bool(area.prot & PROT_WRITE) and self.find_vma(hva) is area
 
     def areas_in(self, start: int, end: int) -> list[Vma]:
         """The areas that overlap ``[start, end)``, ascending."""

@@ -50,15 +50,15 @@ class PageCache(AddressSpace):
     def fault(self, area: Vma, pgoff: int, write: bool) -> FaultResult:
         """The cached page, read in if it is not."""
         if pgoff >= page_up(self.size) >> PAGE_SHIFT:
-            return FaultResult(0, VmFault.SIGBUS)
+            return 0, VmFault.SIGBUS
         try:
             pfn = self._grab(pgoff)
         except OutOfFrames:
-            return FaultResult(0, VmFault.OOM)
+            return 0, VmFault.OOM
         if pfn is None:
-            return FaultResult(0, VmFault.SIGBUS)
+            return 0, VmFault.SIGBUS
         self.host.get(pfn)
-        return FaultResult(pfn)
+        return pfn, VmFault.OK
 
     def cached(self, pgoff: int) -> int | None:
         """The cached frame that a fault nearby may map along."""

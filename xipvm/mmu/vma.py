@@ -43,7 +43,20 @@ VM_MIXEDMAP: Final = 0x10000000
 class Vma:
     """``[start, end)`` of ``mm``. Only mmap.py, protect.py and fork.py change one."""
 
-    __slots__ = ("anon_chain", "anon_vma", "end", "file", "flags", "mm", "pgoff", "prot", "rights", "start")
+    __slots__ = (
+        "anon_chain",
+        "anon_vma",
+        "end",
+        "file",
+        "flags",
+        "mm",
+        "page_prot",
+        "pgoff",
+        "prot",
+        "rights",
+        "start",
+        "upgrade",
+    )
 
     def __init__(
         self, mm: Mm, start: int, end: int, prot: int, flags: int, file: AddressSpace | None, pgoff: int
@@ -65,6 +78,17 @@ class Vma:
         self.prot = prot
         self.rights = PROTNONE if prot == PROT_NONE else PRESENT | (EXEC if prot & PROT_EXEC else 0)
         """The permission bits of an entry here, without WRITE."""
+        shared, tracked = bool(self.flags & VM_SHARED), self.file is not None and self.file.tracks_writes
+        self.page_prot = self.rights | (WRITE if prot & PROT_WRITE and shared and not tracked else 0)
+        """The permission bits that every new entry gets: WRITE only where nobody has to notice the first write."""
+        self.upgrade = 0
+        """The bits that earn an entry WRITE without a fault, 0 if nothing does.
+
+        A private page has them when this entry is its only one; a page of a file that tracks writes when its first
+        write was announced, which left it dirty.
+        """
+        if prot & PROT_WRITE:
+            self.upgrade = DIRTY if shared else ANON | EXCLUSIVE
 
     @property
     def shared(self) -> bool:
@@ -84,24 +108,6 @@ class Vma:
         """Where the page at ``pgoff`` of the backing would be mapped, None when outside."""
         hva = self.start + ((pgoff - self.pgoff) << PAGE_SHIFT)
         return hva if self.start <= hva < self.end else None
-
-    @property
-    def page_prot(self) -> int:
-        """The permission bits that every new entry gets: WRITE only where nobody has to notice the first write."""
-        if self.prot & PROT_WRITE and self.flags & VM_SHARED and self.file is not None and not self.file.tracks_writes:
-            return self.rights | WRITE
-        return self.rights
-
-    @property
-    def upgrade(self) -> int:
-        """The bits that earn an entry WRITE without a fault, 0 if nothing does.
-
-        A private page has them when this entry is its only one; a page of a file that tracks writes when its first
-        write was announced, which left it dirty.
-        """
-        if not self.prot & PROT_WRITE:
-            return 0
-        return DIRTY if self.flags & VM_SHARED else ANON | EXCLUSIVE
 
     def __repr__(self) -> str:
         rights = "".join(c if self.prot & bit else "-" for c, bit in (("r", 1), ("w", 2), ("x", 4)))
