@@ -10,7 +10,7 @@ from xipvm.mmu.frames import HostMemory
 from xipvm.mmu.mm import Mm
 from xipvm.mmu.verify import verify
 from xipvm.notifier import MmuNotifier
-from xipvm.trace.events import Event
+from xipvm.trace.events import KINDS, Event
 from xipvm.trace.funnel import Trace
 
 WORDS = {
@@ -48,9 +48,14 @@ def mm(host: HostMemory, trace: Trace) -> Mm:
 
 @pytest.fixture
 def events(trace: Trace) -> list[Event]:
-    """Everything that was emitted since; clear it to begin anew."""
+    """Everything that was emitted since; clear it to begin anew. Each has the fields that its kind declares."""
     seen: list[Event] = []
-    trace.attach(seen.append)
+
+    def sink(event: Event) -> None:
+        assert list(event.fields) == [field.name for field in KINDS[event.kind].fields], event
+        seen.append(event)
+
+    trace.attach(sink)
     return seen
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import gc
+import weakref
 
 import pytest
 
@@ -260,3 +262,15 @@ def test_an_mm_that_has_exited(mm: Mm, host: HostMemory, call) -> None:  # type:
     with pytest.raises(MmError) as raised:
         call(mm)
     assert raised.value.errno == errno.ESRCH
+
+
+def test_an_mm_that_is_forgotten_takes_its_memory_along(trace: Trace) -> None:
+    host = HostMemory(64 * PAGE)
+    mm = Mm(host, trace)
+    mm.write(mm.mmap(PAGE, RW), b"x")
+    mm.write(mm.mmap(PAGE, RW, MAP_SHARED | MAP_ANONYMOUS), b"x")
+    mm.fork()
+    gone = weakref.ref(host)
+    del host, mm
+    gc.collect()
+    assert gone() is None
