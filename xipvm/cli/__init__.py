@@ -71,7 +71,7 @@ def _call(argv: Sequence[str] | None) -> int:
     except OutputClosedError:
         return BROKEN_PIPE
     except OSError as error:
-        return _say(f"{error.filename or 'standard output'}: {error.strerror}", BAD_INPUT)
+        return _say(f"{error.filename or 'standard output'}: {error.strerror or error}", BAD_INPUT)
     return status if isinstance(status, int) else 0
 
 
