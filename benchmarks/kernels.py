@@ -24,7 +24,7 @@ def kernels(bench: Bench) -> Iterator[Figure]:
             "instructions": partial(timed_once, elf, "instructions"),
         }
         try:
-            runs["qemu"] = Qemu(elf, bench.folder).timed
+            runs["qemu"] = Qemu(elf, bench.folder).cpu
         except MissingPeerError as missing:
             bench.say(str(missing))
         times = bench.rounds(**runs)
