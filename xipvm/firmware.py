@@ -32,10 +32,10 @@ class Firmware:
         """A call to the debugger."""
         return self._semihosting.call(operation, argument)
 
-    def read_timer(self, vcpu: Vcpu, name: str, insns: int) -> int:
+    def read_timer(self, vcpu: Vcpu, name: str, ticks: int) -> int:
         """A timer register; on RISC-V ``time``."""
         machine = self._machine
-        now = machine.now_at(insns)
+        now = machine.now_at(ticks)
         if name == "time":
             clint = machine.platform.clint
             assert clint is not None  # every RISC-V board has one

@@ -135,6 +135,7 @@ class Machine:
         self.bus = Bus()
         self.clock = EventClock(self._now)
         self.clock.on_earlier = self._earlier
+        self.clock.on_look = self._look
         self.trace.clock = self._now
         self._base = 0
         self._start = 0
@@ -370,18 +371,18 @@ class Machine:
         now = self._base
         vcpu = self._running
         if vcpu is not None:
-            now += vcpu.engine.insns - self._start
+            now += vcpu.engine.ticks - self._start
         # A fault takes the rest of its block back: time stands still until it is made up for.
         if now < self._floor:
             return self._floor
         self._floor = now
         return now
 
-    def now_at(self, insns: int) -> int:
-        """Virtual time at which the running vCPU has retired ``insns`` instructions."""
+    def now_at(self, ticks: int) -> int:
+        """Virtual time at which the running vCPU's engine stands at ``ticks``."""
         if not self.counted or self._running is None:
             return self._now()
-        return max(self._base + insns - self._start, 0)
+        return self._base + ticks - self._start
 
     def _earlier(self, ns: int) -> None:
         """An event was made that comes before all others: the slice in progress must not pass it."""
@@ -392,6 +393,11 @@ class Machine:
             vcpu.shorten(max(self._start + ns - self._base, self._start + 1))
         else:
             core.tick_in(max(ns - self._now(), 0) / 1e9)
+
+    def _look(self) -> None:
+        """The guest reads a clock that is a device."""
+        if self._running is not None:
+            self._running.engine.looked(0)
 
     # Running
 
@@ -421,7 +427,7 @@ class Machine:
             )
         self._began = time.monotonic()
         deadline = None if timeout is None else self._began + timeout
-        limit = None if max_instructions is None else self._base + max_instructions
+        limit = None if max_instructions is None else self._instructions() + max_instructions
         try:
             with core.SignalGuard(TICK):
                 result = self._loop(deadline, limit)
@@ -443,7 +449,7 @@ class Machine:
             if self._reset:
                 self._restart()
             self.clock.run_due()
-            if limit is not None and self._base >= limit:
+            if limit is not None and self._instructions() >= limit:
                 return RunResult(TIMEOUT_STATUS, "limit", ending)
             vcpu = self._next(turn)
             if vcpu is None:
@@ -474,9 +480,13 @@ class Machine:
         """One slice: up to the next event, the vCPU's quantum or the limit; signals do not end it."""
         engine = vcpu.engine
         self._running = vcpu
-        self._start = engine.insns
+        self._start = engine.ticks
+        engine.time_offset = self._base - self._start
         if self.counted:
-            ends = [end for end in (self.clock.next_deadline(), limit) if end is not None]
+            ends = [] if limit is None else [self._base + limit - self._instructions()]
+            due = self.clock.next_deadline()
+            if due is not None:
+                ends.append(due)
             if len(self.vcpus) > 1:
                 ends.append(self._base + QUANTUM)
             vcpu.stop_at = self._start + max(min(ends) - self._base, 1) if ends else None
@@ -498,7 +508,7 @@ class Machine:
         """Account the slice in progress to the machine's time."""
         vcpu, self._running = self._running, None
         if vcpu is not None and self.counted:
-            self._base += vcpu.engine.insns - self._start
+            self._base += vcpu.engine.ticks - self._start
 
     def _wanted(self) -> bool:
         return self._exit is not None or self._reset
@@ -548,10 +558,13 @@ class Machine:
             memory.device.reset()
         self._power_on()
 
+    def _instructions(self) -> int:
+        return sum(vcpu.engine.insns for vcpu in self.vcpus)
+
     def summary(self) -> Summary:
         """What the machine did so far."""
         return Summary(
-            instructions=sum(vcpu.engine.insns for vcpu in self.vcpus) if self.counted else None,
+            instructions=self._instructions() if self.counted else None,
             seconds=self.seconds,
             guest_faults=sum(vcpu.faults for vcpu in self.vcpus),
             invalidations=self.secondary.invalidations,

@@ -71,6 +71,8 @@ def crash_report(machine: Machine, vcpu: Vcpu, error: GuestError) -> CrashReport
     )
     if engine.faulted:
         address = int(engine.fault_address)
+        if vcpu.fault_address is not None and vcpu.fault_address >> PAGE_SHIFT == address >> PAGE_SHIFT:
+            address = vcpu.fault_address
         report.access = ACCESS_NAMES[engine.fault_access]
         report.address = address
         report.translation = _translation(machine, address)

@@ -13,6 +13,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from xipvm.cpu import core, paging
+from xipvm.cpu.effective import arm64_address, fault_address
 from xipvm.cpu.services import CpuServices
 from xipvm.cpu.vcpu import ACCESS_NAMES, Leave
 from xipvm.errors import GuestError
@@ -116,10 +117,11 @@ class Arm64:
         """An external abort: instruction abort for a fetch, else data abort."""
         if access == core.FETCH:
             self.services.check_fetch(self.vcpu, gva)
-            self._enter(EC_IABT, FSC_EXTERNAL, gva, gva, f"fetch from {gva:#x}, where no memory answers")
+            self._enter(EC_IABT, FSC_EXTERNAL, pc, pc, f"fetch from {pc:#x}, where no memory answers")
             return
-        what = f"{ACCESS_NAMES[access]} at {gva:#x}, where no memory answers"
-        self._enter(EC_DABT, FSC_EXTERNAL | (WNR if access == core.WRITE else 0), pc, gva, what)
+        far = self.vcpu.fault_address = fault_address(gva, self._accessed(pc))
+        what = f"{ACCESS_NAMES[access]} at {far:#x}, where no memory answers"
+        self._enter(EC_DABT, FSC_EXTERNAL | (WNR if access == core.WRITE else 0), pc, far, what)
 
     def exception(self, number: int, pc: int) -> None:
         """SVC, HVC, SMC, BRK, undefined instructions, alignment faults."""
@@ -137,8 +139,9 @@ class Arm64:
         elif number == EXCP_PREFETCH_ABORT:
             self._enter(EC_PC_ALIGN, 0, pc, pc, f"misaligned program counter {pc:#x}")
         elif number == EXCP_DATA_ABORT:
-            far = self.engine.cp_reg(*FAR_EL1)
-            self._enter(EC_DABT, FSC_ALIGNMENT, pc, far, f"misaligned access at {far:#x}")
+            far = self._accessed(pc) or 0
+            wnr = 0 if self._insn(pc) >> 22 & 1 else WNR  # bit 22: the exclusive and ordered forms' load bit
+            self._enter(EC_DABT, FSC_ALIGNMENT | wnr, pc, far, f"misaligned access at {far:#x}")
         else:
             raise GuestError(f"exception {number} of the engine at {pc:#x} has no counterpart")
 
@@ -186,7 +189,7 @@ class Arm64:
             vector = vbar + 0x400 + kind
         else:
             vector = vbar + (0x200 if pstate & 1 else 0x000) + kind
-        if pc == vector:
+        if pc == vector and kind == 0:
             raise GuestError(f"{what}; that is the exception vector itself")
         return vector
 
@@ -238,11 +241,11 @@ class Arm64:
             if name is None:
                 return None
             if value is None:
-                return self.services.read_timer(self.vcpu, name, self.engine.retired(self.pc()))
+                return self.services.read_timer(self.vcpu, name, self.engine.ticks_at(self.pc()))
             self.services.write_timer(self.vcpu, name, value)
             return 0
         if key == PMCCNTR_EL0 and value is None:
-            return int(self.engine.retired(self.pc()))
+            return int(self.engine.ticks_at(self.pc()))
         if crn in (1, 2, 8) and value is not None:
             self._check_paging(key, value)
         return None
@@ -272,6 +275,15 @@ class Arm64:
         for name, register in _REPORTED:
             rows.append((name, int(engine.cp_reg(*register))))
         return rows
+
+    def _accessed(self, pc: int) -> int | None:
+        """The address that the load or store at ``pc`` accesses."""
+        return arm64_address(self.engine.read_code(pc, 4), pc, self._by_name)
+
+    def _by_name(self, name: str) -> int:
+        if name == "sp":
+            return int(self.engine.reg(core.ARM64_SP))
+        return 0 if name in ("xzr", "wzr") else self.x({"fp": 29, "lr": 30}.get(name) or int(name[1:]))
 
     def _insn(self, pc: int) -> int:
         return int.from_bytes(self.engine.read_code(pc, 4), "little")

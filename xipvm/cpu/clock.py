@@ -34,11 +34,12 @@ class EventClock:
     """Virtual time in nanoseconds and the calls that wait for it.
 
     ``on_earlier``, where set, is called with the instant of each new call that precedes every waiting one:
-    the vCPU loop shortens the slice it is in.
+    the vCPU loop shortens the slice it is in. ``on_look`` is called before each ``look``.
     """
 
     def __init__(self, source: TimeSource | None = None) -> None:
         self.on_earlier: Callable[[int], None] | None = None
+        self.on_look: Callable[[], None] | None = None
         self._source = source
         self._time = 0
         self._heap: list[Call] = []
@@ -58,6 +59,12 @@ class EventClock:
         """Stand still at the source's last time; ``advance`` moves the clock again."""
         self._time = self.now
         self._source = None
+
+    def look(self) -> int:
+        """As ``now``, for a guest that reads a clock register: one that does so over and over is waiting."""
+        if self.on_look is not None:
+            self.on_look()
+        return self.now
 
     def call_at(self, ns: int, fn: Callable[[], None]) -> Call:
         """Call ``fn()`` in the first ``run_due`` at or after the instant ``ns``."""

@@ -21,8 +21,11 @@ cdef struct Executed:               # what an uncounted engine was handed for ex
 
 cdef struct Hot:                    # what the block hook touches, away from the Python object
     uc_engine *uc
-    uint64_t insns                  # retired, the running block counted whole
-    uint64_t stop_at                # leave at the first block start with insns >= stop_at
+    uint64_t ticks                  # virtual time, ns: instructions retired (the running block counted whole) and time skipped
+    uint64_t skipped                # how much of it the guest only waited for
+    uint64_t looked                 # ticks at which the guest last read a clock
+    uint64_t looks                  # how often it has done so in a row with little else between
+    uint64_t stop_at                # leave at the first block start with ticks >= stop_at
     uint32_t kick                   # KICK_* of core.pyx
     uint32_t stopped                # the block hook asked to leave before this block
     uint32_t fixed                  # every instruction has 4 bytes
@@ -56,6 +59,7 @@ cdef class Engine:
     cdef PageTable handed           # (flush generation, rights) by gfn: what tlb_insert was recorded for
     cdef public uint64_t flushes
     cdef uint64_t flush_generation
+    cdef public int64_t time_offset # virtual time of the machine minus ticks
     cdef uint64_t scratch_pfn
     cdef bint scratch_on
     cdef bint running
@@ -77,6 +81,8 @@ cdef class Engine:
     cdef int _map(self, uint64_t address, uint64_t size, void *base) except -1
     cdef void stop_at_blocks(self, bint on) noexcept
     cdef void flush(self) noexcept
+    cpdef uint64_t ticks_at(self, uint64_t pc)
+    cdef uint64_t look(self, uint64_t pc) noexcept
     cdef void drop(self, uint64_t pfn) noexcept
     cdef bint hand_out(self, uint64_t vaddr, uint64_t entry, uint64_t gfn, int access, uc_tlb_entry *result) noexcept
     cdef bint fill(self, uint64_t vaddr, int access, uc_tlb_entry *result) noexcept

@@ -101,6 +101,10 @@ cdef enum:
     NO_EXIT_REQUEST = 2034      # bytes of struct uc_struct of that release, where long has 64 bits
     INIT_DONE = 2035
     POOLED_BYTES = 64 << 20
+    LOOK_GAP = 64               # ticks between two looks at a clock that count as waiting
+    LOOKS = 32
+    SKIP = 1000                 # ns
+    NS_PER_COUNT = 16           # the generic timer counts at 62.5 MHz
 
 cdef uint64_t SPTE_MMIO = (<uint64_t>1) << 62
 cdef uint64_t PFN_MASK = (((<uint64_t>1) << 40) - 1)
@@ -380,7 +384,7 @@ cdef bint _tlb_fill(uc_engine *uc, uint64_t vaddr, uc_mem_type kind, uc_tlb_entr
 
 cdef void _block(uc_engine *uc, uint64_t address, uint32_t size, void *user) noexcept:
     cdef Hot *hot = <Hot *>user
-    if hot.kick or hot.insns >= hot.stop_at:
+    if hot.kick or hot.ticks >= hot.stop_at:
         hot.stopped = 1
         api.emu_stop(uc)
         return
@@ -390,7 +394,7 @@ cdef void _block(uc_engine *uc, uint64_t address, uint32_t size, void *user) noe
         hot.block_count = size >> 2
     else:
         hot.block_count = (<Engine><PyObject *>hot.engine).count_block(address, size)
-    hot.insns += hot.block_count
+    hot.ticks += hot.block_count
 
 
 cdef uint64_t _mmio_read(uc_engine *uc, uint64_t offset, unsigned size, void *user) noexcept:
@@ -450,7 +454,15 @@ cdef uint32_t _mrs(uc_engine *uc, int regid, const uc_arm64_cp_reg *cp, void *us
     # Timers (CRn 14) and the performance monitors (op1 3, CRn 9) show the host's time unless answered here.
     if cp.crn != 14 and not (cp.crn == 9 and cp.op1 == 3):
         return 0
-    return _sysreg(<Engine><PyObject *>user, regid, cp, False)
+    cdef Engine engine = <Engine><PyObject *>user
+    cdef uint64_t value = 0
+    if engine.counted and cp.crn == 14 and cp.crm == 0 and (cp.op2 == 1 or cp.op2 == 2) and cp.op1 == 3:
+        # CNTPCT_EL0, CNTVCT_EL0: guests wait by reading them over and over.
+        api.reg_read(uc, UC_ARM64_REG_PC, &value)
+        value = <uint64_t>(<int64_t>engine.look(value) + engine.time_offset) // NS_PER_COUNT
+        api.reg_write(uc, regid, &value)
+        return 1
+    return _sysreg(engine, regid, cp, False)
 
 
 cdef uint32_t _msr(uc_engine *uc, int regid, const uc_arm64_cp_reg *cp, void *user) noexcept:
@@ -596,7 +608,8 @@ cdef class Engine:
         for n in range(self.host.nr_regions):
             if self.host.regions[n].count:
                 self._map(self.host.regions[n].first << 12, self.host.regions[n].count << 12, self.host.regions[n].base)
-        self.hot.insns = 0
+        self.hot.ticks = self.hot.skipped = self.hot.looked = self.hot.looks = 0
+        self.time_offset = 0
         self.hot.kick = 0
         self.flush_generation = 1
         self.flushes = 0
@@ -664,7 +677,7 @@ cdef class Engine:
     def run(self, uint64_t pc, stop_at=None):
         """Runs from ``pc`` until something makes the vCPU leave; returns the engine's error code (0 = none).
 
-        ``stop_at``: leave at the first block start at which ``insns`` has reached it (counted engines only).
+        ``stop_at``: leave at the first block start at which ``ticks`` has reached it (counted engines only).
         Afterwards ``faulted``/``fault_address``/``fault_access``, ``interrupt`` (-1: none), ``invalid_insn``, ``stopped`` and
         ``kick`` say why; an exception of a callback is raised.
         """
@@ -695,11 +708,12 @@ cdef class Engine:
     @property
     def insns(self):
         """Instructions retired; while the guest runs, the current block is counted whole."""
-        return self.hot.insns
+        return self.hot.ticks - self.hot.skipped
 
-    @insns.setter
-    def insns(self, uint64_t value):
-        self.hot.insns = value
+    @property
+    def ticks(self):
+        """Virtual time in ns that this vCPU has run: ``insns``, and what it skipped while it waited for a clock."""
+        return self.hot.ticks
 
     @property
     def stop_at(self):
@@ -739,17 +753,44 @@ cdef class Engine:
         rest = (end - pc) >> 2 if self.hot.fixed else self.count_block(pc, <uint32_t>(end - pc))
         if rest > self.hot.block_count:
             rest = self.hot.block_count
-        self.hot.insns -= rest
+        self.hot.ticks -= rest
         self.hot.block_count -= rest
         self.hot.block_size = <uint32_t>(pc - self.hot.block_pc)
         return rest
 
     def retired(self, uint64_t pc):
         """Instructions retired before the one at ``pc`` in the block that runs now."""
+        return self.ticks_at(pc) - self.hot.skipped
+
+    cpdef uint64_t ticks_at(self, uint64_t pc):
+        """``ticks`` before the instruction at ``pc`` in the block that runs now."""
         cdef uint64_t end = self.hot.block_pc + self.hot.block_size
         if not self.counted or pc < self.hot.block_pc or pc >= end:
-            return self.hot.insns
-        return self.hot.insns - ((end - pc) >> 2 if self.hot.fixed else self.count_block(pc, <uint32_t>(end - pc)))
+            return self.hot.ticks
+        return self.hot.ticks - ((end - pc) >> 2 if self.hot.fixed else self.count_block(pc, <uint32_t>(end - pc)))
+
+    cdef uint64_t look(self, uint64_t pc) noexcept:
+        """The guest reads a clock at ``pc``: ticks to answer with.
+
+        A guest that does nothing but look waits for the clock, so from the LOOKS-th time on each look takes SKIP ns.
+        """
+        cdef uint64_t ticks = self.ticks_at(pc)
+        if not self.counted:
+            return ticks
+        if ticks - self.hot.looked < LOOK_GAP:
+            self.hot.looks += 1
+            if self.hot.looks > LOOKS:
+                self.hot.ticks += SKIP
+                self.hot.skipped += SKIP
+                ticks += SKIP
+        else:
+            self.hot.looks = 0
+        self.hot.looked = ticks
+        return ticks
+
+    def looked(self, uint64_t pc):
+        """Tell that the guest reads a clock at ``pc``; returns ``ticks`` to answer with, see ``look``."""
+        return self.look(pc)
 
     @property
     def in_guest(self):

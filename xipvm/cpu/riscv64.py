@@ -13,6 +13,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from xipvm.cpu import core, paging
+from xipvm.cpu.effective import fault_address, riscv64_address, riscv64_is_store
 from xipvm.cpu.services import CpuServices
 from xipvm.cpu.vcpu import ACCESS_NAMES, Leave
 from xipvm.errors import GuestError
@@ -97,10 +98,16 @@ class Riscv64:
         """An access fault of a fetch, load or store."""
         if access == core.FETCH:
             self.services.check_fetch(self.vcpu, gva)
-            self._enter(FETCH_ACCESS, gva, gva, f"fetch from {gva:#x}, where no memory answers")
+            # An instruction may begin in one page and end in the next: the trap is at its start, mtval where it failed.
+            tval = fault_address(gva, pc)
+            self._enter(FETCH_ACCESS, pc, tval, f"fetch from {tval:#x}, where no memory answers")
             return
-        cause = STORE_ACCESS if access == core.WRITE else LOAD_ACCESS
-        self._enter(cause, pc, gva, f"{ACCESS_NAMES[access]} at {gva:#x}, where no memory answers")
+        insn = self._insn(pc)
+        tval = self.vcpu.fault_address = fault_address(gva, riscv64_address(insn, self.x))
+        # The load half of an atomic memory operation traps as a store.
+        store = access == core.WRITE or riscv64_is_store(insn)
+        what = f"{ACCESS_NAMES[access]} at {tval:#x}, where no memory answers"
+        self._enter(STORE_ACCESS if store else LOAD_ACCESS, pc, tval, what)
 
     def exception(self, number: int, pc: int) -> None:
         """Environment calls, illegal instructions, misaligned accesses."""
@@ -111,8 +118,13 @@ class Riscv64:
             self.illegal(pc - 4)
         elif number == BREAKPOINT:
             self._break(pc)
-        elif number in (FETCH_MISALIGNED, LOAD_MISALIGNED, STORE_MISALIGNED, FETCH_ACCESS, LOAD_ACCESS, STORE_ACCESS):
-            self._enter(number, pc, 0, f"trap {number} at {pc:#x}")
+        elif number in (LOAD_MISALIGNED, STORE_MISALIGNED):
+            insn = self._insn(pc)
+            tval = riscv64_address(insn, self.x) or 0
+            cause = STORE_MISALIGNED if riscv64_is_store(insn) else LOAD_MISALIGNED
+            self._enter(cause, pc, tval, f"misaligned access at {tval:#x}")
+        elif number == FETCH_MISALIGNED:
+            self._enter(number, pc, pc, f"misaligned program counter {pc:#x}")
         else:
             raise GuestError(f"trap {number} of the engine at {pc:#x} has no counterpart")
 
@@ -122,7 +134,7 @@ class Riscv64:
         if insn == EBREAK or insn & 0xFFFF == C_EBREAK:
             self._break(pc)
         elif insn & 0x7F == 0x73 and insn >> 20 == CSR_TIME and insn >> 12 & 3 == 2 and insn >> 15 & 31 == 0:
-            self.set_x(insn >> 7 & 31, self.services.read_timer(self.vcpu, "time", self.engine.insns))
+            self.set_x(insn >> 7 & 31, self.services.read_timer(self.vcpu, "time", self.engine.looked(pc)))
             self.engine.set_reg(core.RISCV_PC, pc + 4)
         else:
             size = 4 if insn & 3 == 3 else 2
@@ -253,14 +265,18 @@ class Riscv64:
         self.set_x(insn >> 7 & 31, old)
         self.engine.set_reg(core.RISCV_PC, pc + 4)
 
+    def _count(self, csr: int, pc: int) -> int:
+        engine = self.engine
+        return int(engine.retired(pc) if csr == CSR_MINSTRET else engine.ticks_at(pc))
+
     def _read_counter(self, csr: int, pc: int) -> int | None:
         if csr in (CSR_CYCLE, CSR_MCYCLE, CSR_INSTRET, CSR_MINSTRET):
             if csr >> 8 == 0xB and self._privilege() != M:
                 return None
             machine = CSR_MCYCLE if csr & 0xF == 0 else CSR_MINSTRET
-            return (int(self.engine.retired(pc)) + self._offsets[machine]) & MASK64
+            return (self._count(machine, pc) + self._offsets[machine]) & MASK64
         if csr == CSR_TIME:
-            return self.services.read_timer(self.vcpu, "time", self.engine.retired(pc))
+            return self.services.read_timer(self.vcpu, "time", self.engine.looked(pc))
         if csr == CSR_MIP and self._privilege() == M:
             return self.mip
         if csr == CSR_SIP and self._privilege() >= S:
@@ -269,7 +285,7 @@ class Riscv64:
 
     def _write_counter(self, csr: int, value: int, pc: int) -> None:
         if csr in self._offsets:
-            self._offsets[csr] = value - int(self.engine.retired(pc))
+            self._offsets[csr] = value - self._count(csr, pc)
         elif csr in (CSR_MIP, CSR_SIP):
             writable = SIP_WRITABLE | (1 << 5 | 1 << 9 if csr == CSR_MIP else 0)
             self.mip = (self.mip & ~writable) | (value & writable)

@@ -17,8 +17,8 @@ class CpuServices(Protocol):
     def semihosting_call(self, vcpu: Vcpu, operation: int, argument: int) -> int:
         """A semihosting call; the answer for the first register."""
 
-    def read_timer(self, vcpu: Vcpu, name: str, insns: int) -> int:
-        """A register of the vCPU's timer as of ``insns`` retired instructions."""
+    def read_timer(self, vcpu: Vcpu, name: str, ticks: int) -> int:
+        """A register of the vCPU's timer as of ``ticks`` of its engine."""
 
     def write_timer(self, vcpu: Vcpu, name: str, value: int) -> None:
         """Write a register of the vCPU's timer."""

@@ -101,6 +101,8 @@ class Vcpu:
         self.idle = False
         self.irq = False
         self.stop_at: int | None = None
+        self.fault_address: int | None = None
+        """Address of the last faulting access, where the instruction tells it."""
         self.faults = 0
         self.kicks = 0
         self._disturbed_by_host = False
@@ -166,13 +168,13 @@ class Vcpu:
     # Running
 
     def shorten(self, stop_at: int) -> None:
-        """End the slice in progress no later than when ``insns`` reaches ``stop_at``."""
+        """End the slice in progress no later than when its ticks reach ``stop_at``."""
         if self.stop_at is None or stop_at < self.stop_at:
             self.stop_at = stop_at
             self.engine.stop_at = min(stop_at, self.engine.stop_at)
 
     def run_slice(self, attention: Callable[[], bool]) -> Leave:
-        """Run until ``insns`` reaches ``stop_at`` (None: no limit) or something else ends the slice.
+        """Run until the engine's ticks reach ``stop_at`` (None: no limit) or something else ends the slice.
 
         ``attention()`` says whether the machine wants control back after an exit. Raises GuestError.
         """
@@ -187,16 +189,21 @@ class Vcpu:
                     if isa.interrupt_pending():
                         self.idle = False
                         if not isa.take_interrupt() and engine.counted:
-                            soon = (engine.insns // MASKED_POLL + 1) * MASKED_POLL
+                            soon = (engine.ticks // MASKED_POLL + 1) * MASKED_POLL
                             self._limit = soon if stop_at is None else min(stop_at, soon)
                 self._disturbed_by_host = False
+                if engine.kick & core.KICK_SIGNAL:
+                    # It came while an exception was being delivered, and must not wait for the guest's next block.
+                    engine.kick &= ~core.KICK_SIGNAL
+                    self._disturbed_by_host = True
+                    return Leave.KICK
                 code = engine.run(isa.pc(), self._limit)
                 leave = self._exit(code)
                 if leave is not None:
                     return leave
                 if attention():
                     return Leave.KICK
-                if self.stop_at is not None and engine.insns >= self.stop_at:
+                if self.stop_at is not None and engine.ticks >= self.stop_at:
                     return Leave.BUDGET
         finally:
             self.trace.actor = "host"

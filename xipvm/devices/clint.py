@@ -56,7 +56,7 @@ class Clint:
         if offset < MTIME:
             hart, at = divmod(offset - MTIMECMP, 8)
             return _part(self._mtimecmp[hart], at, size) if hart < len(self._mtimecmp) else 0
-        return _part(self.time(), offset - MTIME, size) if offset < MTIME + 8 else 0
+        return _part(self.time(self._clock.look()), offset - MTIME, size) if offset < MTIME + 8 else 0
 
     def write(self, offset: int, size: int, value: int) -> None:
         """See ``read``."""
