@@ -129,8 +129,11 @@ def test_closed_standard_streams() -> None:
 def test_flash_create_and_pad(xipvm: Call, tmp_path: Path) -> None:
     size = boards.get("virt-riscv64").flash[0].size
     image = tmp_path / "flash.img"
-    assert xipvm("flash", "create", image, "--board", "virt-riscv64") == (0, f"{image}: 32 MiB, erased\n", "")
-    assert image.stat().st_size == size
+    assert xipvm("flash", "create", image, "--board", "virt-riscv64") == (0, f"{image}: 64 MiB, erased\n", "")
+    assert image.stat().st_size == 2 * size
+    one = tmp_path / "one.img"
+    assert xipvm("flash", "create", one, "--board", "virt-riscv64", "--bank", 1) == (0, f"{one}: 32 MiB, erased\n", "")
+    assert one.stat().st_size == size
     again = xipvm("flash", "create", image, "--board", "virt-riscv64")
     assert (again.status, again.out) == (2, "")
     assert xipvm("flash", "create", image, "--board", "virt-riscv64", "--force").status == 0

@@ -151,10 +151,10 @@ def flash() -> None:
 @flash.command()
 @click.argument("file")
 @click.option("--board", required=True, metavar="NAME")
-@click.option("--bank", type=click.IntRange(min=0), metavar="N", help="The bank that it is for; by default 0.")
+@click.option("--bank", type=click.IntRange(min=0), metavar="N", help="Only this bank, not all of them.")
 @click.option("--force", is_flag=True, help="Replace an existing file.")
 def create(file: str, board: str, bank: int | None, force: bool) -> None:
-    """Write an erased image of a flash bank."""
+    """Write an erased image of all flash banks of a board, or of one."""
     from xipvm.cli.flash import create_image
 
     create_image(file, board, bank, force=force)

@@ -10,8 +10,9 @@ from xipvm.devices.flash.files import create, pad, wanted_size
 
 
 def create_image(path: str, board_name: str, bank: int | None, *, force: bool) -> None:
-    """Write an erased image of bank ``bank`` (None: 0). Raises FlashImageError, BoardError."""
-    size = wanted_size(path, 0, _sizes(board_name), bank)
+    """Write an erased image of bank ``bank`` (None: of all banks). Raises FlashImageError, BoardError."""
+    sizes = _sizes(board_name)
+    size = sum(sizes) if bank is None else wanted_size(path, 0, sizes, bank)
     create(path, size, force=force)
     print(f"{path}: {format_size(size)}, erased")
 
