@@ -173,8 +173,15 @@ def run(world: World, operations: list[Operation], meddlers: list[Operation | No
     return checker
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(operations=st.lists(operation, max_size=25), meddlers=st.lists(meddling, max_size=60))
+anything = given(operations=st.lists(operation, max_size=25), meddlers=st.lists(meddling, max_size=60))
+
+
+def explore(examples: int) -> settings:
+    return settings(max_examples=examples, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@explore(60)
+@anything
 def test_entries_agree_with_the_host(
     make_world: type[World], operations: list[Operation], meddlers: list[Operation | None]
 ) -> None:
@@ -182,6 +189,15 @@ def test_entries_agree_with_the_host(
     run(world, operations, meddlers)
     world.mm.exit()
     assert all(vm.sptes.present == 0 for vm in world.vms)
+
+
+@pytest.mark.slow
+@explore(2000)
+@anything
+def test_entries_agree_with_the_host_at_length(
+    make_world: type[World], operations: list[Operation], meddlers: list[Operation | None]
+) -> None:
+    run(make_world(), operations, meddlers)
 
 
 SCRIPT: list[Operation] = [
