@@ -59,6 +59,7 @@ cdef class Engine:
     cdef PageTable handed           # (flush generation, rights) by gfn: what tlb_insert was recorded for
     cdef public uint64_t flushes
     cdef uint64_t flush_generation
+    cdef uint64_t fills, grow_at    # since the last flush, and how many of them make the TLB grow
     cdef public int64_t time_offset # virtual time of the machine minus ticks
     cdef uint64_t scratch_pfn
     cdef bint scratch_on
@@ -80,6 +81,7 @@ cdef class Engine:
     cdef int _add_insn_hook(self, void *callback, int insn) except -1
     cdef int _map(self, uint64_t address, uint64_t size, void *base) except -1
     cdef void stop_at_blocks(self, bint on) noexcept
+    cdef void grow(self) noexcept
     cdef void flush(self) noexcept
     cpdef uint64_t ticks_at(self, uint64_t pc)
     cdef uint64_t look(self, uint64_t pc) noexcept

@@ -96,6 +96,8 @@ cdef enum:
     NR_LENGTHS = 8192
     NR_SCANNED = 1024
     MISS_LIMIT = 4096
+    GROW_FIRST = 1024           # fills since a flush after which the TLB is made larger for the first time
+    GROW_LAST = 32768
     TCG_BUFFER = 32 << 20
     VERSION = 0x020104ff        # 2.1.4
     NO_EXIT_REQUEST = 2034      # bytes of struct uc_struct of that release, where long has 64 bits
@@ -379,6 +381,9 @@ cdef bint _tlb_fill(uc_engine *uc, uint64_t vaddr, uc_mem_type kind, uc_tlb_entr
     cdef Engine engine = <Engine><PyObject *>user
     result.paddr = 0
     result.perms = UC_PROT_NONE
+    engine.fills += 1
+    if engine.fills >= engine.grow_at:
+        engine.grow()
     return engine.fill(vaddr, C_FETCH if kind == UC_MEM_FETCH else (C_WRITE if kind == UC_MEM_WRITE else C_READ), result)
 
 
@@ -613,6 +618,8 @@ cdef class Engine:
         self.hot.kick = 0
         self.flush_generation = 1
         self.flushes = 0
+        self.fills = 0
+        self.grow_at = GROW_FIRST
 
     cdef int _map(self, uint64_t address, uint64_t size, void *base) except -1:
         _check(api.mem_map_ptr(self.uc, address, size, UC_PROT_ALL, base), "uc_mem_map_ptr")
@@ -864,10 +871,22 @@ cdef class Engine:
         if self.on_flush is not None:
             self.on_flush(reason)
 
+    cdef void grow(self) noexcept:
+        """Has the engine make its TLB larger.
+
+        It begins with 256 entries and looks at its size only when it is flushed, so a guest without invalidations would
+        keep on missing. Nobody has to know of this flush: what was handed out counts as held until the next real one.
+        """
+        api.ctl(self.uc, UC_CTL_WRITE(UC_CTL_TLB_FLUSH, 0))
+        self.fills = 0
+        self.grow_at = self.grow_at * 2 if self.grow_at < GROW_LAST else NEVER
+
     cdef void flush(self) noexcept:
         if self.uc == NULL:
             return
         api.ctl(self.uc, UC_CTL_WRITE(UC_CTL_TLB_FLUSH, 0))
+        self.fills = 0
+        self.grow_at = GROW_FIRST
         self.flushes += 1
         self.flush_generation += 1
         self.hot.generation += 1
