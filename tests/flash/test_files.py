@@ -101,6 +101,11 @@ def test_a_file_of_all_banks_is_all_banks_in_order(open_all, make_file):
     assert [bank.offset for bank in banks] == [0, BANK]
 
 
+def test_one_file_for_banks_of_different_sizes(open_all, make_file):
+    banks = open_all(make_file("a", 0x6000), sizes=(0x1000, 0x3000, 0x2000))
+    assert [bank.offset for bank in banks] == [0, 0x1000, 0x4000]
+
+
 def test_files_for_each_bank(open_all, make_file):
     banks = open_all(make_file("a", BANK, 1) + ",bank=1,readonly=on", make_file("b", BANK, 2))
     assert first_bytes(banks) == [2, 1]

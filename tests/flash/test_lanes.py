@@ -70,6 +70,7 @@ def test_a_narrow_command_reaches_every_chip(rig, offset, size):
     assert rig.read(0x40) == 0x0051_0051
     rig.bank.write(offset, size, 0xFF)
     assert rig.bank.array_mode
+    assert [call[0] for call in rig.calls] == ["leave", "enter"]
 
 
 def test_narrow_commands_of_byte_wide_chips(make_rig):

@@ -162,6 +162,16 @@ def test_program_suspend_allows_reading_only(rig):
     assert rig.array[:4] == bytes(4)
 
 
+def test_narrow_commands_after_a_refused_program(rig):
+    """It waited for no data, so what comes narrow is a command for both chips."""
+    start_program(rig, 0)
+    rig.command(0, 0xB0)
+    rig.clock.advance(20 * US)
+    rig.command(0, 0x40, 0x00)
+    rig.bank.write(0, 2, 0x90)
+    assert rig.read() == 0x0089_0089
+
+
 def test_program_in_a_suspended_erase_can_be_suspended_too(rig):
     start_erase(rig, 0)
     rig.command(0, 0xB0)
