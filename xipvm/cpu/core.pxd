@@ -15,10 +15,6 @@ cdef struct Scanned:                # a page that was searched for instructions 
     uint64_t pfn
     uint64_t generation
 
-cdef struct Executed:               # what an uncounted engine was handed for execution
-    uint64_t gfn
-    uint64_t pfn
-
 cdef struct Hot:                    # what the block hook touches, away from the Python object
     uc_engine *uc
     uint64_t ticks                  # virtual time, ns: instructions retired (the running block counted whole) and time skipped
@@ -29,8 +25,9 @@ cdef struct Hot:                    # what the block hook touches, away from the
     uint32_t kick                   # KICK_* of core.pyx
     uint32_t stopped                # the block hook asked to leave before this block
     uint32_t fixed                  # every instruction has 4 bytes
-    uint32_t in_callback
-    uint32_t stops_at_blocks        # a stop is never taken inside a block
+    uint32_t running
+    uint32_t counted
+    uint32_t polled                 # a block hook looks at `kick`; else the engine is stopped
     uint64_t block_pc
     uint32_t block_size
     uint32_t block_count
@@ -63,11 +60,9 @@ cdef class Engine:
     cdef public int64_t time_offset # virtual time of the machine minus ticks
     cdef uint64_t scratch_pfn
     cdef bint scratch_on
-    cdef bint running
     cdef BlockLength *lengths
     cdef Scanned *scanned
-    cdef Executed *executed
-    cdef uint64_t nr_executed, max_executed
+    cdef uc_hook poll_hook
     cdef dict hooks                 # address of a hooked instruction -> hook handle
     cdef list maps
     cdef readonly bint faulted
@@ -81,6 +76,7 @@ cdef class Engine:
     cdef int _add_insn_hook(self, void *callback, int insn) except -1
     cdef int _map(self, uint64_t address, uint64_t size, void *base) except -1
     cdef void stop_at_blocks(self, bint on) noexcept
+    cdef void poll(self) noexcept
     cdef void grow(self) noexcept
     cdef void flush(self) noexcept
     cpdef uint64_t ticks_at(self, uint64_t pc)
@@ -92,5 +88,4 @@ cdef class Engine:
     cdef uint8_t *code_at(self, uint64_t gva) noexcept
     cdef void scan(self, uint64_t gva, uint64_t pfn) noexcept
     cdef void note(self, uint64_t gfn, uint64_t pfn, int perms) noexcept
-    cdef int remember(self, uint64_t gfn, uint64_t pfn) except -1
     cdef void fail(self) noexcept

@@ -15,9 +15,8 @@ execution only after every writable entry is gone. Data entries are never execut
 writable, which also keeps the engine's stores on their fast path.
 
 Leaving the guest happens at block starts only, through the ``kick`` word that the block hook reads. An
-uncounted engine (host clock) has no block hook: there, dropping the code of a revoked frame breaks the
-chains into it, and everything else stops the engine, which then leaves at the next block start, too
-(``stop_at_blocks``).
+uncounted engine (host clock) has no block hook: it is stopped, and leaves at the next block start, too
+(``stop_at_blocks``). Dropping code would not do: a block that jumps to itself runs on.
 
 All callbacks run with the GIL held: it is never given up while the guest runs.
 """
@@ -25,7 +24,7 @@ All callbacks run with the GIL held: it is never given up while the guest runs.
 from cpython.object cimport PyObject
 cimport cython
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
-from libc.stdlib cimport calloc, free, realloc
+from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 
 from xipvm.cpu.unicorn cimport *
@@ -86,6 +85,8 @@ cdef enum:
     C_FETCH = 2
     C_RETRY = 0
     C_MMIO = 1
+    C_KICK_FLUSH = 1
+    C_KICK_EXIT = 2
     C_KICK_SIGNAL = 4
     C_ARM64 = 0
     SPTE_READ = 1
@@ -210,25 +211,17 @@ cdef void _on_signal(int signum) noexcept nogil:
     cdef Hot *hot = current
     if hot == NULL:
         return
-    hot.kick |= C_KICK_SIGNAL
-    if hot.stop_at == NEVER:            # elsewhere the block hook sees the flag
-        _stop(hot)
+    _kick(hot, C_KICK_SIGNAL)
 
 
-cdef void _stop(Hot *hot) noexcept nogil:
-    """Has an uncounted engine leave the guest."""
-    if hot.in_callback and not hot.stops_at_blocks:
-        _soon()                         # a stop in here would make the engine repeat the store it is in
-    else:
+cdef void _kick(Hot *hot, uint32_t why) noexcept nogil:
+    """Has the engine leave the guest at the next block start."""
+    hot.kick |= why
+    if hot.running and not hot.polled:  # else the block hook sees it
         api.emu_stop(hot.uc)
 
 
 cdef double tick_interval = 0.0
-
-
-cdef void _soon() noexcept nogil:
-    """Brings the next tick forward, so that an uncounted engine leaves the guest promptly."""
-    _next_tick(20e-6)
 
 
 cdef void _next_tick(double seconds) noexcept nogil:
@@ -238,12 +231,6 @@ cdef void _next_tick(double seconds) noexcept nogil:
     timer.it_interval.tv_sec = <long>tick_interval
     timer.it_interval.tv_usec = <long>((tick_interval - <long>tick_interval) * 1000000)
     setitimer(ITIMER_REAL, &timer, NULL)
-
-
-def kick_soon():
-    """Has the uncounted engine that runs now leave the guest, at once or, if signals are guarded, in microseconds."""
-    if current != NULL and current.stop_at == NEVER and (current.stops_at_blocks or tick_interval > 0):
-        _stop(current)
 
 
 def tick_in(double seconds):
@@ -342,7 +329,7 @@ cdef class EngineGroup:
                 if meta.code_mask & engine.bit:
                     engine.drop(pfn)
                 engine.flush()
-                engine.hot.kick |= 1
+                _kick(&engine.hot, C_KICK_FLUSH)
                 if engine.on_drop is not None:
                     engine.report_drop(pfn)
         meta.code_mask = 0
@@ -377,6 +364,13 @@ cdef class EngineGroup:
 
 # ------------------------------------------------------------------------------------------------ hooks
 
+cdef inline void _back_in(Engine engine) noexcept:
+    """The guest goes on after Python code, which may have run other engines, nested or as other greenlets."""
+    global current
+    if engine.hot.running:
+        current = &engine.hot
+
+
 cdef bint _tlb_fill(uc_engine *uc, uint64_t vaddr, uc_mem_type kind, uc_tlb_entry *result, void *user) noexcept:
     cdef Engine engine = <Engine><PyObject *>user
     result.paddr = 0
@@ -393,6 +387,8 @@ cdef void _block(uc_engine *uc, uint64_t address, uint32_t size, void *user) noe
         hot.stopped = 1
         api.emu_stop(uc)
         return
+    if not hot.counted:
+        return
     hot.block_pc = address
     hot.block_size = size
     if hot.fixed:
@@ -405,23 +401,21 @@ cdef void _block(uc_engine *uc, uint64_t address, uint32_t size, void *user) noe
 cdef uint64_t _mmio_read(uc_engine *uc, uint64_t offset, unsigned size, void *user) noexcept:
     cdef Engine engine = <Engine><PyObject *>user
     cdef uint64_t value = 0
-    engine.hot.in_callback += 1
     try:
         value = engine.on_read(offset, size)
     except BaseException:
         engine.fail()
-    engine.hot.in_callback -= 1
+    _back_in(engine)
     return value
 
 
 cdef void _mmio_write(uc_engine *uc, uint64_t offset, unsigned size, uint64_t value, void *user) noexcept:
     cdef Engine engine = <Engine><PyObject *>user
-    engine.hot.in_callback += 1
     try:
         engine.on_write(offset, size, value)
     except BaseException:
         engine.fail()
-    engine.hot.in_callback -= 1
+    _back_in(engine)
 
 
 cdef void _interrupt(uc_engine *uc, uint32_t number, void *user) noexcept:
@@ -440,7 +434,6 @@ cdef uint32_t _sysreg(Engine engine, int regid, const uc_arm64_cp_reg *cp, bint 
     """Runs the Python side of a system register access; 1 when it did the instruction's work."""
     cdef uint64_t value
     cdef uint32_t done = 0
-    engine.hot.in_callback += 1
     try:
         answer = engine.on_sysreg(cp.op0, cp.op1, cp.crn, cp.crm, cp.op2, cp.val if is_write else None)
         if answer is not None:
@@ -451,7 +444,7 @@ cdef uint32_t _sysreg(Engine engine, int regid, const uc_arm64_cp_reg *cp, bint 
     except BaseException:
         engine.fail()
         done = 1
-    engine.hot.in_callback -= 1
+    _back_in(engine)
     return done
 
 
@@ -486,12 +479,11 @@ cdef uint32_t _sys(uc_engine *uc, int regid, const uc_arm64_cp_reg *cp, void *us
 cdef void _one_insn(uc_engine *uc, uint64_t address, uint32_t size, void *user) noexcept:
     """A hooked instruction is about to run; the Python side may do its work and set another PC."""
     cdef Engine engine = <Engine><PyObject *>user
-    engine.hot.in_callback += 1
     try:
         engine.on_insn(address, size)
     except BaseException:
         engine.fail()
-    engine.hot.in_callback -= 1
+    _back_in(engine)
 
 
 # ----------------------------------------------------------------------------------------------- engine
@@ -551,6 +543,7 @@ cdef class Engine:
         _check(api.ctl(self.uc, UC_CTL_WRITE(UC_CTL_UC_USE_EXITS, 1), <int>1), "exits")
         self.hot.uc = self.uc
         self.hot.fixed = isa == C_ARM64
+        self.hot.counted = self.hot.polled = counted
         self.hot.engine = <void *>self
         self.hot.generation = 1
         self._add_hook(UC_HOOK_TLB_FILL, <void *>_tlb_fill, <void *>self)
@@ -583,7 +576,25 @@ cdef class Engine:
         """
         if self.layout_known:
             (<uint8_t *>self.uc)[NO_EXIT_REQUEST] = on
-            self.hot.stops_at_blocks = on
+
+    cdef void poll(self) noexcept:
+        """Has an uncounted engine look for kicks in a block hook from now on, as it may not be stopped any more.
+
+        Code that was translated before has no such hook and goes. ``release`` ends it.
+        """
+        cdef uint64_t n
+        cdef int region
+        if api.hook_add(self.uc, &self.poll_hook, UC_HOOK_BLOCK, <void *>_block, <void *>&self.hot,
+                        <uint64_t>1, <uint64_t>0) != UC_ERR_OK:
+            return
+        self.hot.polled = 1
+        for n in range(self.host.nr_frames):
+            if self.host.meta[n].code_mask & self.bit:
+                self.drop(n)
+        for region in range(self.host.nr_regions):
+            for n in range(self.host.regions[region].count):
+                if self.host.regions[region].meta[n].code_mask & self.bit:
+                    self.drop(self.host.regions[region].first + n)
 
     cdef int _add_hook(self, int kind, void *callback, void *user) except -1:
         cdef uc_hook handle
@@ -633,13 +644,16 @@ cdef class Engine:
         """
         if self.group is None:
             return
-        if self.running:
+        if self.hot.running:
             raise EngineError("release of an engine that runs")
         self.group.engines.remove(self)
         self.sptes = None               # unmapping looks addresses up once more: nothing may be found
         for handle in self.hooks.values():
             api.hook_del(self.uc, handle)
         self.hooks.clear()
+        if self.hot.polled and not self.counted:
+            api.hook_del(self.uc, self.poll_hook)
+            self.hot.polled = 0
         self.stop_at_blocks(True)
         large = sum(size for _, size in self.maps) > POOLED_BYTES
         if not large:
@@ -650,7 +664,6 @@ cdef class Engine:
         api.ctl(self.uc, UC_CTL_WRITE(UC_CTL_TLB_FLUSH, 0))
         _check(api.context_restore(self.uc, self.pristine), "uc_context_restore")
         self.hot.generation += 1
-        self.nr_executed = 0
         self.on_miss = self.on_read = self.on_write = self.on_insert = None
         self.on_flush = self.on_drop = self.on_sysreg = self.on_insn = None
         self.error = None
@@ -677,7 +690,6 @@ cdef class Engine:
             api.close(self.uc)
         free(self.lengths)
         free(self.scanned)
-        free(self.executed)
 
     # ---- running
 
@@ -690,10 +702,7 @@ cdef class Engine:
         """
         global current
         cdef uc_err code
-        if not self.counted:
-            self.hot.stop_at = NEVER
-        else:
-            self.hot.stop_at = NEVER - 1 if stop_at is None else <uint64_t>stop_at
+        self.hot.stop_at = NEVER if stop_at is None or not self.counted else <uint64_t>stop_at
         self.faulted = False
         self.interrupt = -1
         self.invalid_insn = False
@@ -701,12 +710,15 @@ cdef class Engine:
         self.hot.block_size = 0
         self.hot.block_count = 0
         self.hot.kick &= ~<uint32_t>1
-        self.running = True
-        cdef Hot *previous = current
+        if self.hot.kick and not self.hot.polled:
+            self.hot.stopped = 1
+            return 0
+        self.hot.running = 1
         current = &self.hot
         code = api.emu_start(self.uc, pc, 0, 0, 0)
-        current = previous
-        self.running = False
+        self.hot.running = 0
+        if current == &self.hot:
+            current = NULL
         if self.error is not None:
             error, self.error = self.error, None
             raise error
@@ -744,12 +756,16 @@ cdef class Engine:
 
     @property
     def kick(self):
-        """KICK_* bits that wait."""
+        """KICK_* bits that wait. Only what the engine is left for: to have it leave, see ``leave``."""
         return self.hot.kick
 
     @kick.setter
     def kick(self, uint32_t value):
         self.hot.kick = value
+
+    def leave(self, uint32_t why):
+        """Has the guest left at its next block start, for ``why`` (KICK_*). Safe in all callbacks."""
+        _kick(&self.hot, why)
 
     def uncount(self, uint64_t pc):
         """Takes back the instructions of the current block from ``pc`` on, which did not run. Returns how many."""
@@ -802,7 +818,7 @@ cdef class Engine:
     @property
     def in_guest(self):
         """Whether ``run`` is on the stack."""
-        return bool(self.running)
+        return bool(self.hot.running)
 
     def read_code(self, uint64_t gva, int size):
         """Up to ``size`` bytes of code at ``gva``, as far as its pages are mapped executable."""
@@ -820,9 +836,7 @@ cdef class Engine:
         import sys
         if self.error is None:
             self.error = sys.exc_info()[1]
-        self.hot.kick |= 2
-        if not self.counted:
-            api.emu_stop(self.uc)
+        _kick(&self.hot, C_KICK_EXIT)
 
     # ---- registers
 
@@ -901,44 +915,6 @@ cdef class Engine:
         api.ctl(self.uc, UC_CTL_WRITE(UC_CTL_TLB_FLUSH, 0))
         self.hot.generation += 1
 
-    cdef int remember(self, uint64_t gfn, uint64_t pfn) except -1:
-        cdef Executed *larger
-        if self.nr_executed == self.max_executed:
-            self.max_executed = self.max_executed * 2 + 64
-            larger = <Executed *>realloc(self.executed, self.max_executed * sizeof(Executed))
-            if larger == NULL:
-                raise MemoryError
-            self.executed = larger
-        self.executed[self.nr_executed].gfn = gfn
-        self.executed[self.nr_executed].pfn = pfn
-        self.nr_executed += 1
-        return 0
-
-    def break_chains(self):
-        """For an uncounted engine, which has no block hook: forget the code of pages that may not be executed any more.
-
-        What jumps into dropped code has to look its target up again, so no chained loop runs on.
-        """
-        cdef uint64_t n, kept = 0
-        cdef uint64_t entry
-        cdef FrameMeta *meta
-        cdef Executed page
-        for n in range(self.nr_executed):
-            page = self.executed[n]
-            meta = self.host.meta_of(page.pfn)
-            if meta == NULL or not meta.x_mask & self.bit:
-                continue
-            entry = self.sptes.load(page.gfn)
-            if entry & SPTE_PRESENT and entry & SPTE_EXEC and (entry & SPTE_HUGE or (entry >> 12) & PFN_MASK == page.pfn):
-                self.executed[kept] = page
-                kept += 1
-                continue
-            self.drop(page.pfn)
-            meta.x_mask &= ~self.bit
-            meta.code_mask &= ~self.bit
-        self.nr_executed = kept
-        self.flush()
-
     def report_drop(self, uint64_t pfn):
         """Tells the trace; a method so that the C side stays free of exceptions."""
         try:
@@ -990,13 +966,12 @@ cdef class Engine:
                     return True
             if self.on_miss is None:
                 return False
-            self.hot.in_callback += 1
             try:
                 answer = self.on_miss(vaddr, access)
             except BaseException:
                 self.fail()
                 answer = -1
-            self.hot.in_callback -= 1
+            _back_in(self)
             if answer == C_RETRY:
                 continue
             if answer == C_MMIO and access != C_FETCH:
@@ -1030,11 +1005,6 @@ cdef class Engine:
         if access == C_FETCH:
             if meta.w_mask:
                 self.group.revoke_write(meta)
-            if not self.counted and not meta.x_mask & self.bit:
-                try:
-                    self.remember(gfn, pfn)
-                except BaseException:
-                    self.fail()
             meta.x_mask |= self.bit
             meta.code_mask |= self.bit
             perms = UC_PROT_READ | UC_PROT_EXEC
@@ -1116,6 +1086,8 @@ cdef class Engine:
                     continue
             if gva + n in self.hooks:
                 continue
+            if not self.hot.polled:
+                self.poll()
             self.stop_at_blocks(False)      # the question comes after such a hook, too, where it is needed
             if api.hook_add(self.uc, &handle, UC_HOOK_CODE, <void *>_one_insn, <void *>self,
                             <uint64_t>(gva + n), <uint64_t>(gva + n)) == UC_ERR_OK:

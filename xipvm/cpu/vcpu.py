@@ -141,9 +141,7 @@ class Vcpu:
         engine = self.engine
         if engine.in_guest:
             self.kicks += 1
-            engine.kick |= core.KICK_FLUSH
-            if not engine.counted:
-                engine.break_chains()
+            engine.leave(core.KICK_FLUSH)
             if self.trace.on:
                 self.trace.emit("kvm_kick", vcpu=self.index, reason=reason)
 
@@ -161,9 +159,7 @@ class Vcpu:
         """Have the vCPU leave the guest for the machine to look at something."""
         engine = self.engine
         self._disturbed_by_host = False
-        engine.kick |= kick
-        if engine.in_guest and not engine.counted:
-            core.kick_soon()
+        engine.leave(kick)
 
     # Running
 
