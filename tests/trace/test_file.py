@@ -76,8 +76,9 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @given(steps=STEPS)
-@settings(deadline=None)
+@settings(deadline=None, max_examples=60)
 def test_what_is_recorded_is_read_back(scratch: Path, steps: list[Any]) -> None:
+    scratch.unlink(missing_ok=True)
     seen = record(scratch, steps)
     with TraceReader(scratch) as reader:
         assert list(reader) == seen
@@ -108,7 +109,9 @@ def test_a_file_is_read_with_the_schema_it_was_written_with(tmp_path: Path, monk
         assert [event.fields for event in reader] == [{"pfn": 7, "node": -1, "order": None}]
 
 
-def test_cut_at_every_offset_gives_a_prefix_and_one_line(tmp_path: Path) -> None:
+def test_cut_at_every_offset_gives_a_prefix_and_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small_schema = {name: KINDS[name] for name in ("page_alloc", "spte_set", "page_free")}
+    monkeypatch.setattr("xipvm.trace.recorder.KINDS", small_schema)
     whole = tmp_path / "whole"
     seen = record(whole, SMALL)
     data = whole.read_bytes()
@@ -137,8 +140,9 @@ def readable(path: Path) -> tuple[list[Event], str]:
 
 
 @given(data=st.data())
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=100)
 def test_damage_raises_nothing_but_trace_file_error(scratch: Path, data: st.DataObject) -> None:
+    scratch.unlink(missing_ok=True)
     record(scratch, SMALL)
     image = bytearray(scratch.read_bytes())
     for _ in range(data.draw(st.integers(1, 4))):
@@ -279,10 +283,21 @@ def test_appending_to_a_killed_trace_says_so(tmp_path: Path) -> None:
 
 def test_recording_replaces_what_was_there(tmp_path: Path) -> None:
     path = tmp_path / "t"
-    path.write_bytes(b"x" * (3 << 20))
+    record(path, SMALL * 20_000)
     seen = record(path, SMALL)
     with TraceReader(path) as reader:
         assert list(reader) == seen
+    path.write_bytes(b"")
+    Recorder(path).close()
+
+
+@pytest.mark.parametrize("append", [False, True])
+def test_what_is_no_trace_is_never_replaced(tmp_path: Path, append: bool) -> None:
+    path = tmp_path / "guest.elf"
+    path.write_bytes(b"\x7fELF" + bytes(100))
+    with pytest.raises(TraceFileError, match="exists and is no trace, so it is not replaced"):
+        Recorder(path, append=append)
+    assert path.read_bytes() == b"\x7fELF" + bytes(100)
 
 
 def test_two_recorders_do_not_share_a_file(tmp_path: Path) -> None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from xipvm.console import Console
 from xipvm.devices.flash.files import parse_option
 from xipvm.errors import BadInput, TraceFileError
 from xipvm.machine import Machine, RunResult
 from xipvm.trace.funnel import Trace
-from xipvm.trace.recorder import Recorder
+
+if TYPE_CHECKING:
+    from xipvm.trace.recorder import Recorder
 
 
 def run_guest(
@@ -47,8 +49,10 @@ def run_guest(
         machine.request_exit("trace", 2)
 
     with _console(input_file, until) as console:
-        recorder = None
+        recorder: Recorder | None = None
         if trace is not None:
+            from xipvm.trace.recorder import Recorder
+
             info = _machine_info(guest, board, memory, smp, secondary=secondary, clock=clock)
             recorder = Recorder(trace, machine=info, on_error=trace_failed)
             funnel.attach(recorder)

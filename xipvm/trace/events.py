@@ -143,7 +143,11 @@ define("page_alloc", "pfn:pfn", "a frame left the free list")
 define("page_free", "pages:pfns", "frames went back to the free list and may be reused from here on")
 define("pte_set", "mm:str hva:hva pfn:pfn flags:hex", "a primary page-table entry was written; flags are its low bits")
 define("pte_clear", "mm:str start:hva end:hva pages:pfns", "primary entries were cleared; pages are what they mapped")
-define("pte_protect", "mm:str start:hva end:hva flags:hex", "every mapped entry of the range has these flags now, same pages")
+define(
+    "pte_protect",
+    "mm:str start:hva end:hva flags:hex",
+    "every mapped entry of the range has these flags now, same pages",
+)
 define("pte_copy", "mm:str child:str start:hva end:hva", "the child got the parent's mapped entries of the range")
 define("mm_fault", "mm:str hva:hva access:str result:str", "the host's fault handler ran; access: read, write, fetch")
 define("primary_tlb_flush", "mm:str start:hva end:hva", "host CPUs lost their translations of the range")

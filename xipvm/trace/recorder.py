@@ -51,7 +51,7 @@ class Recorder:
     """A sink (``trace.attach(recorder)``) that writes a trace file. A context manager; or call :meth:`close`.
 
     ``machine`` goes into the header; nothing in it may differ between two equal runs. ``append`` adds to an
-    existing trace instead of replacing it.
+    existing trace instead of replacing it. A file that is no trace is never replaced.
 
     When the disk is full or the file cannot grow otherwise, recording ends: ``error`` is set and ``on_error`` called
     with it once, from within the emit; later events are dropped. Without ``on_error`` the error is
@@ -87,6 +87,8 @@ class Recorder:
         self._base = self._at = 0  # where the window begins in the file; where the next record goes in the window
         self._limit = 0  # at and beyond this the window has to move before the next record
         try:
+            if os.pread(self._fd, len(MAGIC), 0) not in (b"", MAGIC):
+                raise TraceFileError(self.path, "exists and is no trace, so it is not replaced")
             if append:
                 self._base = _end_of_trace(self.path)
             os.ftruncate(self._fd, self._base)
