@@ -9,6 +9,7 @@ cdef struct BlockLength:            # how many instructions a block has, where t
     uint32_t size
     uint32_t count
     uint64_t generation
+    uint8_t *code                   # its bytes, in host memory
 
 cdef struct Scanned:                # a page that was searched for instructions that need a hook
     uint64_t gfn
@@ -31,6 +32,8 @@ cdef struct Hot:                    # what the block hook touches, away from the
     uint64_t block_pc
     uint32_t block_size
     uint32_t block_count
+    uint8_t *block_code             # where every instruction has a length of its own
+    uint8_t *code                   # what count_block looked at last
     uint64_t generation             # of translated code: counts and scans made before are void
     void *engine
 

@@ -66,6 +66,7 @@ cdef extern from "sys/time.h" nogil:
         timeval it_interval
         timeval it_value
     int setitimer(int which, const itimerval *new, itimerval *old)
+    int getitimer(int which, itimerval *value)
     enum:
         ITIMER_REAL
 
@@ -235,8 +236,11 @@ cdef void _next_tick(double seconds) noexcept nogil:
 
 def tick_in(double seconds):
     """Has the next tick come in ``seconds`` at the latest, where signals are guarded; the ones after as before."""
+    cdef itimerval left
     if tick_interval > 0:
-        _next_tick(min(max(seconds, 20e-6), tick_interval))
+        getitimer(ITIMER_REAL, &left)
+        if seconds < left.it_value.tv_sec + left.it_value.tv_usec * 1e-6:
+            _next_tick(max(seconds, 20e-6))
 
 
 def take_signals():
@@ -395,6 +399,7 @@ cdef void _block(uc_engine *uc, uint64_t address, uint32_t size, void *user) noe
         hot.block_count = size >> 2
     else:
         hot.block_count = (<Engine><PyObject *>hot.engine).count_block(address, size)
+        hot.block_code = hot.code
     hot.ticks += hot.block_count
 
 
@@ -709,6 +714,7 @@ cdef class Engine:
         self.hot.stopped = 0
         self.hot.block_size = 0
         self.hot.block_count = 0
+        self.hot.block_code = NULL
         self.hot.kick &= ~<uint32_t>1
         if self.hot.kick and not self.hot.polled:
             self.hot.stopped = 1
@@ -1044,23 +1050,29 @@ cdef class Engine:
         return NULL if page == NULL else page + (gva & 4095)
 
     cdef uint32_t count_block(self, uint64_t pc, uint32_t size) noexcept:
-        """Instructions in ``size`` bytes from ``pc`` on, by their own lengths (RISC-V: 2 or 4 bytes)."""
+        """Instructions in ``size`` bytes from ``pc`` on, by their own lengths (RISC-V: 2 or 4 bytes).
+
+        They all begin in one page: a block ends with the instruction that reaches into the next. The page may have been
+        taken away since its block began; the bytes that run are still where they were.
+        """
         cdef BlockLength *slot = &self.lengths[((pc >> 1) ^ size) & (NR_LENGTHS - 1)]
-        cdef uint64_t at = pc, end = pc + size
-        cdef uint32_t count = 0
+        cdef uint32_t at = 0, count = 0
         cdef uint8_t *code
         if slot.pc == pc and slot.size == size and slot.generation == self.hot.generation:
+            self.hot.code = slot.code
             return slot.count
-        while at < end:
-            code = self.code_at(at)
-            if code == NULL:
-                count += <uint32_t>((end - at) >> 2)
-                break
-            at += 4 if code[0] & 3 == 3 else 2
+        code = self.code_at(pc)
+        if code == NULL:
+            if self.hot.block_code == NULL or not self.hot.block_pc <= pc < self.hot.block_pc + self.hot.block_size:
+                return size >> 2
+            code = self.hot.block_code + (pc - self.hot.block_pc)
+        while at < size:
+            at += 4 if code[at] & 3 == 3 else 2
             count += 1
         slot.pc = pc
         slot.size = size
         slot.count = count
+        slot.code = self.hot.code = code
         slot.generation = self.hot.generation
         return count
 

@@ -112,7 +112,7 @@ class Riscv64:
     def exception(self, number: int, pc: int) -> None:
         """Environment calls, illegal instructions, misaligned accesses."""
         if number == ECALL_U:
-            self.vcpu.engine.uncount(pc)
+            self.engine.uncount(pc - 4)  # does not retire, nor does what traps
             self._enter(ECALL_U + self._privilege(), pc - 4, 0, "ecall")
         elif number == ILLEGAL:
             self.illegal(pc - 4)
@@ -137,6 +137,7 @@ class Riscv64:
             self.set_x(insn >> 7 & 31, self.services.read_timer(self.vcpu, "time", self.engine.looked(pc)))
             self.engine.set_reg(core.RISCV_PC, pc + 4)
         else:
+            self.engine.uncount(pc)
             size = 4 if insn & 3 == 3 else 2
             shown = insn if size == 4 else insn & 0xFFFF
             self._enter(ILLEGAL, pc, shown, f"illegal instruction {shown:#x} at {pc:#x}")

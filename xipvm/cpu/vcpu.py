@@ -210,7 +210,8 @@ class Vcpu:
         isa = self.isa
         pc = isa.pc()
         if code and engine.faulted:
-            engine.uncount(pc if engine.fault_access != core.FETCH else engine.fault_address)
+            if engine.fault_access != core.FETCH:  # a block that cannot be fetched was not counted, either
+                engine.uncount(pc)
             isa.memory_fault(engine.fault_address, engine.fault_access, pc)
         elif engine.interrupt >= 0:
             engine.uncount(pc)
