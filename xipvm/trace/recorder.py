@@ -6,7 +6,7 @@ recorded is therefore in the kernel's hands at once: it survives the death of th
 at the price of one ``pack_into`` an event, and memory stays bounded. ``close`` writes the end record and
 cuts the file to its length.
 
-Each kind has an encoder of its own, generated from the schema when the file is opened (as namedtuple
+Each kind has an encoder of its own, generated from the schema when its first event comes (as namedtuple
 generates its methods): a general one costs three times as much. Strings are replaced by numbers; the
 definition of a new one goes before the event that needs it.
 """
@@ -79,9 +79,7 @@ class Recorder:
         if len(kinds) > MAX_KINDS:
             raise InternalError(f"{len(kinds)} kinds of events are declared, {MAX_KINDS} can be recorded")
         self._kinds = kinds
-        self._encoders: dict[str, _Encoder] = {
-            kind.name: _encoder(number, kind, self._strings, self._room) for number, kind in enumerate(kinds.values())
-        }
+        self._encoders = _Encoders(kinds, self._strings, self._room)
         self._fd = _open(self.path)
         self._window: mmap.mmap | None = None
         self._base = self._at = 0  # where the window begins in the file; where the next record goes in the window
@@ -123,7 +121,11 @@ class Recorder:
             try:
                 self._at = self._encoders[event[4]](self._window, self._at, event)  # type: ignore[arg-type]
             except (KeyError, TypeError, struct.error):
-                self._check(event)
+                try:
+                    self._check(event)
+                except InternalError:
+                    self._clear()
+                    raise
                 self._learn(event)
                 self._at = self._encoders[event[4]](self._window, self._at, event)  # type: ignore[arg-type]
             self.events += 1
@@ -185,10 +187,13 @@ class Recorder:
             self._at = at + size
         self._room(_SLACK)
 
-    def _check(self, event: Event) -> None:
-        """Raise InternalError if ``event`` is not what its kind declares, having removed what was written of it."""
+    def _clear(self) -> None:
+        """Remove what was written of an event that turned out not to be one."""
         if self._window is not None:
             self._window[self._at :] = bytes(len(self._window) - self._at)
+
+    def _check(self, event: Event) -> None:
+        """Raise InternalError if ``event`` is not what its kind declares."""
         kind = self._kinds.get(event.kind)
         if kind is None:
             raise InternalError(f"event {event.kind} is not declared")
@@ -276,6 +281,24 @@ def _fits(value: object, type_: str, optional: bool) -> bool:
         return optional
     low = -(1 << 63) if type_ == "int" else 0
     return isinstance(value, SupportsIndex) and low <= value.__index__() < low + (1 << 64)
+
+
+class _Encoders(dict[str, _Encoder]):
+    """The encoders by kind, made when first asked for; KeyError for a kind that is not declared."""
+
+    def __init__(
+        self, kinds: dict[str, Kind], strings: dict[str | None, int], room: Callable[[int], tuple[mmap.mmap, int]]
+    ) -> None:
+        super().__init__()
+        self._kinds = kinds
+        self._numbers = {name: number for number, name in enumerate(kinds)}
+        self._strings = strings
+        self._room = room
+
+    def __missing__(self, name: str) -> _Encoder:
+        kind = self._kinds[name]
+        self[name] = encoder = _encoder(self._numbers[name], kind, self._strings, self._room)
+        return encoder
 
 
 def _encoder(
