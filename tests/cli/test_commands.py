@@ -96,6 +96,18 @@ def test_inspect(xipvm: Call) -> None:
     ]
 
 
+def test_inspect_draws_a_table_on_a_terminal() -> None:
+    parent, terminal = os.openpty()
+    with open(parent, "rb", buffering=0) as screen:
+        argv = [sys.executable, "-m", "xipvm", "inspect", str(HELLO)]
+        environment = {**os.environ, "COLUMNS": "100", "TERM": "xterm"}
+        assert subprocess.run(argv, stdout=terminal, env=environment, check=False).returncode == 0
+        os.close(terminal)
+        drawn = screen.read(8192).decode()
+    assert "┃" in drawn
+    assert "flash0" in drawn
+
+
 def test_inspect_as_json(xipvm: Call) -> None:
     found = json.loads(xipvm("inspect", HELLO, "--json").out)
     assert (found["board"], found["entry"], found["entry_symbol"], found["notes"]) == ("virt-arm64", 0, "_start", [])

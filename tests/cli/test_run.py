@@ -217,6 +217,15 @@ def test_until_ends_the_run(xipvm: Call) -> None:
     assert err.startswith("xipvm: the awaited text came, status 0\n")
 
 
+def test_the_summary_begins_a_line_of_its_own_on_a_terminal() -> None:
+    parent, terminal = os.openpty()
+    with open(parent, "rb", buffering=0) as screen:
+        argv = [sys.executable, "-m", "xipvm", "run", str(HELLO), "--input", "/dev/null", "--until", "ello"]
+        assert subprocess.run(argv, stdout=terminal, stderr=terminal, check=False).returncode == 0
+        os.close(terminal)
+        assert b"ello\r\nxipvm: the awaited text came" in screen.read(4096)
+
+
 @pytest.mark.parametrize("isa", ISAS)
 def test_a_crash_is_explained(xipvm: Call, isa: str) -> None:
     status, _, err = xipvm("run", guest("crash", isa), "--input", "/dev/null")

@@ -76,6 +76,8 @@ def run_guest(
         finally:
             if recorder is not None:
                 recorder.close()
+    if sys.stdout.isatty() and console.tail and not console.tail.endswith(b"\n"):
+        _say("")  # the guest's last line ends here
     if result.report is not None:
         _say(result.report.render())
         for note in notes:
