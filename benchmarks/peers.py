@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import os
 import resource
 import shutil
 import subprocess
@@ -122,6 +123,20 @@ def qemu_version() -> str | None:
 def _require_qemu() -> None:
     if shutil.which(_QEMU) is None:
         raise MissingPeerError(f"{_QEMU} is not installed")
+
+
+def kernel_supply(size: int) -> float:
+    """CPU seconds in which the host's kernel supplies ``size`` bytes of a memfd, as the arena is, a page at a time."""
+    fd = os.memfd_create("xipvm-bench", os.MFD_CLOEXEC)
+    try:
+        os.ftruncate(fd, size)
+        with mmap.mmap(fd, size) as memory:
+            start = time.process_time()
+            for offset in range(0, size, mmap.PAGESIZE):
+                memory[offset] = 1
+            return time.process_time() - start
+    finally:
+        os.close(fd)
 
 
 def kernel_dontneed(size: int) -> float:
