@@ -1,1 +1,65 @@
-"""Executes guest ELF binaries in place from emulated flash, through a secondary MMU kept coherent by MMU notifiers."""
+"""Executes guest ELF binaries in place from emulated flash, through a secondary MMU kept coherent by MMU notifiers.
+
+The public surface is what this module lists; the modules behind it may be read and used, but
+change without notice. Everything is imported on first use, so that ``import xipvm`` costs nothing.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from xipvm.boards import Board
+    from xipvm.console import Console
+    from xipvm.devices.flash.files import ImageOption
+    from xipvm.errors import BadInput, GuestError, XipvmError
+    from xipvm.machine import Machine, RunResult, Summary, run
+    from xipvm.mmu.mm import Mm
+    from xipvm.trace import Event, Trace
+    from xipvm.trace.reader import TraceReader
+    from xipvm.trace.recorder import Recorder
+
+__all__ = [
+    "BadInput",
+    "Board",
+    "Console",
+    "Event",
+    "GuestError",
+    "ImageOption",
+    "Machine",
+    "Mm",
+    "Recorder",
+    "RunResult",
+    "Summary",
+    "Trace",
+    "TraceReader",
+    "XipvmError",
+    "run",
+]
+
+_HOMES = {
+    "BadInput": "xipvm.errors",
+    "Board": "xipvm.boards",
+    "Console": "xipvm.console",
+    "Event": "xipvm.trace",
+    "GuestError": "xipvm.errors",
+    "ImageOption": "xipvm.devices.flash.files",
+    "Machine": "xipvm.machine",
+    "Mm": "xipvm.mmu.mm",
+    "Recorder": "xipvm.trace.recorder",
+    "RunResult": "xipvm.machine",
+    "Summary": "xipvm.machine",
+    "Trace": "xipvm.trace",
+    "TraceReader": "xipvm.trace.reader",
+    "XipvmError": "xipvm.errors",
+    "run": "xipvm.machine",
+}
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module 'xipvm' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(home), name)

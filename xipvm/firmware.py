@@ -46,6 +46,10 @@ class Firmware:
         """Write a timer register."""
         self._machine.platform.timers[vcpu.index].write_sysreg(name, value)
 
+    def cycles(self, vcpu: Vcpu, ticks: int) -> int:
+        """The cycle counter: the vCPU's own ticks where they are counted, else ns of the run."""
+        return ticks if self._machine.counted else self._machine.clock.now
+
     def read_physical(self, gpa: int, size: int) -> bytes | None:
         """Guest memory as page-table walks see it."""
         return self._machine.read_physical(gpa, size)
@@ -85,4 +89,11 @@ class Firmware:
         """Tell the trace."""
         trace = self._machine.trace
         if trace.on:
-            trace.emit("guest_interrupt", vcpu=vcpu.index, irq=0)
+            trace.emit("guest_interrupt", vcpu=vcpu.index, irq=self._signalled(vcpu))
+
+    def _signalled(self, vcpu: Vcpu) -> int:
+        """The number of the interrupt that a controller signals to the vCPU; a hart's own ones are named by mcause."""
+        platform = self._machine.platform
+        if platform.gic is not None:
+            return platform.gic.signalled(vcpu.index)
+        return 0 if platform.plic is None else platform.plic.best(2 * vcpu.index)

@@ -13,6 +13,7 @@ slices; a slice never goes past the first of them.
 
 from __future__ import annotations
 
+import io
 import os
 import time
 from collections.abc import Iterable
@@ -29,7 +30,7 @@ from xipvm.cpu.riscv64 import Riscv64
 from xipvm.cpu.vcpu import Leave, Vcpu
 from xipvm.devices.bus import Bus
 from xipvm.devices.flash.cfi01 import PflashCfi01
-from xipvm.devices.flash.files import BankBytes, ImageOption, open_banks
+from xipvm.devices.flash.files import BankBytes, ImageOption, open_banks, parse_option
 from xipvm.devices.htif import Htif
 from xipvm.errors import BadInput, GuestError, HostMemoryError
 from xipvm.firmware import Firmware
@@ -159,6 +160,7 @@ class Machine:
         self.images = list({id(b.image): b.image for b in banks}.values())
         self.host = HostMemory(self.memory_size + HOST_RESERVE)
         self.history: History | None = None
+        """Where a crash report finds the last events, if somebody attached one to ``trace``."""
         self.htif: Htif | None = None
         self.mm = Mm(self.host, self.trace, name="mm0")
         self.secondary = Kvm(self.mm, self.trace, self.host)
@@ -295,7 +297,7 @@ class Machine:
             return
         for memory in self.flash:
             for piece in self.placement.of(memory.bank.name):
-                memory.device.place(piece.address - memory.bank.base, bytes(piece.data).ljust(piece.size, b"\0"))
+                memory.device.place(piece.address - memory.bank.base, piece.data)
 
     def _power_on(self) -> None:
         """RAM segments and device tree written, vCPU 0 at the entry point, the others off."""
@@ -314,16 +316,15 @@ class Machine:
             vcpu.idle = False
 
     def _load(self, piece: Piece) -> None:
-        """A RAM segment; what it has beyond its file bytes is zeroed without touching pages that are zero already."""
+        """A RAM segment; what it has beyond its file bytes is zeroed; pages that do not exist are zero."""
         self.write_ram(piece.address, bytes(piece.data))
-        rest = piece.size - len(piece.data)
         at = piece.address + len(piece.data)
-        while rest:
-            size = min(rest, PAGE_SIZE - at % PAGE_SIZE)
-            if any(self.mm.read(self.ram + at - self.board.ram_base, size)):
+        end = piece.address + piece.size
+        while at < end:
+            size = min(end - at, PAGE_SIZE - at % PAGE_SIZE)
+            if self.mm.pgd.get((self.ram + at - self.board.ram_base) >> PAGE_SHIFT):
                 self.write_ram(at, bytes(size))
             at += size
-            rest -= size
 
     def write_ram(self, gpa: int, data: bytes) -> None:
         """Store into RAM from the host side. Raises BadInput outside of it."""
@@ -542,7 +543,8 @@ class Machine:
             error = GuestError("every vCPU waits for an interrupt and nothing is left that could send one")
             return RunResult(1, "crash", self.summary(), report=crash_report(self, self.vcpus[0], error))
         nap = IDLE_NAP if due is None else min(max(due - self._now(), 0) / 1e9, IDLE_NAP)
-        self.console.wait(nap)
+        if not self.console.wait(nap):
+            time.sleep(nap)
         self.console.poll()
         if due is not None and self.counted:
             self._base = min(max(self._base, due), self._base + int(nap * 1e9))
@@ -589,3 +591,38 @@ def _read(path: str) -> bytes:
     if data[:4] != b"\xd0\x0d\xfe\xed":
         raise BadInput(f"{path}: is not a device tree (DTB)")
     return data
+
+
+def run(
+    guest: str | os.PathLike[str],
+    *,
+    board: str | Board | None = None,
+    memory: int | None = None,
+    smp: int = 1,
+    flash: Iterable[str | ImageOption] = (),
+    clock: str = "instructions",
+    stdin: bytes = b"",
+    trace: Trace | None = None,
+    timeout: float | None = None,
+    max_instructions: int | None = None,
+    until: str | None = None,
+) -> tuple[RunResult, bytes]:
+    """Run a guest to its end; returns how that was and what the guest printed.
+
+    ``flash`` takes option strings as the command line does (``"flash.img,bank=1,snapshot=on"``); ``stdin`` is the
+    console input, given as the guest reads it. Raises BadInput; a guest that crashes is a result, not an exception.
+    """
+    output = io.BytesIO()
+    options = [parse_option(option) if isinstance(option, str) else option for option in flash]
+    with Machine(
+        board,
+        guest,
+        memory=memory,
+        smp=smp,
+        flash=options,
+        clock=clock,
+        trace=trace,
+        console=Console(output, stdin),
+    ) as machine:
+        result = machine.run(timeout=timeout, max_instructions=max_instructions, until=until)
+    return result, output.getvalue()

@@ -10,6 +10,7 @@ from xipvm.devices.flash.files import parse_option
 from xipvm.errors import BadInput, TraceFileError
 from xipvm.machine import Machine, RunResult
 from xipvm.trace.funnel import Trace
+from xipvm.trace.history import History
 
 if TYPE_CHECKING:
     from xipvm.trace.recorder import Recorder
@@ -41,6 +42,8 @@ def run_guest(
         raise BadInput("--until needs a text to wait for")
     options = [parse_option(text) for text in flash]
     funnel = Trace()
+    history = History()
+    funnel.attach(history)
     machine: Machine | None = None
 
     def trace_failed(error: TraceFileError) -> None:
@@ -69,6 +72,7 @@ def run_guest(
                 console=console,
                 dtb=dtb,
             ) as machine:
+                machine.history = history
                 result = machine.run(timeout=timeout, max_instructions=max_instructions, until=until)
                 notes = () if machine.placement is None else machine.placement.notes
                 if recorder is not None:

@@ -213,6 +213,10 @@ class Arm64:
         """Whether the interrupt controller signals this vCPU."""
         return self.vcpu.irq
 
+    def interrupt_waits(self) -> int:
+        """1 when the interrupt controller signals this vCPU."""
+        return int(self.vcpu.irq)
+
     def set_pending(self, bit: int, level: bool) -> None:
         """AArch64 has one line, which ``Vcpu.set_irq`` drives."""
         self.vcpu.set_irq(level)
@@ -245,7 +249,7 @@ class Arm64:
             self.services.write_timer(self.vcpu, name, value)
             return 0
         if key == PMCCNTR_EL0 and value is None:
-            return int(self.engine.ticks_at(self.pc()))
+            return self.services.cycles(self.vcpu, self.engine.ticks_at(self.pc()))
         if crn in (1, 2, 8) and value is not None:
             self._check_paging(key, value)
         return None

@@ -25,6 +25,8 @@ cdef struct Hot:                    # what the block hook touches, away from the
     uint64_t stop_at                # leave at the first block start with ticks >= stop_at
     uint32_t kick                   # KICK_* of core.pyx
     uint32_t stopped                # the block hook asked to leave before this block
+    uint32_t watched                # the block that a watched run sets out from is behind
+    uint64_t pending                # interrupts that wait, for KICK_WATCH
     uint32_t fixed                  # every instruction has 4 bytes
     uint32_t running
     uint32_t counted

@@ -78,6 +78,7 @@ RETRY_WALK, MMIO, FAULT = range(3)
 KICK_FLUSH = 1      # a translation went away
 KICK_EXIT = 2       # the machine has to look at something
 KICK_SIGNAL = 4     # a signal came
+KICK_WATCH = 8      # stop when the guest unmasks interrupts, see ``Engine.watch``
 SIGALRM_NUMBER = SIGALRM
 
 cdef enum:
@@ -89,6 +90,10 @@ cdef enum:
     C_KICK_FLUSH = 1
     C_KICK_EXIT = 2
     C_KICK_SIGNAL = 4
+    C_KICK_WATCH = 8
+    PSTATE_I = 1 << 7
+    MSTATUS_SIE = 1 << 1
+    MSTATUS_MIE = 1 << 3
     C_ARM64 = 0
     SPTE_READ = 1
     SPTE_WRITE = 2
@@ -385,9 +390,31 @@ cdef bint _tlb_fill(uc_engine *uc, uint64_t vaddr, uc_mem_type kind, uc_tlb_entr
     return engine.fill(vaddr, C_FETCH if kind == UC_MEM_FETCH else (C_WRITE if kind == UC_MEM_WRITE else C_READ), result)
 
 
+cdef bint _stays(Hot *hot) noexcept:
+    """Whether the guest goes on although ``kick`` is set: it is only watched, and still masks what waits for it."""
+    cdef uint64_t value = 0, enabled = 0
+    if hot.kick != C_KICK_WATCH or hot.ticks >= hot.stop_at:
+        return False
+    if not hot.watched:                 # the block from which the caller set out
+        hot.watched = 1
+        return True
+    if hot.fixed:
+        api.reg_read(hot.uc, UC_ARM64_REG_PSTATE, &value)
+        return value & PSTATE_I != 0
+    api.reg_read(hot.uc, UC_RISCV_REG_PRIV, &value)
+    if value == 3:
+        api.reg_read(hot.uc, UC_RISCV_REG_MSTATUS, &value)
+        api.reg_read(hot.uc, UC_RISCV_REG_MIE, &enabled)
+        return not (value & MSTATUS_MIE and enabled & hot.pending)
+    if value == 1:
+        api.reg_read(hot.uc, UC_RISCV_REG_SSTATUS, &value)
+        return value & MSTATUS_SIE == 0
+    return True                         # in U mode nothing changes without a trap
+
+
 cdef void _block(uc_engine *uc, uint64_t address, uint32_t size, void *user) noexcept:
     cdef Hot *hot = <Hot *>user
-    if hot.kick or hot.ticks >= hot.stop_at:
+    if (hot.kick or hot.ticks >= hot.stop_at) and not _stays(hot):
         hot.stopped = 1
         api.emu_stop(uc)
         return
@@ -404,7 +431,7 @@ cdef void _block_fixed(uc_engine *uc, uint64_t address, uint32_t size, void *use
     """The same where every instruction has 4 bytes, counted. Half of what counting costs a tight loop is spent here."""
     cdef Hot *hot = <Hot *>user
     cdef uint64_t ticks = hot.ticks
-    if ticks >= hot.stop_at or hot.kick:
+    if (ticks >= hot.stop_at or hot.kick) and not _stays(hot):
         hot.stopped = 1
         api.emu_stop(uc)
         return
@@ -771,6 +798,21 @@ cdef class Engine:
     def stopped(self):
         """Whether the last run was left by the block hook (kick or budget)."""
         return bool(self.hot.stopped)
+
+    def watch(self, uint64_t pending):
+        """In the next run, leave at the first block, but the one it sets out from, at which interrupts are unmasked.
+
+        ``pending`` are the bits of mip that wait (RISC-V). 0 ends it. An uncounted engine has a block hook from the
+        first time on.
+        """
+        self.hot.pending = pending
+        self.hot.watched = 0
+        if not pending:
+            self.hot.kick &= ~<uint32_t>C_KICK_WATCH
+            return
+        if not self.hot.polled:
+            self.poll()
+        self.hot.kick |= C_KICK_WATCH
 
     @property
     def kick(self):

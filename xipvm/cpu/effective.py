@@ -18,7 +18,7 @@ _arm64: Any = None
 
 
 def fault_address(page: int, computed: int | None) -> int:
-    """The address of a fault in the page at ``page``: the access itself, or the page's start when it reaches into it."""
+    """The address of a fault in the page at ``page``: the access's own, or the page's start when it reaches into it."""
     if computed is not None and computed & PAGE_MASK == page & PAGE_MASK:
         return computed
     return page

@@ -56,7 +56,7 @@ def _arm64_table(table: int, size: int, level: int, base: int, read: ReadPhysica
 
 
 def riscv_not_identity(satp: int, read: ReadPhysical) -> tuple[int, int] | None:
-    """As ``arm64_not_identity``, for the table that ``satp`` names. Other modes than Sv39/Sv48 count as not identity."""
+    """As ``arm64_not_identity``, for what ``satp`` names; modes other than Sv39 and Sv48 are not identity either."""
     mode = satp >> 60
     if mode == 0:
         return None

@@ -206,6 +206,10 @@ class Riscv64:
         """Whether an interrupt waits that mie lets through."""
         return bool(self.mip) and bool(self.mip & self._csr(core.RISCV_MIE))
 
+    def interrupt_waits(self) -> int:
+        """mip."""
+        return self.mip
+
     def take_interrupt(self) -> bool:
         """Enter the handler of the first interrupt by priority, unless mstatus masks it."""
         waiting = self.mip & self._csr(core.RISCV_MIE)
@@ -268,7 +272,9 @@ class Riscv64:
 
     def _count(self, csr: int, pc: int) -> int:
         engine = self.engine
-        return int(engine.retired(pc) if csr == CSR_MINSTRET else engine.ticks_at(pc))
+        if csr == CSR_MINSTRET and engine.counted:
+            return int(engine.retired(pc))
+        return self.services.cycles(self.vcpu, engine.ticks_at(pc))
 
     def _read_counter(self, csr: int, pc: int) -> int | None:
         if csr in (CSR_CYCLE, CSR_MCYCLE, CSR_INSTRET, CSR_MINSTRET):

@@ -23,6 +23,9 @@ class CpuServices(Protocol):
     def write_timer(self, vcpu: Vcpu, name: str, value: int) -> None:
         """Write a register of the vCPU's timer."""
 
+    def cycles(self, vcpu: Vcpu, ticks: int) -> int:
+        """The cycle counter: ``ticks``, and on the host's clock, which does not count, ns of the run."""
+
     def read_physical(self, gpa: int, size: int) -> bytes | None:
         """Bytes of guest memory, None where there is none."""
 

@@ -25,9 +25,6 @@ if TYPE_CHECKING:
 UC_ERR_EXCEPTION = 21
 UC_ERR_INSN_INVALID = 10
 
-#: While an interrupt waits that the guest has masked, look again after so many instructions.
-MASKED_POLL = 1000
-
 ACCESS_NAMES = ("read", "write", "fetch")
 RIGHTS_NAMES = {1: "r", 3: "rw", 5: "rx"}
 
@@ -68,6 +65,9 @@ class Isa(Protocol):
     def set_pending(self, bit: int, level: bool) -> None:
         """Drive a bit of the pending register, where the ISA has one."""
 
+    def interrupt_waits(self) -> int:
+        """The interrupts that wait, as bits, whether or not the guest has enabled or unmasked them; 0 for none."""
+
     def take_interrupt(self) -> bool:
         """Enter the handler of the waiting interrupt; False while it is masked."""
 
@@ -105,8 +105,6 @@ class Vcpu:
         """Address of the last faulting access, where the instruction tells it."""
         self.faults = 0
         self.kicks = 0
-        self._disturbed_by_host = False
-        self._limit: int | None = None
         self.isa: Isa
         self.engine = core.take_engine(isa, counted)
         self.engine.bind(group, secondary.sptes)
@@ -158,7 +156,6 @@ class Vcpu:
     def interrupt(self, kick: int = core.KICK_EXIT) -> None:
         """Have the vCPU leave the guest for the machine to look at something."""
         engine = self.engine
-        self._disturbed_by_host = False
         engine.leave(kick)
 
     # Running
@@ -179,21 +176,19 @@ class Vcpu:
         self.trace.actor = self.name
         try:
             while True:
-                stop_at = self.stop_at
-                if not self._disturbed_by_host:
-                    self._limit = stop_at
-                    if isa.interrupt_pending():
-                        self.idle = False
-                        if not isa.take_interrupt() and engine.counted:
-                            soon = (engine.ticks // MASKED_POLL + 1) * MASKED_POLL
-                            self._limit = soon if stop_at is None else min(stop_at, soon)
-                self._disturbed_by_host = False
                 if engine.kick & core.KICK_SIGNAL:
                     # It came while an exception was being delivered, and must not wait for the guest's next block.
                     engine.kick &= ~core.KICK_SIGNAL
-                    self._disturbed_by_host = True
                     return Leave.KICK
-                code = engine.run(isa.pc(), self._limit)
+                # An interrupt is taken at the first block at which the guest lets it; where signals stop the engine
+                # makes no difference to that.
+                waiting = isa.interrupt_waits()
+                if waiting:
+                    self.idle = False
+                    if isa.take_interrupt():
+                        waiting = isa.interrupt_waits()
+                engine.watch(waiting)
+                code = engine.run(isa.pc(), self.stop_at)
                 leave = self._exit(code)
                 if leave is not None:
                     return leave
@@ -223,9 +218,7 @@ class Vcpu:
             raise GuestError(f"the engine stopped with error {code} at {pc:#x}")
         elif engine.stopped or (engine.kick and not engine.counted):
             kick, engine.kick = engine.kick, 0
-            if kick & ~core.KICK_FLUSH:
-                # A signal may come at any instruction: it must not become a point at which an interrupt is taken.
-                self._disturbed_by_host = kick == core.KICK_SIGNAL and engine.counted
+            if kick & ~(core.KICK_FLUSH | core.KICK_WATCH):
                 return Leave.KICK
         else:
             leave = isa.waits(pc)

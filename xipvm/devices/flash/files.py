@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import secrets
 import shlex
 import stat
 from collections.abc import Callable, Iterator, Sequence
@@ -211,7 +210,7 @@ def _unfinished(directory: str) -> Iterator[tuple[int, Callable[[str, bool], Non
 
     ``finish`` raises FileExistsError when the target exists and may not be replaced.
     """
-    hidden = os.path.join(directory, f".xipvm-{secrets.token_hex(8)}")
+    hidden = os.path.join(directory, f".xipvm-{os.urandom(8).hex()}")
     fd = os.open(hidden, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
 
     def finish(target: str, replace: bool) -> None:
