@@ -190,9 +190,9 @@ class Engine:
         """Has the guest left at its next block start, for ``why`` (KICK_*). Safe in all callbacks."""
 
     def watch(self, pending: int) -> None:
-        """Has the guest left, as by KICK_WATCH, at the first block that it begins with interrupts unmasked.
+        """In the next run, leave at the first block, but the one it sets out from, at which interrupts are unmasked.
 
-        ``pending``: what waits, on RISC-V as bits of mip.
+        ``pending``: what waits, on RISC-V as bits of mip; 0 ends it.
         """
 
     def uncount(self, pc: int) -> int:
