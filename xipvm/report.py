@@ -30,6 +30,8 @@ class CrashReport:
     where: str | None
     registers: list[tuple[str, int]]
     code: list[tuple[int, bytes, str]]
+    before: str | None = None
+    """The exception whose handler the guest was in or on its way to, if it had one."""
     access: str | None = None
     address: int | None = None
     translation: list[tuple[str, str]] = field(default_factory=list)
@@ -39,6 +41,8 @@ class CrashReport:
         """The report as text, without a final newline."""
         at = f"{self.pc:#x}" + (f" <{self.where}>" if self.where else "")
         lines = [f"guest crashed: {self.message}", f"  vcpu{self.vcpu} at pc {at}"]
+        if self.before:
+            lines.append(f"  last exception before: {self.before}")
         lines += ["", "code:"]
         for address, raw, text in self.code:
             mark = "=>" if address == self.pc else "  "
@@ -69,6 +73,10 @@ def crash_report(machine: Machine, vcpu: Vcpu, error: GuestError) -> CrashReport
         registers=vcpu.isa.registers(),
         code=_disassemble(machine, pc),
     )
+    if vcpu.last_exception is not None:
+        what, origin = vcpu.last_exception
+        symbol = _symbol(machine, origin)
+        report.before = f"{what}, from pc {origin:#x}" + (f" <{symbol}>" if symbol else "")
     if engine.faulted:
         address = int(engine.fault_address)
         if vcpu.fault_address is not None and vcpu.fault_address >> PAGE_SHIFT == address >> PAGE_SHIFT:

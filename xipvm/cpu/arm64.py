@@ -179,6 +179,7 @@ class Arm64:
             engine.set_cp_reg(*FAR_EL1, far)
         self._switch(pstate, vector, elr)
         engine.set_cp_reg(*ESR_EL1, esr)
+        self.vcpu.last_exception = (what, elr)
         self.services.note_exception(self.vcpu, vector, elr, esr, 0 if far is None else far)
 
     def _vector(self, pstate: int, kind: int, pc: int, what: str) -> int:

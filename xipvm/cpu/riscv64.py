@@ -190,6 +190,7 @@ class Riscv64:
         if cause & INTERRUPT:
             self.services.note_interrupt(self.vcpu)
         else:
+            self.vcpu.last_exception = (what, epc)
             self.services.note_exception(self.vcpu, handler, epc, cause, tval)
 
     # Interrupts

@@ -103,6 +103,8 @@ class Vcpu:
         self.stop_at: int | None = None
         self.fault_address: int | None = None
         """Address of the last faulting access, where the instruction tells it."""
+        self.last_exception: tuple[str, int] | None = None
+        """What the last exception was that entered the guest's handler, and the PC it came from."""
         self.faults = 0
         self.kicks = 0
         self.isa: Isa
