@@ -24,7 +24,7 @@ from rich.table import Table
 
 from benchmarks import flash, kernels, memory, startup
 from benchmarks.harness import Bench, Benchmark, Figure, MissingPeerError, Spread
-from benchmarks.peers import qemu_version
+from benchmarks.peers import RAW_UNICORN, qemu_version
 
 BENCHMARKS: dict[str, Benchmark] = {
     "kernels": kernels.kernels,
@@ -76,6 +76,8 @@ def main(only: str | None, list_: bool, repeat: int, json_file: Path | None) -> 
                 failed[name] = str(error)
         if name in figures:
             console.print(_table(name, figures[name]))
+    if any(figure.peer == "raw Unicorn" for found in figures.values() for figure in found):
+        console.print(RAW_UNICORN, highlight=False)
     if json_file is not None:
         json_file.write_text(json.dumps(_report(figures, failed, repeat), indent=1, ensure_ascii=False) + "\n")
     sys.exit(1 if failed else 0)
@@ -127,6 +129,7 @@ def _report(figures: dict[str, list[Figure]], failed: dict[str, str], repeat: in
             "unicorn": version("unicorn"),
             "qemu": qemu_version(),
         },
+        "peers": RAW_UNICORN,
         "benchmarks": {
             name: [{**dataclasses.asdict(figure), "reached": figure.reached} for figure in found]
             for name, found in figures.items()

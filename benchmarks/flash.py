@@ -12,7 +12,7 @@ from benchmarks.peers import Qemu
 from xipvm.machine import Machine
 
 _PAGES = 256
-_ROUNDS = 500
+_ROUNDS = 1500
 _READ_STATUS = 0x0070_0070
 _READY = 0x0080_0080
 _READ_ARRAY = 0x00FF_00FF

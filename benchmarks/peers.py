@@ -33,6 +33,10 @@ FLASH, FLASH_SIZE = 0, 64 << 20
 RAM, RAM_SIZE = 0x4000_0000, 128 << 20
 UART = 0x0900_0000
 PSCI_SYSTEM_OFF = 0x8400_0008
+RAW_UNICORN = (
+    "raw Unicorn: the unicorn package, UC_TLB_CPU (its default), Cortex-A57, flash and RAM one RWX mapping each, "
+    "the same ELF, no hook but the one that ends the run"
+)
 _NOWHERE = 0x7FFF_F000
 _PATIENCE = 120.0
 
