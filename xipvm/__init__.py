@@ -13,8 +13,9 @@ if TYPE_CHECKING:
     from xipvm.console import Console
     from xipvm.devices.flash.files import ImageOption
     from xipvm.errors import BadInput, GuestError, XipvmError
-    from xipvm.machine import Machine, RunResult, Summary, run
+    from xipvm.machine import Machine, run
     from xipvm.mmu.mm import Mm
+    from xipvm.result import RunResult, Summary
     from xipvm.trace import Event, Trace
     from xipvm.trace.reader import TraceReader
     from xipvm.trace.recorder import Recorder
@@ -47,8 +48,8 @@ _HOMES = {
     "Machine": "xipvm.machine",
     "Mm": "xipvm.mmu.mm",
     "Recorder": "xipvm.trace.recorder",
-    "RunResult": "xipvm.machine",
-    "Summary": "xipvm.machine",
+    "RunResult": "xipvm.result",
+    "Summary": "xipvm.result",
     "Trace": "xipvm.trace",
     "TraceReader": "xipvm.trace.reader",
     "XipvmError": "xipvm.errors",

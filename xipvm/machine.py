@@ -17,7 +17,6 @@ import io
 import os
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 
 from xipvm import boards
 from xipvm.address import PAGE_SHIFT, PAGE_SIZE, Gfn, format_size
@@ -41,7 +40,8 @@ from xipvm.mmu.frames import HostMemory
 from xipvm.mmu.mm import Mm
 from xipvm.mmu.secondary.kvm import Kvm
 from xipvm.mmu.vma import MAP_ANONYMOUS, MAP_PRIVATE, PROT_EXEC, PROT_READ, PROT_WRITE
-from xipvm.report import CrashReport, crash_report
+from xipvm.report import crash_report
+from xipvm.result import RunResult, Summary
 from xipvm.trace.funnel import Trace
 from xipvm.trace.history import History
 
@@ -58,38 +58,6 @@ CLOCKS = ("instructions", "host")
 SECONDARIES = ("kvm",)
 
 TIMEOUT_STATUS = 124
-
-
-@dataclass
-class Summary:
-    """What a run did. Counts are for the whole machine; ``instructions`` is None on the host clock."""
-
-    instructions: int | None
-    seconds: float
-    guest_faults: int
-    invalidations: int
-    tlb_flushes: int
-    flash_programs: int
-    flash_erases: int
-
-    @property
-    def mips(self) -> float | None:
-        """Million instructions a second of wall time."""
-        if self.instructions is None or self.seconds == 0:
-            return None
-        return self.instructions / self.seconds / 1e6
-
-
-@dataclass
-class RunResult:
-    """How a run ended. ``reason`` is one of exit, until, timeout, limit, crash, quit,
-    interrupted, trace."""
-
-    status: int
-    reason: str
-    summary: Summary
-    report: CrashReport | None = None
-    notes: list[str] = field(default_factory=list)
 
 
 class Machine:

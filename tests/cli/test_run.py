@@ -16,7 +16,7 @@ import pytest
 
 from xipvm.devices.flash.files import ImageOption
 from xipvm.errors import TraceFileError
-from xipvm.machine import RunResult, Summary
+from xipvm.result import RunResult, Summary
 from xipvm.trace.reader import TraceReader
 
 GUESTS = Path(__file__).parents[2] / "guests" / "bin"

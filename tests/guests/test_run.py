@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from xipvm.console import Console
-from xipvm.machine import Machine, RunResult
+from xipvm.machine import Machine
+from xipvm.result import RunResult
 
 BIN = Path(__file__).resolve().parents[2] / "guests" / "bin"
 ISAS = ("arm64", "riscv64")

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from xipvm.console import Console
 from xipvm.devices.flash.files import parse_option
 from xipvm.errors import BadInput, TraceFileError
-from xipvm.machine import Machine, RunResult
+from xipvm.machine import Machine
+from xipvm.result import RunResult
 from xipvm.trace.funnel import Trace
 from xipvm.trace.history import History
 

@@ -1,0 +1,41 @@
+"""How a run ended and what it did."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from xipvm.report import CrashReport
+
+
+@dataclass
+class Summary:
+    """What a run did. Counts are for the whole machine; ``instructions`` is None on the host clock."""
+
+    instructions: int | None
+    seconds: float
+    guest_faults: int
+    invalidations: int
+    tlb_flushes: int
+    flash_programs: int
+    flash_erases: int
+
+    @property
+    def mips(self) -> float | None:
+        """Million instructions a second of wall time."""
+        if self.instructions is None or self.seconds == 0:
+            return None
+        return self.instructions / self.seconds / 1e6
+
+
+@dataclass
+class RunResult:
+    """How a run ended. ``reason`` is one of exit, until, timeout, limit, crash, quit,
+    interrupted, trace."""
+
+    status: int
+    reason: str
+    summary: Summary
+    report: CrashReport | None = None
+    notes: list[str] = field(default_factory=list)
