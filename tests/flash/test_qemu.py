@@ -128,11 +128,9 @@ def test_what_is_read_after_right_sequences(ours, qemu, cycles):
             assert ours.read(offset, size) == qemu.read(offset, size)
 
 
-@pytest.mark.parametrize("size", [1, 2])
-@pytest.mark.parametrize("lane", [0, 1, 2, 3])
+# Aligned ones: QEMU splits the others.
+@pytest.mark.parametrize(("size", "lane"), [(1, 0), (1, 1), (1, 2), (1, 3), (2, 0), (2, 2)])
 def test_narrow_cycles_do_the_same(ours, qemu, size, lane):
-    if lane % size:
-        pytest.skip("QEMU splits misaligned accesses")
     reads = []
     for bus in (ours, qemu):
         seen = []

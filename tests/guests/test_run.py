@@ -71,18 +71,7 @@ def test_guest(expected: Expected, isa: str) -> None:
     assert (result.status, result.reason) == (expected.status, expected.reason)
 
 
-@pytest.mark.parametrize(
-    "isa",
-    [
-        pytest.param(
-            "arm64",
-            marks=pytest.mark.xfail(
-                strict=True, reason="an interrupt that PSTATE.I lets through for a few instructions only is missed"
-            ),
-        ),
-        "riscv64",
-    ],
-)
+@pytest.mark.parametrize("isa", ISAS)
 def test_clocks_tick_and_two_runs_agree(isa: str) -> None:
     first, lines = run("clocks", isa, limit=1_000_000)
     second, again = run("clocks", isa, limit=1_000_000)
@@ -121,3 +110,11 @@ def test_a_loop_in_flash_that_polls_its_own_bank_does_not_survive(isa: str) -> N
     assert "not in read-array mode" in result.report.message
     assert result.report.where is not None
     assert result.report.where.startswith("command_and_poll+")
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_a_map_that_is_not_identity_is_reported(isa: str) -> None:
+    result, _ = run("paging", isa)
+    assert (result.status, result.reason) == (1, "crash")
+    assert result.report is not None
+    assert "only identity maps are followed" in result.report.message
