@@ -31,7 +31,7 @@ from xipvm.devices.bus import Bus
 from xipvm.devices.flash.cfi01 import PflashCfi01
 from xipvm.devices.flash.files import BankBytes, ImageOption, open_banks, parse_option
 from xipvm.devices.htif import Htif
-from xipvm.errors import BadInput, GuestError, HostMemoryError
+from xipvm.errors import BadInput, GuestError, HostMemoryError, XipvmError
 from xipvm.firmware import Firmware
 from xipvm.flash_memory import FlashMemory
 from xipvm.loader.elf import ElfImage
@@ -113,6 +113,8 @@ class Machine:
         self._running: Vcpu | None = None
         self._exit: tuple[int, str] | None = None
         self._reset = False
+        self._ended = False
+        self._seen: set[int] = set()
         self._closed = False
         self.seconds = 0.0
         banks = open_banks(list(flash), [bank.size for bank in self.board.flash], board=self.board.name)
@@ -336,7 +338,7 @@ class Machine:
 
     def _now(self) -> int:
         if not self.counted:
-            return int((time.monotonic() - self._began) * 1e9) if self._began else 0
+            return self._base + (int((time.monotonic() - self._began) * 1e9) if self._began else 0)
         now = self._base
         vcpu = self._running
         if vcpu is not None:
@@ -375,17 +377,20 @@ class Machine:
     ) -> RunResult:
         """Run until the guest ends or a limit is reached. ``timeout`` in seconds of wall time.
 
-        ``until``: end with status 0 once all input is used and the console prints this text after it.
+        ``until``: end with status 0 once all input is used and the console prints this text after it. After a limit,
+        a signal or ``until`` the machine can be run on; after the guest's end that is an XipvmError.
         """
+        if self._ended or self._closed:
+            raise XipvmError("this machine's guest has ended; make another machine to run it again")
         if max_instructions is not None and not self.counted:
             raise BadInput("an instruction limit needs the instructions clock")
         if until is not None:
             self.console.watch(until, lambda: self.request_exit("until", 0))
         self.console.on_quit = lambda: self.request_exit("quit", 0)
         trace = self.trace
+        for vcpu in self.vcpus:
+            vcpu.record(trace.on)
         if trace.on:
-            for vcpu in self.vcpus:
-                vcpu.record(True)
             trace.emit(
                 "machine_start",
                 board=self.board.name,
@@ -401,8 +406,13 @@ class Machine:
             with core.SignalGuard(TICK):
                 result = self._loop(deadline, limit)
         finally:
-            self.seconds += time.monotonic() - self._began
+            elapsed = time.monotonic() - self._began
+            self._began = 0.0
+            self.seconds += elapsed
+            if not self.counted:
+                self._base += int(elapsed * 1e9)
             self.console.flush()
+        self._ended = result.reason in ("exit", "crash")
         result.summary = self.summary()
         if trace.on:
             trace.emit("machine_end", reason=result.reason, status=result.status)
@@ -487,8 +497,6 @@ class Machine:
         self.console.poll()
         self._seen |= core.take_signals()
         return bool(self._seen - {core.SIGALRM_NUMBER}) or (deadline is not None and time.monotonic() >= deadline)
-
-    _seen: set[int] = set()
 
     def _signals(self, deadline: float | None) -> RunResult | None:
         seen, self._seen = self._seen | core.take_signals(), set()

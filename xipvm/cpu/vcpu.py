@@ -103,6 +103,7 @@ class Vcpu:
         self.stop_at: int | None = None
         self.fault_address: int | None = None
         """Address of the last faulting access, where the instruction tells it."""
+        self._recording = False
         self.last_exception: tuple[str, int] | None = None
         """What the last exception was that entered the guest's handler, and the PC it came from."""
         self.faults = 0
@@ -124,6 +125,9 @@ class Vcpu:
 
     def record(self, on: bool) -> None:
         """Whether translations handed out, flushes and dropped code go into the trace."""
+        if on == self._recording:
+            return
+        self._recording = on
         engine = self.engine
         engine.record_inserts(on)
         engine.on_insert = self._inserted if on else None
