@@ -265,14 +265,14 @@ STARTS = st.one_of(st.just(CODE), st.integers(1, 80).map(lambda n: CODE + PAGE -
 BUDGETS = st.lists(st.integers(1, 40), max_size=8)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(program=ARM_PROGRAMS, start=STARTS, budgets=BUDGETS)
 def test_arm64(program: list[Item], start: int, budgets: list[int]) -> None:
     code = assemble(program, start)
     assert counted_run(core.ARM64, code, start, budgets) == stepped(True, code, start)
 
 
-@settings(max_examples=90, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(program=RV_PROGRAMS, start=STARTS, halfword=st.sampled_from([0, 2]), budgets=BUDGETS)
 def test_riscv64(program: list[Item], start: int, halfword: int, budgets: list[int]) -> None:
     code = assemble(program, start + halfword)

@@ -52,6 +52,22 @@ def test_a_handler_that_changes_the_table_again_is_not_believed(loader: Box) -> 
     assert stale not in [pfn for _, pfn, _ in inserted]
 
 
+def test_a_write_to_a_read_only_page_goes_to_the_frame_that_the_handler_put_there(storer: Box) -> None:
+    """Copy on write: the entry that was found before must not come back with more rights."""
+    shared = storer.page(DATA, b"shared", R)
+    copies: list[int] = []
+
+    def miss(gva: int, access: int) -> int:
+        copies.append(storer.page(DATA, b"shared"))
+        return core.RETRY_WALK
+
+    storer.engine.on_miss = miss
+    storer.set_x(2, 0x11223344)
+    assert storer.engine.run(CODE) == OK
+    assert storer.host.read(shared, 0, 6) == b"shared"
+    assert [storer.host.read(pfn, 0, 6) for pfn in copies] == [b"\x44\x33\x22\x11ed"]
+
+
 def test_a_handler_whose_entry_is_zapped_at_once_is_asked_again(loader: Box) -> None:
     asked = []
 
@@ -225,6 +241,30 @@ class TestRecording:
         box.engine.run(CODE + PAGE)
         box.engine.run(CODE)
         assert [entry for entry in log if entry[1] == data] == [(DATA >> 12, data, 1), (DATA >> 12, data, 3)]
+
+    def test_a_revocation_makes_the_next_hand_out_one_to_be_recorded(
+        self, box: Box, log: list[tuple[int, int, int]]
+    ) -> None:
+        """Writing to code and running it again: X went with the write, and W with the run."""
+        box.page(CODE, box.store_word(), RX)
+        code = box.page(DATA, box.answer(1))
+        box.set_x(1, DATA + 0x100)
+        for pc in (DATA, CODE, DATA, CODE):
+            box.engine.run(pc)
+            while box.engine.stopped:
+                box.engine.kick = 0
+                box.engine.run(box.pc())
+        gfn = DATA >> 12
+        assert [entry for entry in log if entry[1] == code] == [(gfn, code, 5), (gfn, code, 3)] * 2
+
+    def test_code_that_was_dropped_is_recorded_when_it_is_handed_out_again(
+        self, box: Box, log: list[tuple[int, int, int]]
+    ) -> None:
+        code = box.page(CODE, box.answer(1), RX)
+        box.engine.run(CODE)
+        box.host.write(code, 0, box.answer(2))
+        box.engine.run(CODE)
+        assert log == [(CODE >> 12, code, 5)] * 2
 
     def test_a_load_from_a_writable_page_takes_write_along(self, box: Box, log: list[tuple[int, int, int]]) -> None:
         box.page(CODE, box.load(), RX)

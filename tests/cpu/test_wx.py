@@ -166,6 +166,25 @@ def test_frames_that_were_never_executed_cost_nothing(pair: Box, code: int) -> N
     assert pair.group.executed(data, 1) == 0
 
 
+def test_a_frame_is_paid_for_once(pair: Box, code: int) -> None:
+    """After the first write the frame is data like any other, at every address and for every engine."""
+    dropped: list[int] = []
+    for engine in pair.engines:
+        run_answer(pair, CODE, engine)
+        engine.on_drop = dropped.append
+    guest_writes(pair, CODE, 0)
+    assert dropped == [code, code]
+    for engine in pair.engines:
+        guest_writes(pair, ALIAS, 0, engine)  # the storing code is entered
+    flushes = [engine.flushes for engine in pair.engines]
+    for engine in pair.engines:
+        guest_writes(pair, CODE, 0, engine)
+        guest_writes(pair, ALIAS, 0, engine)
+    pair.host.write(code, 0, b"data")
+    assert dropped == [code, code]
+    assert [engine.flushes for engine in pair.engines] == flushes
+
+
 class Observer:
     """What TLBs may hold, from what is recorded; checks the rule at every hand-out."""
 
@@ -201,7 +220,7 @@ OPERATIONS = st.lists(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(operations=OPERATIONS, kind=st.sampled_from([core.ARM64, core.RISCV64]))
 def test_whatever_is_done_in_whatever_order(operations: list[tuple[str, int, int, int, int]], kind: int) -> None:
     """The code that runs is the code that was written last, and no frame is ever writable and executable."""
