@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Protocol
 from xipvm.cpu import core
 from xipvm.devices.bus import Bus
 from xipvm.errors import GuestError
+from xipvm.mmu.secondary.base import MMIO
 from xipvm.trace.funnel import Trace
 
 if TYPE_CHECKING:
@@ -108,6 +109,9 @@ class Vcpu:
         """What the last exception was that entered the guest's handler, and the PC it came from."""
         self.faults = 0
         self.kicks = 0
+        self._mmio: set[tuple[int, int]] = set()
+        """Pages and accesses that were found to be a device's since the last flush. The engine's TLB forgets them as
+        it likes, and asks again; how often must be seen neither in a trace nor in ``faults``."""
         self.isa: Isa
         self.engine = core.take_engine(isa, counted)
         self.engine.bind(group, secondary.sptes)
@@ -138,6 +142,7 @@ class Vcpu:
 
     def flush_tlb(self, reason: str) -> None:
         """Drop every cached translation; done when the call returns."""
+        self._mmio.clear()
         self.engine.flush_tlb(reason)
 
     def kick(self, reason: str) -> None:
@@ -233,13 +238,23 @@ class Vcpu:
                     return None
                 self.idle = True
             return leave
-        return None if self.on else Leave.OFF
+        if not self.on:
+            return Leave.OFF
+        # A firmware call may have had the vCPU wait.
+        self.idle = self.idle and not isa.interrupt_pending()
+        return Leave.IDLE if self.idle else None
 
     # Callbacks of the engine
 
     def _miss(self, gva: int, access: int) -> int:
+        page = (gva >> 12, access)
+        if page in self._mmio:
+            return MMIO
         self.faults += 1
-        return self.secondary.fault(gva >> 12, access)
+        found = self.secondary.fault(page[0], access)
+        if found == MMIO:
+            self._mmio.add(page)
+        return found
 
     def _inserted(self, gfn: int, pfn: int, perms: int) -> None:
         self.trace.emit("tlb_insert", vcpu=self.index, gfn=gfn, pfn=pfn, rights=RIGHTS_NAMES[perms])
