@@ -38,7 +38,7 @@ MSTATUS_MPP = 3 << 11
 CSR_SATP, CSR_MIP, CSR_SIP = 0x180, 0x344, 0x144
 CSR_CYCLE, CSR_TIME, CSR_INSTRET, CSR_MCYCLE, CSR_MINSTRET = 0xC00, 0xC01, 0xC02, 0xB00, 0xB02
 MASK64 = 0xFFFF_FFFF_FFFF_FFFF
-SIP_WRITABLE = 1 << 1
+MIP_SSIP, MIP_STIP, MIP_SEIP = 1 << 1, 1 << 5, 1 << 9
 
 WFI = 0x10500073
 EBREAK, C_EBREAK = 0x00100073, 0x9002
@@ -64,7 +64,7 @@ class Riscv64:
         self.vcpu = vcpu
         self.engine = vcpu.engine
         self.services = services
-        self.mip = 0
+        self._lines = self._written = 0  # bits of mip that devices drive, and that the guest wrote
         self._offsets = {CSR_MCYCLE: 0, CSR_MINSTRET: 0}
         self.engine.on_insn = self._insn_hook
 
@@ -77,6 +77,7 @@ class Riscv64:
         self.set_x(10, self.vcpu.index)
         self.set_x(11, arg)
         engine.set_reg(core.RISCV_PC, pc)
+        self._written = 0
         self._offsets = {CSR_MCYCLE: 0, CSR_MINSTRET: 0}
 
     def pc(self) -> int:
@@ -198,10 +199,15 @@ class Riscv64:
     def set_pending(self, number: int, level: bool) -> None:
         """Drive bit ``number`` of mip: 3 and 7 from the CLINT, 9 and 11 from the PLIC."""
         if level:
-            self.mip |= 1 << number
+            self._lines |= 1 << number
             self.vcpu.interrupt()
         else:
-            self.mip &= ~(1 << number)
+            self._lines &= ~(1 << number)
+
+    @property
+    def mip(self) -> int:
+        """The interrupts that wait. SEIP is both a line and a bit that M mode may set (3.1.9)."""
+        return self._lines | self._written
 
     def interrupt_pending(self) -> bool:
         """Whether an interrupt waits that mie lets through."""
@@ -266,7 +272,9 @@ class Riscv64:
         if writes:
             if csr >> 10 & 3 == 3:
                 return  # read-only: the engine raises the illegal instruction
-            new = {1: operand, 2: old | operand, 3: old & ~operand}[funct & 3]
+            # What a line drives is read, but never written back.
+            kept = self._written if csr in (CSR_MIP, CSR_SIP) else old
+            new = {1: operand, 2: kept | operand, 3: kept & ~operand}[funct & 3]
             self._write_counter(csr, new & MASK64, pc)
         self.set_x(insn >> 7 & 31, old)
         self.engine.set_reg(core.RISCV_PC, pc + 4)
@@ -295,8 +303,13 @@ class Riscv64:
         if csr in self._offsets:
             self._offsets[csr] = value - self._count(csr, pc)
         elif csr in (CSR_MIP, CSR_SIP):
-            writable = SIP_WRITABLE | (1 << 5 | 1 << 9 if csr == CSR_MIP else 0)
-            self.mip = (self.mip & ~writable) | (value & writable)
+            if csr == CSR_MIP:
+                writable = MIP_SSIP | MIP_STIP | MIP_SEIP
+            else:
+                writable = MIP_SSIP & self._csr(core.RISCV_MIDELEG)
+            self._written = (self._written & ~writable) | (value & writable)
+            if self._written:
+                self.vcpu.interrupt()
 
     def _check_paging(self, operation: int, operand: int) -> None:
         old = self._csr(core.RISCV_SATP)
