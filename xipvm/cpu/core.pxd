@@ -27,6 +27,7 @@ cdef struct Hot:                    # what the block hook touches, away from the
     uint32_t stopped                # the block hook asked to leave before this block
     uint32_t watched                # the block that a watched run sets out from is behind
     uint64_t pending                # interrupts that wait, for KICK_WATCH
+    uint64_t privilege              # in which they were masked
     uint32_t fixed                  # every instruction has 4 bytes
     uint32_t running
     uint32_t counted

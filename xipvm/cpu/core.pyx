@@ -392,7 +392,7 @@ cdef bint _tlb_fill(uc_engine *uc, uint64_t vaddr, uc_mem_type kind, uc_tlb_entr
 
 cdef bint _stays(Hot *hot) noexcept:
     """Whether the guest goes on although ``kick`` is set: it is only watched, and still masks what waits for it."""
-    cdef uint64_t value = 0, enabled = 0
+    cdef uint64_t value = 0, enabled = 0, delegated = 0
     if hot.kick != C_KICK_WATCH or hot.ticks >= hot.stop_at:
         return False
     if not hot.watched:                 # the block from which the caller set out
@@ -402,13 +402,17 @@ cdef bint _stays(Hot *hot) noexcept:
         api.reg_read(hot.uc, UC_ARM64_REG_PSTATE, &value)
         return value & PSTATE_I != 0
     api.reg_read(hot.uc, UC_RISCV_REG_PRIV, &value)
+    if value != hot.privilege:          # a return from a trap: what was masked above may not be here
+        return False
     if value == 3:
         api.reg_read(hot.uc, UC_RISCV_REG_MSTATUS, &value)
         api.reg_read(hot.uc, UC_RISCV_REG_MIE, &enabled)
-        return not (value & MSTATUS_MIE and enabled & hot.pending)
+        api.reg_read(hot.uc, UC_RISCV_REG_MIDELEG, &delegated)
+        return not (value & MSTATUS_MIE and enabled & ~delegated & hot.pending)
     if value == 1:
         api.reg_read(hot.uc, UC_RISCV_REG_SSTATUS, &value)
-        return value & MSTATUS_SIE == 0
+        api.reg_read(hot.uc, UC_RISCV_REG_SIE, &enabled)
+        return not (value & MSTATUS_SIE and enabled & hot.pending)
     return True                         # in U mode nothing changes without a trap
 
 
@@ -812,6 +816,8 @@ cdef class Engine:
             return
         if not self.hot.polled:
             self.poll()
+        if not self.hot.fixed:
+            api.reg_read(self.uc, UC_RISCV_REG_PRIV, &self.hot.privilege)
         self.hot.kick |= C_KICK_WATCH
 
     @property

@@ -91,6 +91,7 @@ cdef extern from "unicorn/riscv.h" nogil:
         UC_RISCV_REG_MIDELEG
         UC_RISCV_REG_MHARTID
         UC_RISCV_REG_SSTATUS
+        UC_RISCV_REG_SIE
         UC_RISCV_REG_STVEC
         UC_RISCV_REG_SEPC
         UC_RISCV_REG_SCAUSE
