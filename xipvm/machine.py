@@ -13,13 +13,14 @@ slices; a slice never goes past the first of them.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import time
 from collections.abc import Iterable
 
 from xipvm import boards
-from xipvm.address import PAGE_SHIFT, PAGE_SIZE, Gfn, format_size
+from xipvm.address import PAGE_SHIFT, PAGE_SIZE, Gfn, format_size, page_up
 from xipvm.boards.board import Board
 from xipvm.console import Console
 from xipvm.cpu import core
@@ -31,7 +32,7 @@ from xipvm.devices.bus import Bus
 from xipvm.devices.flash.cfi01 import PflashCfi01
 from xipvm.devices.flash.files import BankBytes, ImageOption, open_banks, parse_option
 from xipvm.devices.htif import Htif
-from xipvm.errors import BadInput, GuestError, HostMemoryError, XipvmError
+from xipvm.errors import BadInput, GuestError, GuestImageError, HostMemoryError, XipvmError
 from xipvm.firmware import Firmware
 from xipvm.flash_memory import FlashMemory
 from xipvm.loader.elf import ElfImage
@@ -47,6 +48,8 @@ from xipvm.trace.history import History
 
 #: Instructions that a vCPU runs before the next one has its turn.
 QUANTUM = 20_000
+#: The pages that ``tohost`` and ``fromhost`` may take out of RAM, in bytes.
+HTIF_LIMIT = 64 << 10
 #: How often the host looks at signals, input and the time limit, in seconds.
 TICK = 0.02
 #: Frames beside guest memory: the zero page, and room for what the host process maps of its own.
@@ -115,28 +118,35 @@ class Machine:
         self._reset = False
         self._ended = False
         self._seen: set[int] = set()
+        self._resources = contextlib.ExitStack()
         self._closed = False
         self.seconds = 0.0
         banks = open_banks(list(flash), [bank.size for bank in self.board.flash], board=self.board.name)
         try:
             self._build(banks, smp)
         except BaseException:
-            for opened in {id(b.image): b.image for b in banks}.values():
-                opened.close()
+            self.close()
             raise
 
     def _build(self, banks: list[BankBytes], smp: int) -> None:
         board = self.board
-        self.images = list({id(b.image): b.image for b in banks}.values())
+        undo = self._resources.callback
+        for image in {id(b.image): b.image for b in banks}.values():
+            undo(image.close)
         self.host = HostMemory(self.memory_size + HOST_RESERVE)
+        undo(self.host.close)
         self.history: History | None = None
         """Where a crash report finds the last events, if somebody attached one to ``trace``."""
         self.htif: Htif | None = None
+        self._htif_base = 0
         self.mm = Mm(self.host, self.trace, name="mm0")
+        undo(self.mm.exit)
         self.secondary = Kvm(self.mm, self.trace, self.host)
+        undo(self.secondary.destroy)
         self.secondary.mmio_lookup = self.bus.covers
         self.ram = self.mm.mmap(self.memory_size, PROT_READ | PROT_WRITE | PROT_EXEC, MAP_PRIVATE | MAP_ANONYMOUS)
         self.flash: list[FlashMemory] = []
+        undo(self._close_flash)
         for number, (bank, data) in enumerate(zip(board.flash, banks, strict=True)):
             device = PflashCfi01(
                 number,
@@ -153,11 +163,13 @@ class Machine:
             self.bus.map(bank.base, bank.size, device)
             self.flash.append(FlashMemory(bank, device, self.host, self.mm, self.secondary, slot=number))
         self.group = core.EngineGroup(self.host)
+        undo(self.group.close)
         isa = core.ARM64 if board.isa == "arm64" else core.RISCV64
         self.vcpus = [
             Vcpu(n, self.group, self.secondary, self.bus, self.trace, isa=isa, counted=self.counted) for n in range(smp)
         ]
         self.secondary.vcpus = list(self.vcpus)
+        undo(self.secondary.vcpus.clear)  # engines that are given back are not flushed any more
         for memory in self.flash:
             memory.connect(self.group, self.vcpus)
         self.firmware = Firmware(self)
@@ -225,10 +237,16 @@ class Machine:
         except KeyError:
             fromhost = tohost
         first = min(tohost, fromhost) // PAGE_SIZE * PAGE_SIZE
-        size = max(tohost, fromhost) + 8 - first
-        size = (size + PAGE_SIZE - 1) // PAGE_SIZE * PAGE_SIZE
+        end = page_up(max(tohost, fromhost) + 8)
+        for name, address in (("tohost", tohost), ("fromhost", fromhost)):
+            if address % 8 or not 0 <= address - self.board.ram_base <= self.memory_size - 8:
+                raise GuestImageError(self.image.path, f"{name} at {address:#x} is no aligned 64-bit word in RAM")
+        if end - first > HTIF_LIMIT:
+            raise GuestImageError(
+                self.image.path, f"tohost at {tohost:#x} and fromhost at {fromhost:#x} lie too far apart"
+            )
         self.htif = Htif(
-            size,
+            end - first,
             tohost - first,
             fromhost - first if fromhost != tohost else None,
             clock=self.clock,
@@ -236,22 +254,18 @@ class Machine:
             memory=self.firmware,
             exit=self.request_exit,
         )
-        self.bus.map(first, size, self.htif)
+        self.bus.map(first, end - first, self.htif)
+        self._htif_base = first
 
     def _map_ram(self) -> None:
         """RAM as memslots, around the pages that a device has taken out of it."""
         first = self.board.ram_base >> PAGE_SHIFT
         end = first + (self.memory_size >> PAGE_SHIFT)
-        holes = sorted(
-            {
-                gfn
-                for taken in self.bus.ranges()
-                for gfn in range(taken.base >> PAGE_SHIFT, (taken.end + PAGE_SIZE - 1) >> PAGE_SHIFT)
-                if first <= gfn < end
-            }
-            if any(first <= taken.base >> PAGE_SHIFT < end for taken in self.bus.ranges())
-            else ()
-        )
+        holes = [
+            gfn
+            for taken in self.bus.ranges()
+            for gfn in range(max(taken.base >> PAGE_SHIFT, first), min(page_up(taken.end) >> PAGE_SHIFT, end))
+        ]
         slot = len(self.flash)
         at = first
         for hole in [*holes, end]:
@@ -279,6 +293,9 @@ class Machine:
             entry = self.placement.entry
             for piece in self.placement.of("ram"):
                 self._load(piece)
+        if self.htif is not None:
+            under = self.ram + self._htif_base - self.board.ram_base
+            self.htif.reset(self.mm.read(under, len(self.htif.storage)))
         for vcpu in self.vcpus:
             vcpu.isa.reset(entry, address)
             # A RISC-V machine starts every hart; the others of an AArch64 one wait for PSCI.
@@ -318,15 +335,11 @@ class Machine:
         if self._closed:
             return
         self._closed = True
-        self.secondary.vcpus.clear()
-        self.group.close()
+        self._resources.close()
+
+    def _close_flash(self) -> None:
         for memory in self.flash:
             memory.close()
-        self.secondary.destroy()
-        self.mm.exit()
-        for image in self.images:
-            image.close()
-        self.host.close()
 
     def __enter__(self) -> Machine:
         return self

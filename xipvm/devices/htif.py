@@ -66,6 +66,13 @@ class Htif:
         self._exit = exit
         self._waiting: Call | None = None
 
+    def reset(self, data: bytes) -> None:
+        """Power-on: the storage holds ``data``, which is as long as it, and no command waits."""
+        self.storage[:] = data
+        if self._waiting is not None:
+            self._clock.cancel(self._waiting)
+            self._waiting = None
+
     def read(self, offset: int, size: int) -> int:
         """Storage."""
         return int.from_bytes(self.storage[offset : offset + size], "little")
