@@ -1,0 +1,134 @@
+"""Guests of a few instructions: firmware calls, interrupts that a guest raises itself, HTIF words, restarts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.asm import a64, join, rv64, words
+from tests.loader.conftest import R, W, X, write_elf
+from xipvm.devices.flash.files import ImageOption
+from xipvm.errors import FlashImageError, GuestImageError
+from xipvm.machine import Machine
+
+ARM_RAM, RISCV_RAM = 0x4010_0000, 0x8000_0000
+FINISHER, PASS, RESET = 0x0010_0000, 0x5555, 0x7777
+
+
+def guest(path: Path, base: int, code: bytes, machine: int, symbols: dict[str, int] | None = None) -> Path:
+    part = {"paddr": base, "data": code, "flags": R | W | X}
+    named = {name: (address, 8) for name, address in (symbols or {}).items()}
+    path.write_bytes(write_elf(part, entry=base, machine=machine, symbols=named))
+    return path
+
+
+def constant(rd: int, value: int) -> list[int]:
+    """RISC-V: any number below 2**40, ten bits at a time."""
+    code = [rv64.addi(rd, 0, value >> 30 & 0x3FF)]
+    for shift in (20, 10, 0):
+        code += [rv64.slli(rd, rd, 10), rv64.addi(rd, rd, value >> shift & 0x3FF)]
+    return code
+
+
+def finish(value: int) -> list[int]:
+    """RISC-V: ``value`` to the test finisher, and nothing after it."""
+    return [*constant(5, FINISHER), *constant(6, value), rv64.sw(6, 5, 0), rv64.jal(0, 0)]
+
+
+def test_a_suspended_cpu_waits_for_its_interrupt(tmp_path: Path) -> None:
+    """And goes on behind the call: PSTATE masks the interrupt."""
+    ticks, timer = 16_000, 27
+    code = [
+        *a64.mov(1, 0x0800_0000), a64.movz(2, 1), a64.str(2, 1, 0, 4), *a64.mov(3, 1 << timer), a64.str(3, 1, 0x100, 4),
+        *a64.mov(1, 0x0801_0000), a64.movz(2, 0xFF), a64.str(2, 1, 4, 4), a64.movz(2, 1), a64.str(2, 1, 0, 4),
+        *a64.mov(0, ticks), a64.msr((3, 3, 14, 3, 0), 0), a64.movz(0, 1), a64.msr((3, 3, 14, 3, 1), 0),
+        *a64.mov(0, 0xC400_0001), a64.movz(1, 0), a64.hvc(),  # CPU_SUSPEND, standby
+        a64.mrs(9, a64.CNTVCT_EL0), *a64.mov(0, 0x8400_0008), a64.hvc(), a64.b(0),  # SYSTEM_OFF
+    ]  # fmt: skip
+    with Machine(guest=guest(tmp_path / "suspend.elf", ARM_RAM, words(*code), 183)) as machine:
+        result = machine.run(max_instructions=10_000)
+        assert (result.reason, result.status) == ("exit", 0)
+        assert ticks <= dict(machine.vcpus[0].isa.registers())["x9"] < ticks + 10
+
+
+@pytest.mark.parametrize("unmask_first", [True, False])
+def test_a_hart_that_interrupts_itself_is_interrupted_at_once(tmp_path: Path, unmask_first: bool) -> None:
+    """No event is waiting that would have it leave its loop."""
+    ssip, mie = 1 << 1, 1 << 3
+    steps = [rv64.csrrs(0, rv64.MSTATUS, 9), rv64.csrrs(0, rv64.MIP, 8)]
+    code = [
+        *constant(7, RISCV_RAM + 0x100), rv64.csrrw(0, rv64.MTVEC, 7),
+        *constant(8, ssip), rv64.csrrw(0, 0x304, 8), *constant(9, mie),
+        *(steps if unmask_first else reversed(steps)),
+        rv64.addi(15, 15, 1), rv64.jal(0, -4),
+    ]  # fmt: skip
+    elf = guest(tmp_path / "ssip.elf", RISCV_RAM, join(*code).ljust(0x100, b"\0") + join(*finish(PASS)), 243)
+    with Machine(guest=elf) as machine:
+        result = machine.run(max_instructions=1000)
+    assert (result.reason, result.status) == ("exit", 0)
+    assert result.summary.instructions == len(code) - 2 + len(finish(PASS))  # none of the loop
+
+
+def test_what_a_hart_wrote_to_mip_is_gone_after_a_reset(tmp_path: Path) -> None:
+    """The first time mip reads 0, SSIP is set and the machine restarted; the second time it has to read 0 again."""
+    flag, data = 16, 0x200
+    code = [
+        *constant(10, RISCV_RAM + data), rv64.lw(11, 10, 0),  # RAM beyond the file keeps its contents over a reset
+        rv64.csrrs(flag, rv64.MIP, 0), rv64.addi(12, 0, 2), rv64.csrrs(0, rv64.MIP, 12),
+        rv64.addi(13, 11, 1), rv64.sw(13, 10, 0), rv64.bne(11, 0, 4 + 4 * len(finish(RESET))),
+        *finish(RESET), rv64.add(17, flag, 0), *finish(PASS),
+    ]  # fmt: skip
+    with Machine(guest=guest(tmp_path / "reset.elf", RISCV_RAM, join(*code), 243)) as machine:
+        assert machine.run(max_instructions=1000).reason == "exit"
+        registers = dict(machine.vcpus[0].isa.registers())
+        assert (registers["a1"], registers["a7"]) == (1, 0)  # the second time, and mip as it was then
+
+
+def test_the_page_of_tohost_holds_what_the_elf_has_there(tmp_path: Path) -> None:
+    """The word beside it is the status; it is in the file, in a page that a device has taken out of RAM."""
+    page = 0x1000
+    code = [
+        *constant(10, RISCV_RAM + page), rv64.ld(11, 10, 8), rv64.sd(11, 10, 0), rv64.jal(0, 0),
+    ]  # fmt: skip
+    data = join(*code).ljust(page, b"\0") + bytes(8) + (7 << 1 | 1).to_bytes(8, "little")
+    with Machine(guest=guest(tmp_path / "htif.elf", RISCV_RAM, data, 243, {"tohost": RISCV_RAM + page})) as machine:
+        result = machine.run(max_instructions=1000)
+    assert (result.reason, result.status) == ("exit", 7)
+
+
+@pytest.mark.parametrize(
+    ("symbols", "what"),
+    [
+        ({"tohost": 0x2000_0000}, "tohost at 0x20000000 is no aligned"),
+        ({"tohost": RISCV_RAM + 0x1004}, "tohost at 0x80001004 is no aligned"),
+        ({"tohost": RISCV_RAM + 0x1000, "fromhost": 0x1000}, "fromhost at 0x1000 is no aligned"),
+        ({"tohost": RISCV_RAM + 0x1000, "fromhost": RISCV_RAM + 0x10_0000}, "too far apart"),
+    ],
+)
+def test_htif_words_where_no_word_can_be_are_an_error_of_the_file(
+    tmp_path: Path, symbols: dict[str, int], what: str
+) -> None:
+    elf = guest(tmp_path / "words.elf", RISCV_RAM, join(*finish(PASS)), 243, symbols)
+    with pytest.raises(GuestImageError, match=what):
+        Machine(guest=elf)
+
+
+def test_a_machine_that_cannot_be_built_gives_everything_back(tmp_path: Path) -> None:
+    """At once, although the exception's traceback still holds it."""
+    elf = guest(tmp_path / "flash.elf", 0x2000_0000, join(*finish(PASS)), 243)
+    image = tmp_path / "flash.img"
+    image.write_bytes(b"\xff" * (32 << 20))
+    before = arenas()
+    with pytest.raises(FlashImageError, match="readonly") as failure:
+        Machine(guest=elf, memory=1 << 20, flash=[ImageOption(str(image), readonly=True)])
+    assert failure.tb is not None
+    assert arenas() == before
+    with Machine(guest=elf, memory=1 << 20, flash=[ImageOption(str(image))]) as machine:  # it is not locked any more
+        assert arenas() == before + 1
+        assert machine.run(max_instructions=1000).reason == "exit"
+
+
+def arenas() -> int:
+    """How many host memories this process has mapped."""
+    return Path("/proc/self/maps").read_text().count("xipvm-arena")
