@@ -205,7 +205,7 @@ class Engine:
         """``ticks`` before the instruction at ``pc`` in the block that runs now."""
 
     def looked(self, pc: int) -> int:
-        """Tells that the guest reads a clock at ``pc``; ``ticks`` to answer with. Looking again and again takes time."""
+        """Tells that the guest reads a clock at ``pc``; ``ticks`` to answer with. Looking over and over takes time."""
 
     @property
     def in_guest(self) -> bool:

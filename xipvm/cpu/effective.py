@@ -30,19 +30,22 @@ def arm64_address(code: bytes, pc: int, register: Callable[[str], int]) -> int |
     ``register(name)`` gives a register's value by its assembler name (``x3``, ``w3``, ``sp``).
     """
     global _arm64
+    insn = int.from_bytes(code, "little")
+    if insn & 0x3B00_0000 == 0x1800_0000:  # from a literal pool; capstone gives no memory operand
+        return pc + (((insn >> 5 & 0x7_FFFF) ^ 0x4_0000) - 0x4_0000) * 4 & _MASK
     import capstone
 
     if _arm64 is None:
         _arm64 = capstone.Cs(capstone.CS_ARCH_ARM64, capstone.CS_MODE_LITTLE_ENDIAN)
         _arm64.detail = True
-    for insn in _arm64.disasm(code, pc, 1):
-        for operand in insn.operands:
+    for found in _arm64.disasm(code, pc, 1):
+        for operand in found.operands:
             if operand.type != capstone.arm64.ARM64_OP_MEM:
                 continue
             memory = operand.mem
-            value = register(insn.reg_name(memory.base))
+            value = register(found.reg_name(memory.base))
             if memory.index:
-                name = insn.reg_name(memory.index)
+                name = found.reg_name(memory.index)
                 index = register(name)
                 if name.startswith("w"):
                     index &= 0xFFFF_FFFF
@@ -50,7 +53,7 @@ def arm64_address(code: bytes, pc: int, register: Callable[[str], int]) -> int |
                         index -= 1 << 32
                 value += index << operand.shift.value
             # A post-indexed form accesses the base and adds afterwards.
-            if not insn.writeback or insn.op_str.endswith("!"):
+            if not found.writeback or found.op_str.endswith("!"):
                 value += int(memory.disp)
             return value & _MASK
     return None
