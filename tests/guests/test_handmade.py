@@ -11,6 +11,7 @@ from tests.loader.conftest import R, W, X, write_elf
 from xipvm.devices.flash.files import ImageOption
 from xipvm.errors import FlashImageError, GuestImageError
 from xipvm.machine import Machine
+from xipvm.trace import Event
 
 ARM_RAM, RISCV_RAM = 0x4010_0000, 0x8000_0000
 FINISHER, PASS, RESET = 0x0010_0000, 0x5555, 0x7777
@@ -132,3 +133,25 @@ def test_a_machine_that_cannot_be_built_gives_everything_back(tmp_path: Path) ->
 def arenas() -> int:
     """How many host memories this process has mapped."""
     return Path("/proc/self/maps").read_text().count("xipvm-arena")
+
+
+@pytest.mark.parametrize("address", [0x1000_0100, 0x1000_00FE])
+def test_an_access_beyond_a_device_in_its_page_is_the_guest_s_crash(tmp_path: Path, address: int) -> None:
+    """The UART has 256 bytes."""
+    code = [*constant(10, address), rv64.lw(11, 10, 0), rv64.jal(0, 0)]
+    with Machine(guest=guest(tmp_path / "beyond.elf", RISCV_RAM, join(*code), 243)) as machine:
+        result = machine.run(max_instructions=1000)
+    assert result.reason == "crash"
+    assert result.report is not None
+    assert "no device there" in result.report.message
+
+
+def test_a_trace_that_begins_late_tells_what_is_held_already(tmp_path: Path) -> None:
+    elf = guest(tmp_path / "loop.elf", RISCV_RAM, join(rv64.addi(10, 10, 1), rv64.jal(0, -4)), 243)
+    with Machine(guest=elf) as machine:
+        machine.run(max_instructions=100)
+        events: list[Event] = []
+        machine.trace.attach(events.append)
+        machine.run(max_instructions=100)
+    told = [event.fields["gfn"] for event in events if event.kind == "tlb_insert"]
+    assert told == [RISCV_RAM >> 12]

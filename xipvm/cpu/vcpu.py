@@ -15,7 +15,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, Protocol
 
 from xipvm.cpu import core
-from xipvm.devices.bus import Bus
+from xipvm.devices.bus import Bus, BusError
 from xipvm.errors import GuestError
 from xipvm.mmu.secondary.base import MMIO
 from xipvm.trace.funnel import Trace
@@ -133,6 +133,8 @@ class Vcpu:
             return
         self._recording = on
         engine = self.engine
+        if on and self.faults:
+            engine.flush_tlb("record")  # what it holds already would never be told
         engine.record_inserts(on)
         engine.on_insert = self._inserted if on else None
         engine.on_flush = self._flushed if on else None
@@ -199,7 +201,11 @@ class Vcpu:
                     if isa.take_interrupt():
                         waiting = isa.interrupt_waits()
                 engine.watch(waiting)
-                code = engine.run(isa.pc(), self.stop_at)
+                try:
+                    code = engine.run(isa.pc(), self.stop_at)
+                except BusError as error:
+                    # A device's page that it does not fill. Where the access was is not known any more.
+                    raise GuestError(str(error)) from None
                 leave = self._exit(code)
                 if leave is not None:
                     return leave

@@ -16,7 +16,7 @@ _MAX_ACCESS = 4  # what one call of a device carries, bytes
 
 
 class BusError(XipvmError):
-    """No device answers the whole of an access: the CPU takes an external abort or access fault.
+    """No device answers the whole of an access, in a page where one answers some: the guest cannot go on.
 
     ``gpa`` and ``size`` are the access, ``access`` is ``"read"`` or ``"write"``.
     """
