@@ -108,7 +108,7 @@ class Machine:
         self.clock = EventClock(self._now)
         self.clock.on_earlier = self._earlier
         self.clock.on_look = self._look
-        self.trace.clock = self._now
+        self.trace.clock = self._time
         self._base = 0
         self._start = 0
         self._floor = 0
@@ -349,7 +349,8 @@ class Machine:
 
     # Time
 
-    def _now(self) -> int:
+    def _time(self) -> int:
+        """Virtual time, for who is no part of the machine: that it is asked for must not be seen in it."""
         if not self.counted:
             return self._base + (int((time.monotonic() - self._began) * 1e9) if self._began else 0)
         now = self._base
@@ -357,16 +358,20 @@ class Machine:
         if vcpu is not None:
             now += vcpu.engine.ticks - self._start
         # A fault takes the rest of its block back: time stands still until it is made up for.
-        if now < self._floor:
-            return self._floor
-        self._floor = now
+        return max(now, self._floor)
+
+    def _now(self) -> int:
+        """Virtual time, for devices."""
+        now = self._time()
+        if self.counted:
+            self._floor = now
         return now
 
     def now_at(self, ticks: int) -> int:
         """Virtual time at which the running vCPU's engine stands at ``ticks``."""
         if not self.counted or self._running is None:
             return self._now()
-        return self._base + ticks - self._start
+        return max(self._base + ticks - self._start, self._floor)
 
     def _earlier(self, ns: int) -> None:
         """An event was made that comes before all others: the slice in progress must not pass it."""
