@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import signal
 import time
 from collections.abc import Iterable
 
@@ -189,8 +190,9 @@ class Machine:
         return 0 if self._running is None else self._running.index
 
     def request_exit(self, reason: str, status: int) -> None:
-        """End the run with ``status`` once the guest has left its present block."""
+        """End the run with ``status``, a 64-bit number, once the guest has left its present block."""
         if self._exit is None:
+            status = (status + (1 << 63)) % (1 << 64) - (1 << 63)  # guests have registers, which know no sign
             self._exit = (status, reason if reason in ("until", "quit", "trace") else "exit")
         self._attend()
 
@@ -417,6 +419,7 @@ class Machine:
                 clock="instructions" if self.counted else "host",
                 guest="" if self.image is None else os.path.basename(self.image.path),
             )
+        core.take_signals()
         self._began = time.monotonic()
         deadline = None if timeout is None else self._began + timeout
         limit = None if max_instructions is None else self._instructions() + max_instructions
@@ -434,6 +437,9 @@ class Machine:
         result.summary = self.summary()
         if trace.on:
             trace.emit("machine_end", reason=result.reason, status=result.status)
+        if result.reason != "interrupted":
+            for number in core.take_signals() - {core.SIGALRM_NUMBER}:
+                signal.raise_signal(number)  # it came too late to end this run, and is not the next one's
         return result
 
     def _loop(self, deadline: float | None, limit: int | None) -> RunResult:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,7 +13,9 @@ from tests.loader.conftest import R, W, X, write_elf
 from xipvm.devices.flash.files import ImageOption
 from xipvm.errors import FlashImageError, GuestImageError
 from xipvm.machine import Machine
-from xipvm.trace import Event
+from xipvm.report import CrashReport, crash_report
+from xipvm.trace import Event, Trace
+from xipvm.trace.recorder import Recorder
 
 ARM_RAM, RISCV_RAM = 0x4010_0000, 0x8000_0000
 FINISHER, PASS, RESET = 0x0010_0000, 0x5555, 0x7777
@@ -155,3 +159,32 @@ def test_a_trace_that_begins_late_tells_what_is_held_already(tmp_path: Path) -> 
         machine.run(max_instructions=100)
     told = [event.fields["gfn"] for event in events if event.kind == "tlb_insert"]
     assert told == [RISCV_RAM >> 12]
+
+
+def test_a_negative_exit_status_is_one_in_the_result_and_in_a_trace(tmp_path: Path) -> None:
+    block = ARM_RAM + 0x100
+    code = [*a64.mov(0, 0x18), *a64.mov(1, block), a64.HLT_SEMIHOST, a64.b(0)]  # SYS_EXIT
+    data = words(*code).ljust(0x100, b"\0") + (0x20026).to_bytes(8, "little") + b"\xff" * 8
+    trace = Trace()
+    with (
+        Recorder(tmp_path / "exit.xtrace") as recorder,
+        Machine(guest=guest(tmp_path / "exit.elf", ARM_RAM, data, 183), trace=trace) as machine,
+    ):
+        trace.attach(recorder)
+        assert machine.run(max_instructions=1000).status == -1
+        trace.detach(recorder)
+
+
+def test_a_signal_that_comes_too_late_is_not_the_next_run_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The guest has crashed already. Python gets the signal, as it would without a machine."""
+
+    def interrupted_report(*arguments: Any) -> CrashReport:
+        signal.raise_signal(signal.SIGINT)
+        return crash_report(*arguments)
+
+    monkeypatch.setattr("xipvm.machine.crash_report", interrupted_report)
+    crash = guest(tmp_path / "crash.elf", ARM_RAM, words(a64.UDF), 183)
+    with Machine(guest=crash) as machine, pytest.raises(KeyboardInterrupt):
+        machine.run(max_instructions=1000)
+    with Machine(guest=guest(tmp_path / "loop.elf", ARM_RAM, words(a64.b(0)), 183)) as machine:
+        assert machine.run(max_instructions=1000).reason == "limit"
