@@ -17,6 +17,10 @@ TLBs and kick all vCPUs* → unlock.
 
 End: lock → seq + 1, then in_progress - 1 → unlock. Seq first: whoever sees the count at 0 sees the new seq.
 
+Dirty log of a memslot: a bit is set, under mmu_lock, whenever a writable entry is installed, also for a read, as KVM
+does. Reading the log: bits cleared → their entries lose W → *all TLBs flushed* → the bits are handed out; a page that
+it does not name was not written behind the caller's last look.
+
 The entries hold no reference to their frames. What keeps a frame from being reused under an entry is this protocol.
 """
 
@@ -144,6 +148,8 @@ class Kvm(SecondaryMmu, MmuNotifier):
         if writable:
             # The guest writes without telling anybody: to the mm the frame is dirty from now on.
             self.host.set_flags(pfn, PG_DIRTY)
+            if slot.dirty_bitmap is not None:
+                slot.mark_dirty(gfn)
         trace = self.trace
         if trace.on:
             trace.emit("spte_set", vm=self.name, gfn=gfn, pfn=pfn, rights=spte_rights(spte))
@@ -278,22 +284,29 @@ class Kvm(SecondaryMmu, MmuNotifier):
     # ---- memslots
 
     def set_memslot(self, slot: int, gfn: int, pages: int, hva: int, flags: int = 0) -> None:
-        """Create memslot ``slot``, or move it to another guest frame.
+        """Create memslot ``slot``, move it to another guest frame, or turn its dirty logging on or off.
 
-        Raises MmError, and nothing is changed: EINVAL and EEXIST as :meth:`Memslots.check` says, EDEADLK when an
-        invalidation is in progress that cannot end meanwhile.
+        Logging begins with every entry write-protected and a clean log. Raises MmError, and nothing is changed: EINVAL
+        and EEXIST as :meth:`Memslots.check` says, EDEADLK when an invalidation is in progress that cannot end
+        meanwhile.
         """
         self._wait_for_invalidations("set_memslot")
         new = Memslot(slot, Gfn(gfn), pages, Hva(hva), flags)
         old = self.memslots.check(new)
         if old is not None:
-            if old.gfn == gfn:
+            if (old.gfn, old.flags) == (gfn, flags):
                 return
-            self._retire(old)
+            if old.gfn != gfn:
+                self._retire(old)
+        new.start_log(old)
         self.memslots.insert(new)
-        self._zap(gfn, new.gfn_end)  # MMIO entries: there is memory now
-        if self.tlbs_dirty:
-            self._flush_and_kick("memslot")
+        if old is None or old.gfn != gfn:
+            self._zap(gfn, new.gfn_end)  # MMIO entries: there is memory now
+            if self.tlbs_dirty:
+                self._flush_and_kick("memslot")
+        elif new.dirty_bitmap is not None:
+            self._write_protect(gfn, new.gfn_end)
+            self._flush_tlbs("dirty_log")
         if self.trace.on:
             self.trace.emit("memslot_set", vm=self.name, slot=slot, gfn=gfn, pages=pages, hva=hva, flags=flags)
 
@@ -310,6 +323,40 @@ class Kvm(SecondaryMmu, MmuNotifier):
         self.memslots.remove(slot)
         if self.trace.on:
             self.trace.emit("memslot_delete", vm=self.name, slot=slot)
+
+    def get_dirty_log(self, slot: int) -> bytes:
+        """The pages of memslot ``slot`` that may have been written since the last call, which it forgets.
+
+        Bit n (of byte n // 8) is the slot's n-th page. Raises MmError: EINVAL when there is no such slot, ENOENT when
+        it is not logged.
+        """
+        found = self.memslots.get(slot)
+        if found is None:
+            raise MmError(errno.EINVAL, f"get_dirty_log: there is no memslot {slot}")
+        bitmap = found.dirty_bitmap
+        if bitmap is None:
+            raise MmError(errno.ENOENT, f"get_dirty_log: memslot {slot} is not logged")
+        dirty = bytes(bitmap)
+        bitmap[:] = bytes(len(bitmap))
+        for page in range(found.pages):
+            if dirty[page >> 3] >> (page & 7) & 1:
+                self._write_protect(found.gfn + page, found.gfn + page + 1)
+        point("kvm.dirty_log.unflushed")
+        # Also when nothing was protected here: somebody else may have, and not have flushed yet.
+        self._flush_tlbs("dirty_log")
+        return dirty
+
+    def _write_protect(self, start: int, end: int) -> None:
+        """Take W from the entries of guest frames ``[start, end)``; a write faults. The caller flushes."""
+        if self.sptes.clear_bits(start, end, SPTE_WRITE, SPTE_PRESENT):
+            self.tlbs_dirty = True
+            if self.trace.on:
+                self.trace.emit("spte_protect", vm=self.name, start=start, end=end)
+
+    def _flush_tlbs(self, reason: str) -> None:
+        """Make every vCPU look up its rights again. No kick: only code that is chained does without the TLB."""
+        self.flush_remote_tlbs(reason)
+        self.tlbs_dirty = False
 
     def _retire(self, slot: Memslot) -> None:
         """Let nobody use ``slot`` any more. As in KVM, the entries of all slots go."""

@@ -14,13 +14,15 @@ from collections.abc import Iterator
 from xipvm.address import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE, Gfn, Hva
 from xipvm.errors import MmError
 
+MEM_LOG_DIRTY_PAGES = 1 << 0
+"""KVM_MEM_LOG_DIRTY_PAGES: which pages the guest may have written is kept, for KVM_GET_DIRTY_LOG."""
 MEM_READONLY = 1 << 1
 """KVM_MEM_READONLY: reads are memory, a write is an MMIO access."""
 MEM_ROMD = 1 << 16
 """The slot shows a ROM device: like READONLY, and when the host cannot give the page (flash that is in a command mode),
 reads are MMIO accesses too."""
 
-MEM_FLAGS = MEM_READONLY | MEM_ROMD
+MEM_FLAGS = MEM_LOG_DIRTY_PAGES | MEM_READONLY | MEM_ROMD
 
 MAX_SLOTS = 32764
 """KVM_USER_MEM_SLOTS of x86: slot numbers are below it."""
@@ -30,9 +32,24 @@ HVA_LIMIT = 1 << 47
 
 
 class Memslot:
-    """One slot. ``invalid``: it is being deleted or moved, and faults in it have to be retried."""
+    """One slot. ``invalid``: it is being deleted or moved, and faults in it have to be retried.
 
-    __slots__ = ("flags", "gfn", "gfn_end", "hva", "hva_end", "id", "invalid", "pages", "readonly", "romd")
+    ``dirty_bitmap`` is what the dirty log has: bit n (of byte n // 8) for the slot's n-th page; None without logging.
+    """
+
+    __slots__ = (
+        "dirty_bitmap",
+        "flags",
+        "gfn",
+        "gfn_end",
+        "hva",
+        "hva_end",
+        "id",
+        "invalid",
+        "pages",
+        "readonly",
+        "romd",
+    )
 
     def __init__(self, id: int, gfn: Gfn, pages: int, hva: Hva, flags: int) -> None:
         self.id = id
@@ -45,6 +62,7 @@ class Memslot:
         self.readonly = bool(flags & (MEM_READONLY | MEM_ROMD))
         self.romd = bool(flags & MEM_ROMD)
         self.invalid = False
+        self.dirty_bitmap: bytearray | None = None
 
     def __repr__(self) -> str:
         return f"<memslot {self.id}: gfn {self.gfn:#x}..{self.gfn_end:#x} at hva {self.hva:#x}, flags {self.flags:#x}>"
@@ -52,6 +70,18 @@ class Memslot:
     def hva_of(self, gfn: Gfn) -> Hva:
         """Host virtual address of the first byte of ``gfn``, which lies in the slot."""
         return Hva(self.hva + ((gfn - self.gfn) << PAGE_SHIFT))
+
+    def start_log(self, old: Memslot | None) -> None:
+        """Give a slot whose flags ask for one its dirty bitmap: that of ``old``, which it replaces, or a clean one."""
+        if self.flags & MEM_LOG_DIRTY_PAGES:
+            kept = old.dirty_bitmap if old is not None else None
+            self.dirty_bitmap = bytearray(self.pages + 7 >> 3) if kept is None else kept
+
+    def mark_dirty(self, gfn: int) -> None:
+        """``gfn``, which lies in the slot, may be written from now on. The slot is logged."""
+        bitmap, page = self.dirty_bitmap, gfn - self.gfn
+        if bitmap is not None:
+            bitmap[page >> 3] |= 1 << (page & 7)
 
 
 _NOWHERE = Memslot(-1, Gfn(0), 0, Hva(0), 0)
@@ -107,7 +137,8 @@ class Memslots:
         """Whether ``new`` may be set; the slot of the same number that it would change, None if there is none.
 
         Raises MmError: EINVAL for unknown flags, a bad slot number, no pages, an unaligned or too large range, or
-        a change of size, host address or flags; EEXIST when another slot has one of its guest frames.
+        a change of size, host address or another flag than the dirty log's; EEXIST when another slot has one of its
+        guest frames.
         """
         if new.flags & ~MEM_FLAGS:
             raise MmError(errno.EINVAL, f"memslot {new.id}: flags {new.flags & ~MEM_FLAGS:#x} are unknown")
@@ -120,8 +151,13 @@ class Memslots:
         if new.hva & ~PAGE_MASK or new.hva < 0 or new.hva_end > HVA_LIMIT:
             raise MmError(errno.EINVAL, f"memslot {new.id}: host address {new.hva:#x} is unaligned or out of range")
         old = self._by_id.get(new.id)
-        if old is not None and (old.pages, old.hva, old.flags) != (new.pages, new.hva, new.flags):
-            raise MmError(errno.EINVAL, f"memslot {new.id}: only its guest frame can be changed; delete it first")
+        if old is not None and (
+            (old.pages, old.hva) != (new.pages, new.hva) or (old.flags ^ new.flags) & ~MEM_LOG_DIRTY_PAGES
+        ):
+            raise MmError(
+                errno.EINVAL,
+                f"memslot {new.id}: only its guest frame and dirty logging can be changed; delete it first",
+            )
         for slot in self._by_gfn:
             if slot is not old and slot.gfn < new.gfn_end and new.gfn < slot.gfn_end:
                 raise MmError(errno.EEXIST, f"memslot {new.id} overlaps {slot!r}")
