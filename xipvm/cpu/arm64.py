@@ -45,7 +45,6 @@ SP_EL0 = (3, 0, 4, 1, 0)
 SP_EL1 = (3, 4, 4, 1, 0)
 SCTLR_EL1 = (3, 0, 1, 0, 0)
 TTBR0_EL1 = (3, 0, 2, 0, 0)
-TTBR1_EL1 = (3, 0, 2, 0, 1)
 TCR_EL1 = (3, 0, 2, 0, 2)
 MPIDR_EL1 = (3, 0, 0, 0, 5)
 PMCCNTR_EL0 = (3, 3, 9, 13, 0)
@@ -80,13 +79,10 @@ _X = [core.ARM64_X0 + n for n in range(29)] + [core.ARM64_X29, core.ARM64_X30]
 class Arm64:
     """The AArch64 side of a vCPU. Starts in EL1 with the MMU off, as QEMU's virt does without EL2 and EL3."""
 
-    id = core.ARM64
-
     def __init__(self, vcpu: Vcpu, services: CpuServices) -> None:
         self.vcpu = vcpu
         self.engine = vcpu.engine
         self.services = services
-        self._paging = False
         self.engine.on_sysreg = self._sysreg
 
     def reset(self, pc: int, arg: int) -> None:
@@ -97,7 +93,6 @@ class Arm64:
         engine.set_cp_reg(*MPIDR_EL1, 1 << 31 | self.vcpu.index)
         engine.set_reg(core.ARM64_X0, arg)
         engine.set_reg(core.ARM64_PC, pc)
-        self._paging = False
 
     def pc(self) -> int:
         """The program counter."""
@@ -184,7 +179,7 @@ class Arm64:
 
     def _vector(self, pstate: int, kind: int, pc: int, what: str) -> int:
         vbar = int(self.engine.cp_reg(*VBAR_EL1))
-        if vbar == 0 and not self.services.vectors_at_zero(self.vcpu):
+        if vbar == 0:  # flash on these boards, and its start is code
             raise GuestError(f"{what}; no exception vectors are set (VBAR_EL1 is 0)")
         if pstate & 0b1100 == 0:
             vector = vbar + 0x400 + kind

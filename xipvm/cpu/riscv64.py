@@ -58,8 +58,6 @@ _TRAP_CSRS = (
 class Riscv64:
     """The RV64 side of a vCPU. Starts in M mode with interrupts off."""
 
-    id = core.RISCV64
-
     def __init__(self, vcpu: Vcpu, services: CpuServices) -> None:
         self.vcpu = vcpu
         self.engine = vcpu.engine

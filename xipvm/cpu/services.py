@@ -32,9 +32,6 @@ class CpuServices(Protocol):
     def check_fetch(self, vcpu: Vcpu, gva: int) -> None:
         """Raise GuestError when a fetch from ``gva`` is an error of its own (flash outside read-array mode)."""
 
-    def vectors_at_zero(self, vcpu: Vcpu) -> bool:
-        """Whether exception vectors at address 0 are what the guest wants (it wrote the register)."""
-
     def note_exception(self, vcpu: Vcpu, vector: int, pc: int, cause: int, address: int) -> None:
         """An exception was delivered."""
 

@@ -43,8 +43,6 @@ class Leave(Enum):
 class Isa(Protocol):
     """What an ISA module gives a vCPU."""
 
-    id: int
-
     def reset(self, pc: int, arg: int) -> None:
         """Put the registers into their state at power-on, with ``pc`` and the boot argument."""
 
@@ -108,7 +106,6 @@ class Vcpu:
         self.last_exception: tuple[str, int] | None = None
         """What the last exception was that entered the guest's handler, and the PC it came from."""
         self.faults = 0
-        self.kicks = 0
         self._mmio: set[tuple[int, int]] = set()
         """Pages and accesses that were found to be a device's since the last flush. The engine's TLB forgets them as
         it likes, and asks again; how often must be seen neither in a trace nor in ``faults``."""
@@ -122,10 +119,6 @@ class Vcpu:
     def attach(self, isa: Isa) -> None:
         """Give the vCPU its ISA; done once, before the first run."""
         self.isa = isa
-
-    def close(self) -> None:
-        """Give the engine back."""
-        self.engine.release()
 
     def record(self, on: bool) -> None:
         """Whether translations handed out, flushes and dropped code go into the trace."""
@@ -151,7 +144,6 @@ class Vcpu:
         """Have the vCPU leave the guest at its next block, so that no chained code runs on."""
         engine = self.engine
         if engine.in_guest:
-            self.kicks += 1
             engine.leave(core.KICK_FLUSH)
             if self.trace.on:
                 self.trace.emit("kvm_kick", vcpu=self.index, reason=reason)
