@@ -77,8 +77,4 @@ class MmError(XipvmError):
 
 
 class GuestError(XipvmError):
-    """The guest did something it cannot be resumed from; ``report`` explains it. Exit status 1."""
-
-    def __init__(self, message: str, report: object = None) -> None:
-        super().__init__(message)
-        self.report = report
+    """The guest did something it cannot be resumed from. Exit status 1."""

@@ -75,10 +75,6 @@ class Firmware:
                     f"{memory.device.describe()}"
                 )
 
-    def vectors_at_zero(self, vcpu: Vcpu) -> bool:
-        """Address 0 is flash on this kind of board; its start is code, not vectors."""
-        return False
-
     def note_exception(self, vcpu: Vcpu, vector: int, pc: int, cause: int, address: int) -> None:
         """Tell the trace."""
         trace = self._machine.trace

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -38,4 +38,3 @@ class RunResult:
     reason: str
     summary: Summary
     report: CrashReport | None = None
-    notes: list[str] = field(default_factory=list)
