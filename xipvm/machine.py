@@ -554,6 +554,7 @@ class Machine:
         self._reset = False
         for vcpu in self.vcpus:
             vcpu.on = vcpu.idle = vcpu.irq = False
+            vcpu.last_exception = vcpu.fault_address = None
             vcpu.flush_tlb("reset")
         self.platform.reset()
         for memory in self.flash:
