@@ -228,7 +228,7 @@ class Arm64:
         return True
 
     def waits(self, pc: int) -> Leave:
-        """WFI idles; WFE and YIELD give the rest of the slice away."""
+        """WFI idles; the engine runs WFE and YIELD as NOPs, so nothing else is known to stop it."""
         return Leave.IDLE if self._insn(pc - 4) == WFI else Leave.YIELD
 
     # System registers

@@ -10,7 +10,7 @@ cdef void _before_write(void *ctx, uint64_t pfn) noexcept:
 
 @cython.no_gc_clear             # __dealloc__ takes the hook out of `host`
 cdef class EngineGroup:
-    """See the .pxd. ``members`` are engines; at most 32 live at a time."""
+    """See the .pxd. At most 32 engines live at a time."""
 
     def __init__(self, HostMemory host not None):
         self.host = host
