@@ -46,6 +46,7 @@ SP_EL1 = (3, 4, 4, 1, 0)
 SCTLR_EL1 = (3, 0, 1, 0, 0)
 TTBR0_EL1 = (3, 0, 2, 0, 0)
 TCR_EL1 = (3, 0, 2, 0, 2)
+TCR_EPD1 = 1 << 23
 MPIDR_EL1 = (3, 0, 0, 0, 5)
 PMCCNTR_EL0 = (3, 3, 9, 13, 0)
 
@@ -109,7 +110,15 @@ class Arm64:
     # Exceptions
 
     def memory_fault(self, gva: int, access: int, pc: int) -> None:
-        """An external abort: instruction abort for a fetch, else data abort."""
+        """An external abort: instruction abort for a fetch, else data abort.
+
+        A GuestError where the guest's tables turn out to map addresses elsewhere: a new entry needs no TLB maintenance.
+        """
+        self._check_paging()
+        if gva >> 63 and self.engine.cp_reg(*SCTLR_EL1) & 1 and not self.engine.cp_reg(*TCR_EL1) & TCR_EPD1:
+            raise GuestError(
+                f"the guest uses {gva:#x}, which TTBR1 maps; only identity maps are followed on this board"
+            )
         if access == core.FETCH:
             self.services.check_fetch(self.vcpu, gva)
             self._enter(EC_IABT, FSC_EXTERNAL, pc, pc, f"fetch from {pc:#x}, where no memory answers")
@@ -250,8 +259,8 @@ class Arm64:
             self._check_paging(key, value)
         return None
 
-    def _check_paging(self, key: tuple[int, int, int, int, int], value: int) -> None:
-        """The guest changes its translation: only an identity map can be followed."""
+    def _check_paging(self, key: tuple[int, ...] = (), value: int = 0) -> None:
+        """Only an identity map can be followed; ``key`` is a register that the guest is about to write."""
         state = {
             register: value if register == key else int(self.engine.cp_reg(*register))
             for register in (SCTLR_EL1, TTBR0_EL1, TCR_EL1)

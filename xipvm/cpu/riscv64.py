@@ -94,7 +94,12 @@ class Riscv64:
     # Traps
 
     def memory_fault(self, gva: int, access: int, pc: int) -> None:
-        """An access fault of a fetch, load or store."""
+        """An access fault of a fetch, load or store.
+
+        A GuestError where the guest's tables turn out to map addresses elsewhere since satp was written.
+        """
+        if self._privilege() < M:
+            self._check_tables(self._csr(core.RISCV_SATP))
         if access == core.FETCH:
             self.services.check_fetch(self.vcpu, gva)
             # An instruction may begin in one page and end in the next: the trap is at its start, mtval where it failed.
@@ -311,7 +316,10 @@ class Riscv64:
 
     def _check_paging(self, operation: int, operand: int) -> None:
         old = self._csr(core.RISCV_SATP)
-        satp = {1: operand, 2: old | operand, 3: old & ~operand}[operation]
+        self._check_tables({1: operand, 2: old | operand, 3: old & ~operand}[operation])
+
+    def _check_tables(self, satp: int) -> None:
+        """Only an identity map can be followed."""
         different = paging.riscv_not_identity(satp, self.services.read_physical)
         if different is not None:
             gva, gpa = different
