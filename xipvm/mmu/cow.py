@@ -39,10 +39,11 @@ def do_wp_page(mm: Mm, area: Vma, hva: int, entry: int) -> tuple[VmFault, str]:
 def _wp_page_shared(mm: Mm, area: Vma, hva: int, entry: int) -> tuple[VmFault, str]:
     """The file hears of the first write to a clean page."""
     assert area.file is not None
-    fault = area.file.page_mkwrite(area.page_offset(hva), pte_pfn(entry))
+    with mm.mmap_lock.read:
+        fault = area.file.page_mkwrite(area.page_offset(hva), pte_pfn(entry))
     if fault not in (VmFault.OK, VmFault.NOPAGE):
         return fault, fault.name.lower()
-    if fault or mm.pgd.get(hva >> PAGE_SHIFT) != entry or not mm.still_writable(area, hva):
+    if fault or mm.pgd.get(hva >> PAGE_SHIFT) != entry:
         return VmFault.OK, "retry"
     mm.set_pte(hva, entry | WRITE | DIRTY | ACCESSED)
     return VmFault.OK, "mkwrite"
@@ -66,17 +67,18 @@ def wp_page_copy(mm: Mm, area: Vma, hva: int, entry: int) -> bool:
         host.get(old)
     spare: int = new  # what is left over in the end
     try:
-        point("mm.cow.copied")
         start = hva & PAGE_MASK
-        with mm.notifiers.invalidate_range(start, start + PAGE_SIZE, RangeEvent.CLEAR):
-            if mm.pgd.get(page) == entry and mm.still_writable(area, hva):
-                mm.clear_flush(start)
-                map_new_anon(mm, area, start, new)
-                spare = old
-                if counted:
-                    host.add_mapcount(old, -1)
-                if mm.trace.on:
-                    mm.trace.emit("mm_cow", mm=mm.name, hva=start, old=old, new=new)
+        with mm.mmap_lock.read:
+            point("mm.cow.copied")
+            with mm.notifiers.invalidate_range(start, start + PAGE_SIZE, RangeEvent.CLEAR):
+                if mm.pgd.get(page) == entry:
+                    mm.clear_flush(start)
+                    map_new_anon(mm, area, start, new)
+                    spare = old
+                    if counted:
+                        host.add_mapcount(old, -1)
+                    if mm.trace.on:
+                        mm.trace.emit("mm_cow", mm=mm.name, hva=start, old=old, new=new)
         return spare == old
     finally:
         if counted:

@@ -13,7 +13,7 @@ from xipvm.actors import point
 from xipvm.address import PAGE_MASK, PAGE_SHIFT
 from xipvm.errors import OutOfFrames
 from xipvm.mmu.cow import do_wp_page, map_new_anon
-from xipvm.mmu.file import VmFault
+from xipvm.mmu.file import FaultResult, VmFault
 from xipvm.mmu.frames import ZERO_PFN
 from xipvm.mmu.mapping import anon_vma_prepare
 from xipvm.mmu.pte import ACCESSED, DIRTY, PFN_SHIFT, SPECIAL, WRITE
@@ -30,6 +30,8 @@ _OK: Final = VmFault.OK  # attributes of enumerations are slow
 def handle_mm_fault(mm: Mm, hva: int, write: bool) -> VmFault:
     """Makes the entry of ``hva`` allow the access, as far as the areas do."""
     point("mm.fault")
+    if mm.mmap_lock.writer:
+        mm.mmap_lock.wait_for_writer()
     area = mm.cached_vma
     if area is None or not area.start <= hva < area.end:
         area = mm.find_vma(hva)
@@ -83,7 +85,7 @@ def _do_read_fault(mm: Mm, area: Vma, file: AddressSpace, hva: int) -> tuple[VmF
         _map_around(mm, area, file, page)
         if mm.pgd.get(page):
             return _OK, "file"
-    pfn, fault = file.fault(area, area.page_offset(hva), False)
+    pfn, fault = _ask(mm, area, file, hva, False)
     if fault:
         return fault, fault.name.lower()
     if mm.find_vma(hva) is not area or mm.pgd.get(page):
@@ -108,10 +110,11 @@ def _map_around(mm: Mm, area: Vma, file: AddressSpace, page: int) -> None:
 def _do_shared_fault(mm: Mm, area: Vma, file: AddressSpace, hva: int) -> tuple[VmFault, str]:
     """The file's page, writable; the file hears of the write first."""
     page, pgoff = hva >> PAGE_SHIFT, area.page_offset(hva)
-    pfn, fault = file.fault(area, pgoff, True)
+    pfn, fault = _ask(mm, area, file, hva, True)
     if fault:
         return fault, fault.name.lower()
-    fault = file.page_mkwrite(pgoff, pfn)
+    with mm.mmap_lock.read:
+        fault = file.page_mkwrite(pgoff, pfn)
     if not fault and mm.still_writable(area, hva) and not mm.pgd.get(page):
         _map_file_page(mm, area, page, pfn, area.rights | WRITE | DIRTY | ACCESSED)
         return _OK, "file"
@@ -126,7 +129,7 @@ def _do_cow_fault(mm: Mm, area: Vma, file: AddressSpace, hva: int) -> tuple[VmFa
     page = hva >> PAGE_SHIFT
     new = mm.alloc_frame(False)
     try:
-        pfn, fault = file.fault(area, area.page_offset(hva), False)
+        pfn, fault = _ask(mm, area, file, hva, False)
     except BaseException:
         mm.put_frame(new)
         raise
@@ -138,6 +141,19 @@ def _do_cow_fault(mm: Mm, area: Vma, file: AddressSpace, hva: int) -> tuple[VmFa
             return _OK, "cow"
     mm.put_frame(new)
     return fault, fault.name.lower() if fault else "retry"
+
+
+def _ask(mm: Mm, area: Vma, file: AddressSpace, hva: int, write: bool) -> FaultResult:
+    """The file's page, which may take a while, without mmap_lock: the area can be another one, or none, afterwards."""
+    found = file.fault(area, area.page_offset(hva), write)
+    if mm.mmap_lock.writer:
+        try:
+            mm.mmap_lock.wait_for_writer()
+        except BaseException:
+            if not found[1]:
+                mm.put_frame(found[0])
+            raise
+    return found
 
 
 def _map_file_page(mm: Mm, area: Vma, page: int, pfn: int, flags: int) -> None:

@@ -23,9 +23,14 @@ _NAMES: Final = {MADV_DONTNEED: "DONTNEED", MADV_DONTFORK: "DONTFORK", MADV_DOFO
 
 def madvise(mm: Mm, addr: int, length: int, advice: int) -> None:
     """See :meth:`Mm.madvise`."""
-    start, end = mm.check_range("madvise", addr, length)
     if advice not in _NAMES:
         raise MmError(errno.EINVAL, f"madvise: advice {advice}")
+    with mm.mmap_lock.read if advice == MADV_DONTNEED else mm.mmap_lock.write:
+        start, end = mm.check_range("madvise", addr, length)
+        _madvise(mm, start, end, advice)
+
+
+def _madvise(mm: Mm, start: int, end: int, advice: int) -> None:
     areas = mm.covered("madvise", start, end)
     if not areas:
         return

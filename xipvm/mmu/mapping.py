@@ -113,8 +113,8 @@ def _find_gap(mm: Mm, size: int) -> int:
     return max((top - size) & mask, 0)
 
 
-def munmap(mm: Mm, addr: int, length: int) -> None:
-    """See :meth:`Mm.munmap`. One range for all areas, as long as any is in it."""
+def munmap(mm: Mm, addr: int, length: int, *, downgrade: bool = False) -> None:
+    """See :meth:`Mm.munmap`. One range for all areas, as long as any is in it; as a reader with ``downgrade``."""
     start, end = mm.check_range("munmap", addr, length)
     if start == end or end > TASK_SIZE:
         raise MmError(errno.EINVAL, f"munmap({addr:#x}, {length:#x})")
@@ -125,6 +125,8 @@ def munmap(mm: Mm, addr: int, length: int) -> None:
     areas = mm.areas_in(start, end)
     for area in areas:
         remove(mm, area)
+    if downgrade:
+        mm.mmap_lock.downgrade()
     with mm.because("vma_unmap", start=start, end=end):
         unmap_vmas(mm, areas, start, end)
 

@@ -10,6 +10,7 @@ zap.py                  taking entries away: the gather, truncation, exit
 fault.py, cow.py        what a missing or a read-only entry leads to
 gup.py                  get_user_pages, and copies to and from the address space
 fork.py                 a child that shares pages until somebody writes
+locks.py                mmap_lock: which operations exclude each other
 ======================  ==========================================================
 
 Every operation that lowers a right or changes a page keeps one order: range start to the notifiers → entries change →
@@ -29,6 +30,7 @@ from xipvm.address import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE, Hva, Pfn, page_up
 from xipvm.errors import MmError
 from xipvm.mmu import fork, gup, madvise, mapping, protect, zap
 from xipvm.mmu.frames import HostMemory
+from xipvm.mmu.locks import RwLock
 from xipvm.mmu.page_cache import ShmemFile
 from xipvm.mmu.pte import FLAGS, PFN_SHIFT, pte_pfn
 from xipvm.mmu.rmap import reverse_map
@@ -47,8 +49,9 @@ _end = attrgetter("end")
 class Mm:
     """An empty address space over ``host``. ``name`` is what traces call it.
 
-    Operations raise MmError with Linux's errno and then have changed nothing; ESRCH when the mm has exited. Where Linux
-    does a part of the work and then reports ENOMEM for a hole, as mprotect and madvise do, nothing is done.
+    Operations raise MmError with Linux's errno and then have changed nothing; ESRCH when the mm has exited, EDEADLK
+    when one would have to wait for another that nobody lets go on (locks.py). Where Linux does a part of the work and
+    then reports ENOMEM for a hole, as mprotect and madvise do, nothing is done.
     """
 
     __slots__ = (
@@ -58,6 +61,7 @@ class Mm:
         "children",
         "dead",
         "host",
+        "mmap_lock",
         "name",
         "notifiers",
         "pgd",
@@ -78,6 +82,7 @@ class Mm:
         self.notifiers = MmuNotifiers(self)
         self.rmap = reverse_map(host)
         self.rmap.mms[self] = None
+        self.mmap_lock = RwLock(f"mmap_lock of {name}")
         self.dead = False
         self.children = 0
         self.cached_vma: Vma | None = None
@@ -100,7 +105,6 @@ class Mm:
         ``addr`` is a wish unless ``flags`` say MAP_FIXED (replaces what is there) or MAP_FIXED_NOREPLACE (EEXIST).
         Errors: EINVAL, EOVERFLOW, EBADF (no file), ENOMEM (no room), EACCES (shared and writable, the file is not).
         """
-        self.check_alive("mmap")
         if file is None and flags & MAP_SHARED and flags & MAP_ANONYMOUS:
             # As in Linux: a memory file that nobody else has, and that goes with its last mapping.
             file, pgoff, flags = (
@@ -109,15 +113,19 @@ class Mm:
                 flags ^ MAP_ANONYMOUS,
             )
             file.close()
-        return mapping.mmap(self, length, prot, flags, addr, file, pgoff)
+        with self.mmap_lock.write:
+            self.check_alive("mmap")
+            return mapping.mmap(self, length, prot, flags, addr, file, pgoff)
 
     def munmap(self, addr: int, length: int) -> None:
         """Unmaps what is mapped in the range; areas are split where needed. Errors: EINVAL."""
-        mapping.munmap(self, addr, length)
+        with self.mmap_lock.write:
+            mapping.munmap(self, addr, length, downgrade=True)
 
     def mprotect(self, addr: int, length: int, prot: int) -> None:
         """Changes the protection. Errors: EINVAL, ENOMEM (a hole), EACCES (shared, and the file is not writable)."""
-        protect.mprotect(self, addr, length, prot)
+        with self.mmap_lock.write:
+            protect.mprotect(self, addr, length, prot)
 
     def madvise(self, addr: int, length: int, advice: int) -> None:
         """MADV_DONTNEED drops the pages, MADV_DONTFORK and MADV_DOFORK say what fork copies.
@@ -218,7 +226,8 @@ class Mm:
 
     def fork(self, name: str | None = None) -> Mm:
         """A child with the same mappings; private pages are shared until one side writes."""
-        return fork.fork(self, name)
+        with self.mmap_lock.write:
+            return fork.fork(self, name)
 
     def exit(self) -> None:
         """Releases the notifiers, then unmaps everything. A second call does nothing."""

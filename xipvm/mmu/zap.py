@@ -84,18 +84,27 @@ def unmap_mapping_range(file: AddressSpace, pgoff: int, count: int, *, even_cows
         hi = min(area.end, area.start + ((pgoff + count - area.pgoff) << PAGE_SHIFT))
         if lo >= hi or area not in file.areas:
             continue
-        mm = area.mm
+        mm, place = area.mm, (area.start, area.end, area.pgoff)
         gather = MmuGather(mm)
         with mm.notifiers.invalidate_range(lo, hi, RangeEvent.CLEAR):
-            gather.zap(lo, hi, keep_anon=not even_cows)
+            if area in file.areas and place == (area.start, area.end, area.pgoff):
+                gather.zap(lo, hi, keep_anon=not even_cows)
+            else:  # split, or gone: somebody was faster
+                for part in [part for part in file.areas if part.mm is mm and part.start < hi and lo < part.end]:
+                    gather.zap(max(lo, part.start), min(hi, part.end), keep_anon=not even_cows)
         gather.finish()
 
 
 def exit_mmap(mm: Mm) -> None:
     """See :meth:`Mm.exit`. The notifiers are released first, so none of them hears of the unmapping."""
-    if mm.dead:
-        return
-    mm.dead = True
+    with mm.mmap_lock.write:
+        if mm.dead:
+            return
+        mm.dead = True
+        _exit_mmap(mm)
+
+
+def _exit_mmap(mm: Mm) -> None:
     with mm.because("mm_exit"):
         mm.notifiers.release()
         areas, mm.vmas, mm.cached_vma = mm.vmas, [], None
