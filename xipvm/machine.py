@@ -115,6 +115,10 @@ class Machine:
         self._floor = 0
         self._began = 0.0
         self._running: Vcpu | None = None
+        self._first = 0
+        """Number of the vCPU that has the next turn."""
+        self._quantum_end: int | None = None
+        """When the quantum ends whose slice an instruction limit has cut short."""
         self._exit: tuple[int, str] | None = None
         self._reset = False
         self._ended = False
@@ -444,7 +448,6 @@ class Machine:
 
     def _loop(self, deadline: float | None, limit: int | None) -> RunResult:
         ending = self.summary()
-        turn = 0
         while True:
             if self._exit is not None:
                 (status, reason), self._exit = self._exit, None
@@ -454,13 +457,13 @@ class Machine:
             self.clock.run_due()
             if limit is not None and self._instructions() >= limit:
                 return RunResult(TIMEOUT_STATUS, "limit", ending)
-            vcpu = self._next(turn)
+            vcpu = self._next(self._first)
             if vcpu is None:
                 waited = self._idle(deadline)
                 if waited is not None:
                     return waited
                 continue
-            turn = vcpu.index + 1
+            self._first = vcpu.index + 1
             try:
                 self._turn(vcpu, limit, deadline)
             except GuestError as error:
@@ -491,21 +494,33 @@ class Machine:
             if due is not None:
                 ends.append(due)
             if len(self.vcpus) > 1:
-                ends.append(self._base + QUANTUM)
+                if self._quantum_end is None:
+                    self._quantum_end = self._base + QUANTUM
+                ends.append(self._quantum_end)
             vcpu.stop_at = self._start + max(min(ends) - self._base, 1) if ends else None
         else:
             due = self.clock.next_deadline()
             if due is not None and due - self._now() < TICK * 1e9:
                 core.tick_in(max(due - self._now(), 0) / 1e9)
+        leave = Leave.KICK
         try:
-            while True:
+            while leave is Leave.KICK:
                 leave = vcpu.run_slice(self._wanted)
-                if leave is not Leave.KICK or self._wanted() or not self.counted:
-                    return
-                if self._poll_host(deadline):
-                    return
+                if self._wanted() or not self.counted or (leave is Leave.KICK and self._poll_host(deadline)):
+                    break
         finally:
             self._settle()
+        if leave is Leave.BUDGET and self._cut_short(limit):
+            self._first = vcpu.index
+        else:
+            self._quantum_end = None
+
+    def _cut_short(self, limit: int | None) -> bool:
+        """Whether only the instruction limit ended the slice: the next run goes on as this one would have."""
+        if limit is None or self._quantum_end is None or self._instructions() < limit:
+            return False
+        due = self.clock.next_deadline()
+        return self._base < self._quantum_end and (due is None or self._base < due)
 
     def _settle(self) -> None:
         """Account the slice in progress to the machine's time."""
