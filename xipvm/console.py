@@ -307,6 +307,11 @@ class Console:
         self._until = until.encode() if isinstance(until, str) else until
         self._on_until = on_until
 
+    def unwatch(self) -> None:
+        """Undo ``watch``."""
+        self._until = b""
+        self._on_until = None
+
     @property
     def live(self) -> bool:
         """Whether input may still arrive from outside."""

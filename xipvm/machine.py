@@ -55,6 +55,8 @@ HTIF_LIMIT = 64 << 10
 TICK = 0.02
 #: Frames beside guest memory: the zero page, and room for what the host process maps of its own.
 HOST_RESERVE = 16 << 20
+#: The largest device tree that a guest is given, bytes.
+DTB_LIMIT = 2 << 20
 #: An idle machine with a person at its console sleeps at most this long at a time, in seconds.
 IDLE_NAP = 0.05
 
@@ -292,7 +294,7 @@ class Machine:
     def _power_on(self) -> None:
         """RAM segments and device tree written, vCPU 0 at the entry point, the others off."""
         dtb = self.platform.dtb if self._dtb is None else self._dtb
-        address = self.platform.dtb_address
+        address = self._dtb_address(len(dtb))
         self.write_ram(address, dtb)
         entry = self.board.flash[0].base
         if self.placement is not None:
@@ -307,6 +309,15 @@ class Machine:
             # A RISC-V machine starts every hart; the others of an AArch64 one wait for PSCI.
             vcpu.on = vcpu.index == 0 or self.board.isa == "riscv64"
             vcpu.idle = False
+
+    def _dtb_address(self, size: int) -> int:
+        """Where the board puts the device tree; behind the guest's RAM segments when they take that place."""
+        address = self.platform.dtb_address
+        if self.placement is not None:
+            for piece in self.placement.of("ram"):  # ascending
+                if piece.address < address + size and address < piece.address + piece.size:
+                    address = page_up(piece.address + piece.size)
+        return address
 
     def _load(self, piece: Piece) -> None:
         """A RAM segment; what it has beyond its file bytes is zeroed; pages that do not exist are zero."""
@@ -330,7 +341,10 @@ class Machine:
         """Bytes of RAM or flash as the guest would read them, None where neither is."""
         offset = gpa - self.board.ram_base
         if offset >= 0 and offset + size <= self.memory_size:
-            return self.mm.read(self.ram + offset, size)
+            data = self.mm.read(self.ram + offset, size)
+            if self.htif is not None:
+                data = self.htif.over(self._htif_base, gpa, data)
+            return data
         for memory in self.flash:
             if memory.contains(gpa) and memory.contains(gpa + size - 1):
                 return memory.read(gpa, size)
@@ -434,6 +448,8 @@ class Machine:
             elapsed = time.monotonic() - self._began
             self._began = 0.0
             self.seconds += elapsed
+            if until is not None:
+                self.console.unwatch()
             if not self.counted:
                 self._base += int(elapsed * 1e9)
             self.console.flush()
@@ -447,16 +463,15 @@ class Machine:
         return result
 
     def _loop(self, deadline: float | None, limit: int | None) -> RunResult:
-        ending = self.summary()
         while True:
             if self._exit is not None:
                 (status, reason), self._exit = self._exit, None
-                return RunResult(status, reason, ending)
+                return RunResult(status, reason, self.summary())
             if self._reset:
                 self._restart()
             self.clock.run_due()
             if limit is not None and self._instructions() >= limit:
-                return RunResult(TIMEOUT_STATUS, "limit", ending)
+                return RunResult(TIMEOUT_STATUS, "limit", self.summary())
             vcpu = self._next(self._first)
             if vcpu is None:
                 waited = self._idle(deadline)
@@ -468,7 +483,7 @@ class Machine:
                 self._turn(vcpu, limit, deadline)
             except GuestError as error:
                 self._settle()
-                return RunResult(1, "crash", ending, report=crash_report(self, vcpu, error))
+                return RunResult(1, "crash", self.summary(), report=crash_report(self, vcpu, error))
             interrupted = self._signals(deadline)
             if interrupted is not None:
                 return interrupted
@@ -567,6 +582,8 @@ class Machine:
 
     def _restart(self) -> None:
         self._reset = False
+        if self.trace.on:
+            self.trace.emit("machine_reset", board=self.board.name)
         for vcpu in self.vcpus:
             vcpu.on = vcpu.idle = vcpu.irq = False
             vcpu.last_exception = vcpu.fault_address = None
@@ -601,12 +618,17 @@ def _check_host(memory: int) -> None:
 def _read(path: str) -> bytes:
     try:
         with open(path, "rb") as file:
-            data = file.read(1 << 21)
+            data = file.read(DTB_LIMIT + 1)
     except OSError as error:
         raise BadInput(f"{path}: {error.strerror}") from None
     if data[:4] != b"\xd0\x0d\xfe\xed":
         raise BadInput(f"{path}: is not a device tree (DTB)")
-    return data
+    size = int.from_bytes(data[4:8], "big")
+    if size > DTB_LIMIT:
+        raise BadInput(f"{path}: a device tree of {size} bytes; {format_size(DTB_LIMIT)} are the limit")
+    if size > len(data):
+        raise BadInput(f"{path}: is cut short: {len(data)} bytes of {size}")
+    return data[:size]
 
 
 def run(

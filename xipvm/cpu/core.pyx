@@ -620,6 +620,18 @@ cdef class Engine:
         """Whether ``on_insert`` is called for the first hand-out of a translation since the last flush."""
         self.handed = PageTable(3) if on else None
 
+    cdef bint knows_less(self, uint64_t gfn) noexcept:
+        """Whether a trace says that this page was handed out since the last flush, but not for writing.
+
+        A read then gets no more than that: otherwise it would depend on what the TLB has evicted whether a write is
+        recorded.
+        """
+        cdef uint64_t known
+        if self.handed is None:
+            return False
+        known = self.handed.load(gfn)
+        return known >> 3 == self.flush_generation and known & UC_PROT_WRITE == 0
+
     cdef void note(self, uint64_t gfn, uint64_t pfn, int perms) noexcept:
         cdef uint64_t *slot
         cdef uint64_t known
@@ -711,8 +723,9 @@ cdef class Engine:
             perms = UC_PROT_READ | UC_PROT_WRITE
         elif not (meta.x_mask | meta.code_mask) and entry & SPTE_WRITE:
             # Never with X: what is executed has to come in as a fetch, which scans the page at this address.
-            meta.w_mask |= self.bit
-            perms = UC_PROT_READ | UC_PROT_WRITE
+            if not self.knows_less(gfn):
+                meta.w_mask |= self.bit
+                perms = UC_PROT_READ | UC_PROT_WRITE
         result.paddr = pfn << 12
         result.perms = perms
         if self.handed is not None:
@@ -778,9 +791,13 @@ cdef class Engine:
         slot.generation = self.hot.generation
         page = self.host.bytes_of(pfn)
         for n in range(0, 4096, 2):
-            if page[n] & 0x7f != 0x73 or page[n + 1] & 0x30 == 0:
-                continue                # not a CSR instruction
-            if n < 4094:                # beyond that, the next page names the CSR: on_insn looks at it
+            if page[n] & 0x7f != 0x73:
+                continue
+            if page[n + 1] & 0x30 == 0 and not (
+                page[n] == 0x73 and page[n + 1] & 0x7f == 0 and n < 4094 and page[n + 3] & 0xfe == 0x12
+            ):
+                continue                # neither a CSR instruction nor SFENCE.VMA
+            if n < 4094 and page[n + 1] & 0x30:     # beyond that, the next page names the CSR: on_insn looks at it
                 csr = page[n + 2] >> 4 | <uint32_t>page[n + 3] << 4
                 if not (0xc00 <= csr <= 0xc1f or 0xb00 <= csr <= 0xb1f or csr == 0x180 or csr == 0x344 or csr == 0x144):
                     continue

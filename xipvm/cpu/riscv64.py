@@ -40,7 +40,7 @@ CSR_CYCLE, CSR_TIME, CSR_INSTRET, CSR_MCYCLE, CSR_MINSTRET = 0xC00, 0xC01, 0xC02
 MASK64 = 0xFFFF_FFFF_FFFF_FFFF
 MIP_SSIP, MIP_STIP, MIP_SEIP = 1 << 1, 1 << 5, 1 << 9
 
-WFI = 0x10500073
+WFI, SFENCE_VMA = 0x10500073, 0x12000073
 EBREAK, C_EBREAK = 0x00100073, 0x9002
 # Semihosting marks its ebreak by two instructions that do nothing.
 SEMIHOST_BEFORE, SEMIHOST_AFTER = 0x01F01013, 0x40705013
@@ -256,8 +256,11 @@ class Riscv64:
     # Counters and pending bits
 
     def _insn_hook(self, pc: int, size: int) -> None:
-        """A CSR instruction that the walker hooked is about to run at ``pc``."""
+        """An instruction that the walker hooked is about to run at ``pc``: SFENCE.VMA, or one that names a CSR."""
         insn = self._insn(pc)
+        if insn & 0xFE00_7FFF == SFENCE_VMA:
+            self._check_tables(self._csr(core.RISCV_SATP))
+            return
         csr = insn >> 20
         funct = insn >> 12 & 7
         if insn & 0x7F != 0x73 or funct & 3 == 0:

@@ -53,6 +53,7 @@ cdef class SignalGuard:
     """While open, SIGINT, SIGTERM and a periodic SIGALRM kick the running vCPU; before and after, they are Python's."""
 
     cdef sigaction_s old_int, old_term, old_alrm
+    cdef itimerval old_timer
     cdef double interval
 
     def __init__(self, double interval):
@@ -76,11 +77,14 @@ cdef class SignalGuard:
         tick_interval = interval
         timer.it_value.tv_sec = timer.it_interval.tv_sec = <long>interval
         timer.it_value.tv_usec = timer.it_interval.tv_usec = <long>((interval - <long>interval) * 1000000)
-        setitimer(ITIMER_REAL, &timer, NULL)
+        setitimer(ITIMER_REAL, &timer, &self.old_timer if interval > 0 else NULL)
 
     def __exit__(self, *exc):
         self._tick(0.0)
         sigaction(SIGALRM, &self.old_alrm, NULL)
+        # A timer of the process around goes on with what it had left: it stood still meanwhile.
+        if self.old_timer.it_value.tv_sec or self.old_timer.it_value.tv_usec:
+            setitimer(ITIMER_REAL, &self.old_timer, NULL)
         sigaction(SIGTERM, &self.old_term, NULL)
         sigaction(SIGINT, &self.old_int, NULL)
         return False

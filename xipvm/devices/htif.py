@@ -73,6 +73,14 @@ class Htif:
             self._clock.cancel(self._waiting)
             self._waiting = None
 
+    def over(self, base: int, gpa: int, data: bytes) -> bytes:
+        """``data`` of guest memory from ``gpa`` on, with what the device at ``base`` shows in its place."""
+        first = max(base, gpa)
+        end = min(base + len(self.storage), gpa + len(data))
+        if first >= end:
+            return data
+        return data[: first - gpa] + bytes(self.storage[first - base : end - base]) + data[end - gpa :]
+
     def read(self, offset: int, size: int) -> int:
         """Storage."""
         return int.from_bytes(self.storage[offset : offset + size], "little")

@@ -134,6 +134,7 @@ def spans(kind: Kind, fields: Mapping[str, Any]) -> Iterator[tuple[str, int, int
 
 # The machine.
 define("machine_start", "board:str memory:int smp:int clock:str guest:str", "the first event of a run")
+define("machine_reset", "board:str", "the machine restarts as from power-on; flash keeps its contents")
 define("machine_end", "reason:str status:int", "the last event of a run; status is the exit status")
 define("guest_exception", "vcpu:int vector:hex pc:gva cause:hex address:gva?", "a vCPU took an exception or trap")
 define("guest_interrupt", "vcpu:int irq:int", "a vCPU took an interrupt")
@@ -148,12 +149,18 @@ define(
     "mm:str start:hva end:hva flags:hex",
     "every mapped entry of the range has these flags now, same pages",
 )
+define(
+    "pte_move",
+    "mm:str start:hva end:hva to:hva length:npages pages:pfns",
+    "the entries of the range are at `to` now; pages are what they map",
+)
 define("pte_copy", "mm:str child:str start:hva end:hva", "the child got the parent's mapped entries of the range")
 define("mm_fault", "mm:str hva:hva access:str result:str", "the host's fault handler ran; access: read, write, fetch")
 define("primary_tlb_flush", "mm:str start:hva end:hva", "host CPUs lost their translations of the range")
 define("vma_map", "mm:str start:hva end:hva prot:prot kind:str", "a VMA appeared")
 define("vma_unmap", "mm:str start:hva end:hva", "VMAs of the range went away")
 define("vma_protect", "mm:str start:hva end:hva prot:prot", "VMAs of the range changed protection")
+define("vma_remap", "mm:str start:hva end:hva to:hva pages:npages", "mremap of the range; to is the wish at first")
 define("mm_madvise", "mm:str start:hva end:hva advice:str", "madvise; advice without its MADV_")
 define("mm_fork", "mm:str child:str", "an mm was duplicated")
 define("mm_exit", "mm:str", "an mm is torn down")
@@ -166,6 +173,14 @@ define("mmu_notifier_unregister", "mm:str notifier:str", "a notifier left the mm
 define("mmu_notifier_release", "mm:str notifier:str", "a notifier was told that the mm goes away")
 define("mmu_notifier_invalidate_range_start", "mm:str start:hva end:hva event:str range:int", "S of a range")
 define("mmu_notifier_invalidate_range_end", "mm:str start:hva end:hva event:str range:int", "E of a range")
+define("mmu_notifier_clear_flush_young", "mm:str start:hva end:hva young:bool", "young: a secondary MMU used the pages")
+define("mmu_notifier_clear_young", "mm:str start:hva end:hva young:bool", "likewise, no TLB was flushed for it")
+define("mmu_notifier_test_young", "mm:str address:hva young:bool", "likewise, and nothing was cleared")
+define("mmu_notifier_arch_invalidate_secondary_tlbs", "mm:str start:hva end:hva", "TLBs that follow the host's lost it")
+define("mmu_notifier_put", "mm:str notifier:str", "the last user gave a notifier back; it left the mm's list")
+define("mmu_interval_notifier_insert", "mm:str notifier:str start:hva end:hva", "somebody watches the range")
+define("mmu_interval_notifier_remove", "mm:str notifier:str", "a range is watched no longer")
+define("mmu_interval_notifier_invalidate", "mm:str notifier:str seq:int range:int", "a watched range was touched")
 
 # The secondary MMU. `rights` is r, rw or rx; `start` and `end` are guest frames, `pages` host frames.
 define("kvm_page_fault", "vm:str gfn:gfn access:str", "a guest access missed in the sptes; access: read, write, fetch")
