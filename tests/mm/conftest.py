@@ -23,6 +23,7 @@ WORDS = {
     "pte_set": "set",
     "pte_protect": "protect",
     "pte_copy": "copy",
+    "pte_move": "move",
     "mmu_notifier_release": "release",
 }
 

@@ -18,6 +18,7 @@ from xipvm.mmu.frames import HostMemory
 from xipvm.mmu.host_thread import HostThread
 from xipvm.mmu.madvise import MADV_DONTNEED
 from xipvm.mmu.mm import Mm
+from xipvm.mmu.mremap import MREMAP_DONTUNMAP, MREMAP_FIXED, MREMAP_MAYMOVE
 from xipvm.mmu.page_cache import ShmemFile
 from xipvm.mmu.pte import PRESENT, WRITE, pte_pfn
 from xipvm.mmu.tables import GupPage
@@ -150,6 +151,28 @@ class World:
         for page in range(first, end):
             process.pages.pop(page, None)
 
+    def mremap(self, process: Process, first: int, end: int, choice: int) -> None:
+        """Moves inside the range that the model knows; sometimes onto other pages, sometimes leaving an area behind."""
+        mm, count, to = process.mm, end - first, choice // 2 % PAGES
+        keep, to = choice & 1, min(to, PAGES - count)
+        area = mm.find_vma(BASE + first * PAGE)
+        error = 0
+        if area is None:
+            error = errno.EFAULT
+        elif first < to + count and to < end:
+            error = errno.EINVAL
+        elif area.end < BASE + end * PAGE:
+            error = errno.EFAULT
+        flags = MREMAP_MAYMOVE | MREMAP_FIXED | (MREMAP_DONTUNMAP if keep else 0)
+        arguments = BASE + first * PAGE, count * PAGE, count * PAGE, flags, BASE + to * PAGE
+        self.expect(error, mm.mremap, *arguments)
+        if error:
+            return
+        for page in range(count):
+            process.pages[to + page] = moved = process.pages.pop(first + page)
+            if keep:
+                process.pages[first + page] = Mapped(moved.prot, moved.backing, moved.pgoff, moved.shared)
+
     def mprotect(self, process: Process, first: int, end: int, choice: int) -> None:
         prot = PROTS[choice % len(PROTS)]
         hole = any(page not in process.pages for page in range(first, end))
@@ -264,7 +287,7 @@ class World:
 
 VERBS = (
     ["access"] * 12
-    + ["mmap", "mmap", "munmap", "mprotect", "mprotect", "mprotect", "dontneed", "dontneed"]
+    + ["mmap", "mmap", "munmap", "mremap", "mremap", "mprotect", "mprotect", "mprotect", "dontneed", "dontneed"]
     + ["fork", "fork", "exit", "pwrite", "punch", "truncate"]
 )
 operations = st.lists(

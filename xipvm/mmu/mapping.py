@@ -91,12 +91,19 @@ def _check(mm: Mm, size: int, prot: int, flags: int, addr: int | None, file: Add
             if flags & MAP_FIXED_NOREPLACE and mm.areas_in(start, start + size):
                 raise MmError(errno.EEXIST, call)
             return start
-        if start > 0 and start + size <= TASK_SIZE and not mm.areas_in(start, start + size):
-            return start
-    start = _find_gap(mm, size)
-    if start <= 0:
+    start = unmapped_area(mm, size, addr)
+    if not start:
         raise MmError(errno.ENOMEM, call)
     return start
+
+
+def unmapped_area(mm: Mm, size: int, wish: int | None) -> int:
+    """A free place for ``size`` bytes: at ``wish``, if that is free; 0 if there is none."""
+    if wish is not None:
+        start = page_up(wish)
+        if start > 0 and start + size <= TASK_SIZE and not mm.areas_in(start, start + size):
+            return start
+    return _find_gap(mm, size)
 
 
 def _find_gap(mm: Mm, size: int) -> int:

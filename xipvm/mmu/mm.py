@@ -4,6 +4,7 @@ What the operations do stands in modules of their own; :class:`Mm` holds the sta
 
 ======================  ==========================================================
 mapping.py              mmap, munmap, splitting and merging of areas
+mremap.py               mremap
 protect.py              mprotect
 madvise.py              madvise
 zap.py                  taking entries away: the gather, truncation, exit
@@ -28,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 from xipvm.address import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE, Hva, Pfn, page_up
 from xipvm.errors import MmError
-from xipvm.mmu import fork, gup, madvise, mapping, protect, zap
+from xipvm.mmu import fork, gup, madvise, mapping, mremap, protect, zap
 from xipvm.mmu.frames import HostMemory
 from xipvm.mmu.locks import RwLock
 from xipvm.mmu.page_cache import ShmemFile
@@ -121,6 +122,16 @@ class Mm:
         """Unmaps what is mapped in the range; areas are split where needed. Errors: EINVAL."""
         with self.mmap_lock.write:
             mapping.munmap(self, addr, length, downgrade=True)
+
+    def mremap(self, addr: int, old_len: int, new_len: int, flags: int = 0, new_addr: int | None = None) -> Hva:
+        """Gives the mapping ``[addr, addr + old_len)`` another length and, if ``flags`` allow it, another place.
+
+        MREMAP_FIXED: to ``new_addr``, replacing what is there. MREMAP_DONTUNMAP: the pages move, an empty area stays.
+        An ``old_len`` of 0 maps shared memory a second time. Lengths are rounded up to pages. Returns the place.
+        Errors: EINVAL, EFAULT (not one area), ENOMEM (no room, or it may not move).
+        """
+        with self.mmap_lock.write:
+            return mremap.mremap(self, addr, old_len, new_len, flags, new_addr)
 
     def mprotect(self, addr: int, length: int, prot: int) -> None:
         """Changes the protection. Errors: EINVAL, ENOMEM (a hole), EACCES (shared, and the file is not writable)."""

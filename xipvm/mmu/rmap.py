@@ -101,6 +101,10 @@ class ReverseMap:
             del file.areas[area]
             if not file.areas:
                 file.unmapped()
+        self.leave_anon(area)
+
+    def leave_anon(self, area: Vma) -> None:
+        """No anonymous page of ``area`` is left."""
         for root in area.anon_chain:
             del root.areas[area]
             if not root.areas:
