@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import pytest
 from hypothesis import given
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from xipvm.actors import on_point
 from xipvm.errors import InternalError, MmError
+from xipvm.mmu.locks import RwLock
 from xipvm.notifier import MmuNotifier, MmuNotifierRange, MmuNotifiers, NotifiedMm, RangeEvent
 from xipvm.trace import Event, Trace
 
@@ -24,6 +26,13 @@ class World:
         self.name = name
         self.trace = Trace()
         self.notifiers = MmuNotifiers(self)
+        self.mmap_lock = RwLock(name)
+
+    def mmap_write_lock(self) -> AbstractContextManager[object]:
+        return self.mmap_lock.write
+
+    def take_all_locks(self, signal_pending: Callable[[], bool]) -> AbstractContextManager[object]:
+        return nullcontext()
 
 
 class Spy(MmuNotifier):
@@ -47,6 +56,18 @@ class Spy(MmuNotifier):
     def invalidate_range_end(self, range: MmuNotifierRange) -> None:
         self.calls.append(f"{self.name} E{range.id}")
         self.inside("end")
+
+
+class Decliner(MmuNotifier):
+    """Takes no range that may not block."""
+
+    def __init__(self, name: str, calls: list[str]) -> None:
+        self.name = name
+        self.calls = calls
+
+    def invalidate_range_start(self, range: MmuNotifierRange) -> int:
+        self.calls.append(f"{self.name} S{range.id}")
+        return 0 if range.blockable else -errno.EAGAIN
 
 
 @pytest.fixture
@@ -412,7 +433,7 @@ class TestFailures:
 
     def test_one_that_cannot_block_stops_the_range_after_all_were_told(self, mm: World, calls: list[str]) -> None:
         mm.notifiers.register(Spy("a", calls))
-        mm.notifiers.register(Spy("b", calls, answer=-errno.EAGAIN))
+        mm.notifiers.register(Decliner("b", calls))
         mm.notifiers.register(Spy("c", calls))
 
         def reap() -> None:
@@ -421,6 +442,15 @@ class TestFailures:
 
         assert error_of(reap) == errno.EAGAIN
         assert calls == ["c S1", "b S1", "a S1", "c E1", "a E1"]
+        assert mm.notifiers.open_ranges == ()
+
+    def test_whoever_declines_must_not_want_an_end(self, mm: World, calls: list[str]) -> None:
+        """It could not know which ends are not its own."""
+        mm.notifiers.register(Spy("a", calls, answer=-errno.EAGAIN))
+        mm.notifiers.register(Spy("b", calls))
+        with pytest.raises(InternalError, match="would be told of its end"):
+            mm.notifiers.invalidate_range_start(0x1000, 0x2000, CLEAR, blockable=False)
+        assert calls == ["b S1", "a S1", "b E1"]
         assert mm.notifiers.open_ranges == ()
 
     @pytest.mark.parametrize(("answer", "blockable"), [(-errno.EAGAIN, True), (-errno.EINVAL, False), (1, True)])

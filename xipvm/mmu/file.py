@@ -43,6 +43,8 @@ class AddressSpace:
     """What its areas are called in traces."""
     mixed: ClassVar[bool] = False
     """Its frames have no reference count (VM_MIXEDMAP)."""
+    hugetlb: ClassVar[bool] = False
+    """Its pages are huge ones, of hugetlbfs: its i_mmap lock comes before those of other files."""
     tracks_writes: ClassVar[bool] = False
     """Pages are mapped read-only until ``page_mkwrite`` has heard of the first write."""
 

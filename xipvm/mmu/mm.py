@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import errno
 from bisect import bisect_right
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,7 @@ from typing import TYPE_CHECKING, Any
 from xipvm.address import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE, Hva, Pfn, page_up
 from xipvm.errors import MmError
 from xipvm.mmu import fork, gup, madvise, mapping, mremap, protect, zap
+from xipvm.mmu.all_locks import AllLocks
 from xipvm.mmu.frames import HostMemory
 from xipvm.mmu.locks import RwLock
 from xipvm.mmu.page_cache import ShmemFile
@@ -232,8 +234,17 @@ class Mm:
             thread.flush_tlb(start, end)
         if self.trace.on:
             self.trace.emit("primary_tlb_flush", mm=self.name, start=start, end=end)
+        self.notifiers.arch_invalidate_secondary_tlbs(start, end)
 
     # ---- life
+
+    def mmap_write_lock(self) -> AbstractContextManager[None]:
+        """mmap_lock, for writing."""
+        return self.mmap_lock.write
+
+    def take_all_locks(self, signal_pending: Callable[[], bool]) -> AllLocks:
+        """A context in which nobody else changes entries. Entering it raises EINTR when ``signal_pending()``."""
+        return AllLocks(self, signal_pending)
 
     def fork(self, name: str | None = None) -> Mm:
         """A child with the same mappings; private pages are shared until one side writes."""

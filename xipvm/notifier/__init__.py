@@ -1,11 +1,25 @@
 """MMU notifiers: how the primary MMU tells secondary MMUs to drop what they cached.
 
-:class:`MmuNotifiers` is what an mm has, :class:`MmuNotifier` what registers with it, :class:`MmuNotifierRange` what is
-announced.
+:class:`MmuNotifiers` is what an mm has. With it register a :class:`MmuNotifier`, which is told of every change, and a
+:class:`MmuIntervalNotifier`, which watches one range. What is announced is a :class:`MmuNotifierRange`.
 """
 
+from xipvm.notifier.interval import ULONG_MAX, IntervalTree, MmuIntervalNotifier
 from xipvm.notifier.notifier import MmuNotifier
 from xipvm.notifier.range import MmuNotifierRange, RangeEvent
 from xipvm.notifier.registry import Invalidation, MmuNotifiers, NotifiedMm
+from xipvm.notifier.sleep import atomic, might_sleep
 
-__all__ = ["Invalidation", "MmuNotifier", "MmuNotifierRange", "MmuNotifiers", "NotifiedMm", "RangeEvent"]
+__all__ = [
+    "ULONG_MAX",
+    "IntervalTree",
+    "Invalidation",
+    "MmuIntervalNotifier",
+    "MmuNotifier",
+    "MmuNotifierRange",
+    "MmuNotifiers",
+    "NotifiedMm",
+    "RangeEvent",
+    "atomic",
+    "might_sleep",
+]

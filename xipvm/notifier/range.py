@@ -31,18 +31,29 @@ class MmuNotifierRange:
 
     The same object goes to every ``invalidate_range_start`` and every ``invalidate_range_end``; nobody changes it.
     ``id`` pairs the two in a trace and is unique in its mm. A range that is not ``blockable`` may be declined with
-    -EAGAIN.
+    -EAGAIN. ``owner`` is the device driver on whose behalf pages MIGRATE or become EXCLUSIVE: it may ignore such a
+    range, because it tears down by itself.
     """
 
-    __slots__ = ("blockable", "end", "event", "id", "mm", "start")
+    __slots__ = ("blockable", "end", "event", "id", "mm", "owner", "start")
 
-    def __init__(self, mm: str, start: int, end: int, event: RangeEvent, blockable: bool = True, id: int = 0) -> None:
+    def __init__(
+        self,
+        mm: str,
+        start: int,
+        end: int,
+        event: RangeEvent,
+        blockable: bool = True,
+        id: int = 0,
+        owner: object = None,
+    ) -> None:
         self.mm = mm
         self.start = start
         self.end = end
         self.event = event
         self.blockable = blockable
         self.id = id
+        self.owner = owner
 
     def __repr__(self) -> str:
         return f"<range {self.id} of {self.mm}: {self.event.name} {self.start:#x}..{self.end:#x}>"

@@ -6,18 +6,25 @@ An mm operation that lowers a right or changes a page does ::
         ...                                 # change primary entries
 
 and flushes the host's TLBs and frees pages inside or behind it, flush before free. Order of one range: event S,
-every start (the most recently registered notifier first), the change, event E, every end in the same order.
+interval notifiers that it touches (interval.py), every start (the most recently registered notifier first), the change,
+event E, the interval notifiers' end, every end in the order of the starts.
 
 Joining: no range is open and no callback runs when a notifier joins, hence it never sees an end without its start,
-nor misses the start of a change that is under way. Linux gets there by ``mm_take_all_locks``, which waits; here
-``register`` lets the other actors run once (a schedule point) and raises EDEADLK when a range is open even then:
-what it would wait for is further up its own stack. Ranges that begin while nobody listens are counted for that
-reason, and nothing else is done for them: no object, no callback, no event.
+nor misses the start of a change that is under way. ``register`` waits for that, as ``mm_take_all_locks`` does in Linux,
+and raises EDEADLK when it waits for something further up its own stack. Ranges that begin while nobody listens are
+counted for that reason, and nothing else is done for them: no object, no callback, no event.
 
 Leaving: ``unregister`` calls ``release`` if the notifier is still linked and unlinks it; it may cut a start from its
-end. ``release()``, the death of the mm, does so for all: every callback runs *while its notifier is linked*, then the
-list is emptied, and what the rest of the teardown announces reaches nobody. When an unregister comes between, a
-notifier is released twice.
+end. ``put`` unlinks without ``release`` and without waiting; the notifier is freed when no callback can run any more.
+``release()``, the death of the mm, invalidates all interval notifiers with one range over everything, then calls every
+``release`` *while its notifier is linked*, then empties the list. What the rest of the teardown announces reaches
+interval notifiers only, which stay until they are removed. When an unregister comes between, a notifier is released
+twice.
+
+A range that may not block is declined as a whole when one declines. An interval notifier that does ends it at once:
+nobody behind it is told. When one of the list does, the others are told nevertheless, and then everybody who had begun
+gets an end. *That includes the interval notifiers*: Linux 6.12 forgets them then, and their readers would sleep for
+ever; it does not show there because nobody in its list ever declines.
 
 Errors: a start that raises stops the operation before anything changed. The notifiers that had begun get their end,
 the range is closed, the exception goes on. An end or a release that raises does not keep the others from being called.
@@ -26,17 +33,25 @@ the range is closed, the exception goes on. An end or a release that raises does
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from types import TracebackType
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from xipvm.actors import point
 from xipvm.errors import InternalError, MmError
-from xipvm.notifier.notifier import MmuNotifier
+from xipvm.notifier.interval import ULONG_MAX, IntervalTree, MmuIntervalNotifier
+from xipvm.notifier.notifier import MmuNotifier, implements
 from xipvm.notifier.range import MmuNotifierRange, RangeEvent
+from xipvm.notifier.sleep import atomic, might_sleep, wait_until
+from xipvm.notifier.srcu import Srcu
 
 if TYPE_CHECKING:
     from xipvm.trace.funnel import Trace
+
+N = TypeVar("N", bound=MmuNotifier)
+
+UINT_MAX = (1 << 32) - 1
 
 
 class NotifiedMm(Protocol):
@@ -50,21 +65,54 @@ class NotifiedMm(Protocol):
     def trace(self) -> Trace:
         """Where its events go."""
 
+    def mmap_write_lock(self) -> AbstractContextManager[object]:
+        """Keeps everybody out who looks at its areas. Entering it raises MmError EDEADLK if nobody can let go."""
+
+    def take_all_locks(self, signal_pending: Callable[[], bool]) -> AbstractContextManager[object]:
+        """Keeps every change of its entries out. Entering it raises MmError EINTR when a signal is pending."""
+
+
+def _no() -> bool:
+    return False
+
 
 class MmuNotifiers:
     """The notifiers of one mm, most recently registered first."""
 
-    __slots__ = ("_dead", "_last_id", "_list", "_mm", "_nobody", "_open", "_running", "_unobserved")
+    __slots__ = (
+        "_clear_flush_young",
+        "_clear_young",
+        "_dead",
+        "_has_notifiers",
+        "_intervals",
+        "_last_id",
+        "_list",
+        "_mm",
+        "_nobody",
+        "_open",
+        "_secondary_tlbs",
+        "_srcu",
+        "_test_young",
+        "_unobserved",
+        "out_of_memory",
+        "signal_pending",
+    )
 
     def __init__(self, mm: NotifiedMm) -> None:
         self._mm = mm
-        self._list: tuple[MmuNotifier, ...] = ()  # replaced, never changed: a walk keeps the one it began with
+        self._link(())
+        self._intervals: IntervalTree | None = None  # from the first insert on
         self._open: dict[int, MmuNotifierRange] = {}
         self._unobserved = 0
         self._nobody = Unobserved(self)
-        self._running = 0  # walks of the list under way
+        self._srcu = Srcu(mm.name)
         self._last_id = 0
         self._dead = False
+        self._has_notifiers = False
+        self.out_of_memory: Callable[[], bool] = _no
+        """Whether the kernel has no memory for what the first registration allocates. For fault injection."""
+        self.signal_pending: Callable[[], bool] = _no
+        """Whether a signal waits for the task that registers. For fault injection."""
 
     def __len__(self) -> int:
         return len(self._list)
@@ -78,56 +126,154 @@ class MmuNotifiers:
         """Ranges that were announced and have not ended, oldest first."""
         return tuple(self._open.values())
 
+    @property
+    def has_notifiers(self) -> bool:
+        """Somebody has registered once: true until the mm goes, as mm_has_notifiers."""
+        return self._has_notifiers
+
+    @property
+    def intervals(self) -> IntervalTree | None:
+        """The interval notifiers, None before the first insert."""
+        return self._intervals
+
+    def _link(self, notifiers: tuple[MmuNotifier, ...]) -> None:
+        """The list is replaced, never changed: a walk keeps the one it began with."""
+        self._list = notifiers
+        self._clear_flush_young = tuple(n for n in notifiers if implements(n, "clear_flush_young"))
+        self._clear_young = tuple(n for n in notifiers if implements(n, "clear_young"))
+        self._test_young = tuple(n for n in notifiers if implements(n, "test_young"))
+        self._secondary_tlbs = tuple(n for n in notifiers if implements(n, "arch_invalidate_secondary_tlbs"))
+
+    def _unlink(self, notifier: MmuNotifier) -> None:
+        self._link(tuple(other for other in self._list if other is not notifier))
+
     # ---- joining and leaving
 
     def register(self, notifier: MmuNotifier) -> None:
         """Let ``notifier`` be told of every change from now on, before all others.
 
-        Raises MmError, and nothing is changed: EINVAL when it is registered already (here or on another mm), ESRCH when
-        the mm is dead, EDEADLK when a range is open or a callback runs.
+        Raises MmError, and nothing is changed: EINVAL when it is registered already (here or on another mm) or has both
+        ``arch_invalidate_secondary_tlbs`` and a start or an end, ESRCH when the mm is dead, ENOMEM, EINTR, EDEADLK when
+        a range is open or a callback runs that cannot end meanwhile.
         """
-        if self._busy():
-            point("notifier.register.take_all_locks")
-            if self._busy():
-                raise MmError(errno.EDEADLK, f"mmu_notifier_register: {self._mm.name} is being invalidated")
-        if notifier.subscribed_to is not None:
-            raise MmError(errno.EINVAL, f"mmu_notifier_register: {notifier.name} is registered already")
-        if self._dead:
-            raise MmError(errno.ESRCH, f"mmu_notifier_register: {self._mm.name} is dead")
-        notifier.subscribed_to = self
-        self._list = (notifier, *self._list)
+        might_sleep("mmu_notifier_register")
+        with self._mm.mmap_write_lock():
+            self._register_locked(notifier)
+
+    def _register_locked(self, notifier: MmuNotifier) -> None:
+        self._check(notifier)
+        locks = self._all_locks("mmu_notifier_register")
+        self._check(notifier)  # others may have run
+        with locks:
+            self._has_notifiers = True
+            notifier.subscribed_to = self
+            notifier.users = 1
+            self._link((notifier, *self._list))
         if self._mm.trace.on:
             self._mm.trace.emit("mmu_notifier_register", mm=self._mm.name, notifier=notifier.name)
+
+    def _check(self, notifier: MmuNotifier) -> None:
+        if notifier.subscribed_to is not None:
+            raise MmError(errno.EINVAL, f"mmu_notifier_register: {notifier.name} is registered already")
+        if implements(notifier, "arch_invalidate_secondary_tlbs") and (
+            implements(notifier, "invalidate_range_start") or implements(notifier, "invalidate_range_end")
+        ):
+            raise MmError(errno.EINVAL, f"mmu_notifier_register: {notifier.name} wants ranges and the host's flushes")
+        if self._dead:
+            raise MmError(errno.ESRCH, f"mmu_notifier_register: {self._mm.name} is dead")
+
+    def _all_locks(self, what: str) -> AbstractContextManager[object]:
+        if not self._has_notifiers and self.out_of_memory():
+            raise MmError(errno.ENOMEM, f"{what}: {self._mm.name}")
+        if not wait_until(self._idle, "notifier.register.take_all_locks"):
+            raise MmError(errno.EDEADLK, f"{what}: {self._mm.name} is being invalidated")
+        return self._mm.take_all_locks(self.signal_pending)
+
+    def _idle(self) -> bool:
+        return not (self._open or self._unobserved or self._srcu.read)
 
     def unregister(self, notifier: MmuNotifier) -> None:
         """Release ``notifier`` if it is still linked, and forget it: no callback runs after the return.
 
-        Raises MmError, and nothing is changed: EINVAL when it is not registered here, EDEADLK inside a callback of this
-        mm. An exception of its ``release`` is raised after it was unlinked.
+        Raises MmError, and nothing is changed: EINVAL when it is not registered here or was put, EDEADLK inside a
+        callback of this mm. An exception of its ``release`` is raised after it was unlinked.
         """
-        self._synchronize("mmu_notifier_unregister")
-        if notifier.subscribed_to is not self:
+        self._srcu.synchronize("mmu_notifier_unregister")
+        if notifier.subscribed_to is not self or not notifier.users:
             raise MmError(errno.EINVAL, f"mmu_notifier_unregister: {notifier.name} is not on {self._mm.name}")
         try:
             if notifier in self._list:
                 self._call_release(notifier)
                 point("notifier.unregister.released")
         finally:
-            self._list = tuple(other for other in self._list if other is not notifier)
+            self._unlink(notifier)
             notifier.subscribed_to = None
+            notifier.users = 0
             if self._mm.trace.on:
                 self._mm.trace.emit("mmu_notifier_unregister", mm=self._mm.name, notifier=notifier.name)
+        self._srcu.synchronize("mmu_notifier_unregister")
+
+    def get(self, kind: type[N]) -> N:
+        """The notifier of class ``kind``, made by its ``alloc_notifier`` if the mm has none; :meth:`put` gives it back.
+
+        Raises MmError, and nothing is changed: EOVERFLOW when it has too many users, what ``alloc_notifier`` and
+        :meth:`register` raise, EDEADLK inside an ``alloc_notifier`` of this mm.
+        """
+        might_sleep("mmu_notifier_get")
+        with self._mm.mmap_write_lock():
+            for found in self._list:
+                if type(found) is kind:
+                    if found.users == UINT_MAX:
+                        raise MmError(errno.EOVERFLOW, f"mmu_notifier_get: {found.name}")
+                    found.users += 1
+                    return found
+            made = kind.alloc_notifier(self._mm)
+            try:
+                self._register_locked(made)
+            except BaseException:
+                made.free_notifier()
+                raise
+            return made
+
+    def put(self, notifier: MmuNotifier) -> None:
+        """Give back what :meth:`get` gave. The last one unlinks it, without ``release``; it is freed later.
+
+        Never sleeps, and may be called by callbacks. Until it is freed callbacks of it may still run, and ``get`` makes
+        another one. :meth:`synchronize` waits for that.
+        """
+        if notifier.subscribed_to is not self or not notifier.users:
+            raise InternalError(f"{notifier.name} was put more often than got")
+        notifier.users -= 1
+        if notifier.users:
+            return
+        self._unlink(notifier)
+        if self._mm.trace.on:
+            self._mm.trace.emit("mmu_notifier_put", mm=self._mm.name, notifier=notifier.name)
+
+        def free() -> None:
+            notifier.subscribed_to = None
+            notifier.free_notifier()
+
+        self._srcu.call(free)
+
+    def synchronize(self) -> None:
+        """Wait until every notifier that was put is freed. Raises MmError EDEADLK inside a callback of this mm."""
+        self._srcu.synchronize("mmu_notifier_synchronize")
 
     def release(self) -> None:
         """The mm dies: release all, then unlink all. Before any page or VMA is freed; a second call does nothing.
 
         Raises MmError EDEADLK inside a callback of this mm, and nothing is changed.
         """
-        self._synchronize("mmu_notifier_release")
+        self._srcu.synchronize("mmu_notifier_release")
         if self._dead:
             return
         self._dead = True
         first: BaseException | None = None
+        try:
+            self._release_intervals()
+        except BaseException as error:
+            first = error
         for notifier in self._list:
             if notifier not in self._list:  # was unregistered at a point
                 continue
@@ -136,42 +282,180 @@ class MmuNotifiers:
                 point("notifier.release.called")
             except BaseException as error:
                 first = first or error
-        self._list = ()
+        self._link(())
         if first is not None:
             raise first
+        self._srcu.synchronize("mmu_notifier_release")
 
-    def _busy(self) -> bool:
-        return bool(self._open or self._unobserved or self._running)
-
-    def _synchronize(self, what: str) -> None:
-        """Wait until no callback runs: Linux's grace period."""
-        if self._running:
-            point("notifier.synchronize")
-            if self._running:
-                raise MmError(errno.EDEADLK, f"{what}: a callback of {self._mm.name} is running")
+    def _release_intervals(self) -> None:
+        intervals = self._intervals
+        if not intervals:
+            return
+        self._last_id = id = self._last_id + 1
+        range = MmuNotifierRange(self._mm.name, 0, ULONG_MAX, RangeEvent.RELEASE, id=id)
+        intervals.start(range, self._tell_interval(range))
+        try:
+            point("notifier.release.intervals")
+        finally:
+            intervals.end()
 
     def _call_release(self, notifier: MmuNotifier) -> None:
         trace = self._mm.trace
         cause = trace.cause
         if trace.on:
             cause = trace.emit("mmu_notifier_release", mm=self._mm.name, notifier=notifier.name)
-        self._running += 1
+        section = self._srcu.read_lock()
         try:
             with trace.because(cause):
                 notifier.release(self._mm)
         finally:
-            self._running -= 1
+            self._srcu.read_unlock(section)
+
+    # ---- interval notifiers
+
+    def insert_interval(self, notifier: MmuIntervalNotifier, start: int, length: int) -> None:
+        """Let ``notifier`` be told of every change in ``[start, start + length)``, which it may be already.
+
+        The first one of an mm joins as in :meth:`register`; later ones may come at any time.
+        Raises MmError, and nothing is changed: EOVERFLOW when the range is empty or leaves the 64 bits, EINVAL when it
+        is inserted already or the mm is dead, and for the first one ENOMEM, EINTR, EDEADLK.
+        """
+        might_sleep("mmu_interval_notifier_insert")
+        if length <= 0 or start < 0 or start + length - 1 > ULONG_MAX:
+            raise MmError(errno.EOVERFLOW, f"mmu_interval_notifier_insert: {length:#x} bytes at {start:#x}")
+        self._check_interval(notifier)
+        if self._intervals is None:
+            with self._mm.mmap_write_lock():
+                intervals = self._first_interval()
+            self._check_interval(notifier)
+        else:
+            intervals = self._intervals
+        intervals.insert(notifier, start, start + length - 1)
+        if self._mm.trace.on:
+            self._mm.trace.emit(
+                "mmu_interval_notifier_insert",
+                mm=self._mm.name,
+                notifier=notifier.name,
+                start=start,
+                end=min(start + length, ULONG_MAX),
+            )
+
+    def _first_interval(self) -> IntervalTree:
+        if self._intervals is None:
+            locks = self._all_locks("mmu_interval_notifier_insert")
+            with locks:
+                self._has_notifiers = True
+                self._intervals = self._intervals or IntervalTree()
+        return self._intervals
+
+    def _check_interval(self, notifier: MmuIntervalNotifier) -> None:
+        if notifier.subscribed_to is not None:
+            raise MmError(errno.EINVAL, f"mmu_interval_notifier_insert: {notifier.name} is inserted already")
+        if self._dead:
+            raise MmError(errno.EINVAL, f"mmu_interval_notifier_insert: {self._mm.name} is dead")
+
+    def remove_interval(self, notifier: MmuIntervalNotifier) -> None:
+        """No callback of ``notifier`` runs after the return. Waits for the ranges that are open.
+
+        Raises MmError, and nothing is changed: EINVAL when it is not inserted here or is being removed, EDEADLK when
+        it waits for something further up its own stack.
+        """
+        might_sleep("mmu_interval_notifier_remove")
+        if self._intervals is None or notifier.subscribed_to is not self._intervals:
+            raise MmError(errno.EINVAL, f"mmu_interval_notifier_remove: {notifier.name} is not on {self._mm.name}")
+        self._intervals.remove(notifier)
+        if self._mm.trace.on:
+            self._mm.trace.emit("mmu_interval_notifier_remove", mm=self._mm.name, notifier=notifier.name)
+
+    def _tell_interval(self, range: MmuNotifierRange) -> Callable[[MmuIntervalNotifier, int], None]:
+        trace = self._mm.trace
+
+        def tell(notifier: MmuIntervalNotifier, seq: int) -> None:
+            if trace.on:
+                trace.emit(
+                    "mmu_interval_notifier_invalidate", mm=range.mm, notifier=notifier.name, seq=seq, range=range.id
+                )
+
+        return tell
+
+    # ---- young pages, and TLBs that follow the host's
+
+    def clear_flush_young(self, start: int, end: int) -> bool:
+        """Whether a secondary MMU used ``[start, end)``; all forget it, and flush. Under the page-table lock."""
+        return bool(self._clear_flush_young) and self._age("clear_flush_young", self._clear_flush_young, start, end)
+
+    def clear_young(self, start: int, end: int) -> bool:
+        """As :meth:`clear_flush_young`, without a flush: what a TLB still holds may be used unnoticed."""
+        return bool(self._clear_young) and self._age("clear_young", self._clear_young, start, end)
+
+    def _age(self, callback: str, notifiers: tuple[MmuNotifier, ...], start: int, end: int) -> bool:
+        young = False
+        section = self._srcu.read_lock()
+        try:
+            with atomic(callback):
+                for notifier in notifiers:
+                    young |= bool(getattr(notifier, callback)(start, end))
+        finally:
+            self._srcu.read_unlock(section)
+        trace = self._mm.trace
+        if trace.on:
+            trace.emit(f"mmu_notifier_{callback}", mm=self._mm.name, start=start, end=end, young=young)
+        return young
+
+    def test_young(self, address: int) -> bool:
+        """Whether a secondary MMU used the page at ``address``; the first that did ends the search. Changes nothing."""
+        notifiers = self._test_young
+        if not notifiers:
+            return False
+        section = self._srcu.read_lock()
+        try:
+            with atomic("test_young"):
+                young = any(notifier.test_young(address) for notifier in notifiers)
+        finally:
+            self._srcu.read_unlock(section)
+        trace = self._mm.trace
+        if trace.on:
+            trace.emit("mmu_notifier_test_young", mm=self._mm.name, address=address, young=young)
+        return young
+
+    def arch_invalidate_secondary_tlbs(self, start: int, end: int) -> None:
+        """The host's CPUs forget ``[start, end)`` (ULONG_MAX: everything): those that follow them do, too. Atomic."""
+        notifiers = self._secondary_tlbs
+        if not notifiers:
+            return
+        trace = self._mm.trace
+        if trace.on:
+            trace.emit("mmu_notifier_arch_invalidate_secondary_tlbs", mm=self._mm.name, start=start, end=end)
+        section = self._srcu.read_lock()
+        try:
+            with atomic("arch_invalidate_secondary_tlbs"):
+                for notifier in notifiers:
+                    notifier.arch_invalidate_secondary_tlbs(start, end)
+        finally:
+            self._srcu.read_unlock(section)
 
     # ---- ranges
 
     def invalidate_range(
-        self, start: int, end: int, event: RangeEvent, *, blockable: bool = True
+        self, start: int, end: int, event: RangeEvent, *, blockable: bool = True, owner: object = None
     ) -> Invalidation | Unobserved:
         """A context that announces bytes ``[start, end)`` on entry and ends the range on exit, also of an exception."""
-        return Invalidation(self, start, end, event, blockable) if self._list else self._nobody
+        if self._list or self._intervals:
+            return Invalidation(self, start, end, event, blockable, owner)
+        return self._nobody
+
+    def _begin_unobserved(self) -> None:
+        self._unobserved += 1
+        if self._intervals is not None:
+            self._intervals.begin()
+
+    def _end_unobserved(self) -> None:
+        self._unobserved -= 1
+        if self._intervals is not None:
+            self._intervals.end()
 
     def invalidate_range_start(
-        self, start: int, end: int, event: RangeEvent, *, blockable: bool = True
+        self, start: int, end: int, event: RangeEvent, *, blockable: bool = True, owner: object = None
     ) -> MmuNotifierRange | None:
         """Announce that entries of bytes ``[start, end)`` are about to change.
 
@@ -180,66 +464,83 @@ class MmuNotifiers:
         may be changed.
         """
         notifiers = self._list
-        if not notifiers:
-            self._unobserved += 1
+        if not notifiers and not self._intervals:
+            self._begin_unobserved()
             return None
         if start >= end:
             raise InternalError(f"empty range {start:#x}..{end:#x} announced for {self._mm.name}")
+        if blockable:
+            might_sleep("mmu_notifier_invalidate_range_start")
         self._last_id = id = self._last_id + 1
-        range = MmuNotifierRange(self._mm.name, start, end, event, blockable, id)
+        range = MmuNotifierRange(self._mm.name, start, end, event, blockable, id, owner)
         trace = self._mm.trace
+        before = cause = trace.cause
         if trace.on:
             cause = self._emit("mmu_notifier_invalidate_range_start", range)
-            self._open[id] = range
-            with trace.because(cause):
+        self._open[id] = range
+        trace.cause = cause
+        try:
+            if blockable:
                 self._start(range, notifiers)
-        else:
-            self._open[id] = range
-            self._start(range, notifiers)
+            else:
+                with atomic("a range that may not block"):
+                    self._start(range, notifiers)
+        finally:
+            trace.cause = before
         try:
             point("notifier.range_start.done")
         except BaseException:  # an aborted run unwinds its actors: leave nothing open
-            self._finish(range, self._list)
+            self._finish(range, self._list, self._intervals)
             raise
         return range
 
     def _start(self, range: MmuNotifierRange, notifiers: tuple[MmuNotifier, ...]) -> None:
+        intervals: IntervalTree | None = None  # that count the range
         begun = 0
         declined: list[MmuNotifier] = []
-        self._running += 1
+        section = 0
         try:
+            if self._intervals is not None:
+                if not self._intervals.start(range, self._tell_interval(range)):
+                    raise MmError(errno.EAGAIN, f"an interval notifier cannot take {range!r} without blocking")
+                intervals = self._intervals
+            section = self._srcu.read_lock()
             for notifier in notifiers:
                 result = notifier.invalidate_range_start(range)
                 if result:
-                    # All others are told nevertheless, as in Linux, and what they began is ended below.
                     if range.blockable or result != -errno.EAGAIN:
                         raise InternalError(f"{notifier.name} returned {result} for the start of {range!r}")
-                    declined.append(notifier)
+                    if implements(notifier, "invalidate_range_end"):
+                        raise InternalError(f"{notifier.name} declined {range!r}, but would be told of its end")
+                    declined.append(notifier)  # all others are told nevertheless
                 begun += 1
             if declined:
                 raise MmError(errno.EAGAIN, f"{declined[0].name} cannot take {range!r} without blocking")
         except BaseException as error:
-            for note in self._finish(range, [n for n in notifiers[:begun] if n not in declined]):
+            for note in self._finish(range, notifiers[:begun], intervals):
                 error.add_note(f"and ending the range: {note!r}")
             raise
         finally:
-            self._running -= 1
+            if section:
+                self._srcu.read_unlock(section)
 
     def invalidate_range_end(self, range: MmuNotifierRange | None) -> None:
         """The entries of ``range``, a result of :meth:`invalidate_range_start`, are changed."""
         if range is None:
             if not self._unobserved:
                 raise InternalError(f"more unobserved ranges of {self._mm.name} ended than began")
-            self._unobserved -= 1
+            self._end_unobserved()
             return
         if self._open.get(range.id) is not range:
             raise InternalError(f"{range!r} ended, but is not open")
-        errors = self._finish(range, self._list)
+        errors = self._finish(range, self._list, self._intervals)
         if errors:
             raise errors[0]
         point("notifier.range_end.done")
 
-    def _finish(self, range: MmuNotifierRange, notifiers: Sequence[MmuNotifier]) -> list[BaseException]:
+    def _finish(
+        self, range: MmuNotifierRange, notifiers: Sequence[MmuNotifier], intervals: IntervalTree | None
+    ) -> list[BaseException]:
         """Close the range and tell ``notifiers``; returns what they raised."""
         errors: list[BaseException] = []
         del self._open[range.id]  # translations may come back as soon as the first end returns
@@ -250,7 +551,9 @@ class MmuNotifiers:
                 cause = self._emit("mmu_notifier_invalidate_range_end", range)
             except BaseException as error:  # a sink that fails must not leave anybody's count up
                 errors.append(error)
-        self._running += 1
+        if intervals is not None:
+            intervals.end()
+        section = self._srcu.read_lock()
         trace.cause = cause
         for notifier in notifiers:
             try:
@@ -258,7 +561,7 @@ class MmuNotifiers:
             except BaseException as error:
                 errors.append(error)
         trace.cause = before
-        self._running -= 1
+        self._srcu.read_unlock(section)
         return errors
 
     def _emit(self, kind: str, range: MmuNotifierRange) -> int:
@@ -276,10 +579,10 @@ class Unobserved:
         self._notifiers = notifiers
 
     def __enter__(self) -> None:
-        self._notifiers._unobserved += 1
+        self._notifiers._begin_unobserved()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self._notifiers._unobserved -= 1
+        self._notifiers._end_unobserved()
 
 
 class Invalidation:
@@ -287,14 +590,16 @@ class Invalidation:
 
     __slots__ = ("_arguments", "_notifiers", "_range")
 
-    def __init__(self, notifiers: MmuNotifiers, start: int, end: int, event: RangeEvent, blockable: bool) -> None:
+    def __init__(
+        self, notifiers: MmuNotifiers, start: int, end: int, event: RangeEvent, blockable: bool, owner: object
+    ) -> None:
         self._notifiers = notifiers
-        self._arguments = (start, end, event, blockable)
+        self._arguments = (start, end, event, blockable, owner)
         self._range: MmuNotifierRange | None = None
 
     def __enter__(self) -> MmuNotifierRange | None:
-        start, end, event, blockable = self._arguments
-        self._range = self._notifiers.invalidate_range_start(start, end, event, blockable=blockable)
+        start, end, event, blockable, owner = self._arguments
+        self._range = self._notifiers.invalidate_range_start(start, end, event, blockable=blockable, owner=owner)
         return self._range
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
