@@ -143,6 +143,22 @@ def inspect(guest: str, board: str | None, memory: int | None, as_json: bool) ->
     inspect_guest(guest, board, memory, as_json=as_json)
 
 
+@cli.command()
+@click.argument("paths", metavar="FILE|DIR...", nargs=-1, required=True)
+@click.option("--detail", is_flag=True, help="Also show what differs of KVM's own doings; it does not count.")
+@click.option("--skip-unsupported", is_flag=True, help="Scenarios with operations that are not modelled do not count.")
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+def conform(paths: tuple[str, ...], detail: bool, skip_unsupported: bool, as_json: bool) -> int:
+    """Replay scenarios that were recorded on Linux with KVM, and compare. DIR stands for the .json files in it.
+
+    The exit status is 0 when all pass, 1 when one differs or needs an operation that is not modelled, 2 when a file is
+    no scenario. A scenario whose outcome depends on timing, as it says itself, may vary.
+    """
+    from xipvm.cli.conform import conform as replay_all
+
+    return replay_all(list(paths), detail=detail, skip_unsupported=skip_unsupported, as_json=as_json)
+
+
 @cli.group(no_args_is_help=False)
 def flash() -> None:
     """Make flash images."""
