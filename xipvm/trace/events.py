@@ -188,6 +188,7 @@ define("kvm_retry", "vm:str gfn:gfn reason:str", "a fault was given up because a
 define("spte_set", "vm:str gfn:gfn pfn:pfn rights:str", "a shadow entry was installed or changed")
 define("spte_zap", "vm:str start:gfn end:gfn pages:pfns", "shadow entries were removed; pages are what they mapped")
 define("spte_protect", "vm:str start:gfn end:gfn", "shadow entries of the range lost the right to write")
+define("spte_age", "vm:str start:gfn end:gfn", "shadow entries of the range lost all rights until the next access")
 define("tlb_insert", "vcpu:int gfn:gfn pfn:pfn rights:str", "a vCPU got a translation, the first time since its flush")
 define("tlb_flush", "vcpu:int reason:str", "a vCPU lost all its translations")
 define("kvm_kick", "vcpu:int reason:str", "a vCPU was made to leave the guest")

@@ -40,7 +40,10 @@ from xipvm.mmu.secondary.memslot import GFN_LIMIT, Memslot, Memslots
 from xipvm.mmu.secondary.spte import (
     PFN_MASK,
     PFN_SHIFT,
+    SPTE_ACCESSED,
+    SPTE_AGED,
     SPTE_PRESENT,
+    SPTE_READ,
     SPTE_READ_ONLY,
     SPTE_WRITABLE,
     SPTE_WRITE,
@@ -227,6 +230,39 @@ class Kvm(SecondaryMmu, MmuNotifier):
         if self.mn_active_invalidate_count < 0:
             raise InternalError(f"{self.name}: {range!r} ended, but did not begin")
 
+    # Ageing, as KVM does it without accessed bits that hardware sets: the entry loses all rights, so that the next
+    # access comes as a fault. Writes need no harvest: the frame was marked dirty when the entry became writable.
+
+    def clear_flush_young(self, start: int, end: int) -> bool:
+        """Whether the guest used bytes ``[start, end)`` of the host; its next use of them misses."""
+        young = self._age(start, end)
+        if young:
+            self._flush_and_kick("clear_flush_young")
+        return young
+
+    def clear_young(self, start: int, end: int) -> bool:
+        """As :meth:`clear_flush_young`, but a vCPU goes unnoticed as long as its TLB has the page."""
+        young = self._age(start, end)
+        if young:
+            self.tlbs_dirty = True  # whoever needs TLBs to agree with the entries has to flush
+        return young
+
+    def _age(self, start: int, end: int) -> bool:
+        young = False
+        for first, last in self.memslots.in_hva_range(start, end):
+            if self.sptes.clear_bits(first, last, SPTE_AGED, SPTE_PRESENT | SPTE_ACCESSED):
+                young = True
+                if self.trace.on:
+                    self.trace.emit("spte_age", vm=self.name, start=first, end=last)
+        return young
+
+    def test_young(self, address: int) -> bool:
+        """Whether the guest used the host's page at ``address``."""
+        young = SPTE_PRESENT | SPTE_ACCESSED
+        return any(
+            self.sptes.get(first) & young == young for first, _ in self.memslots.in_hva_range(address, address + 1)
+        )
+
     def _invalidate_begin(self) -> None:
         self.mmu_invalidate_in_progress += 1
         if self.mmu_invalidate_in_progress == 1:
@@ -379,9 +415,9 @@ class Kvm(SecondaryMmu, MmuNotifier):
     # ---- questions
 
     def translate(self, gfn: int) -> tuple[Pfn, bool] | None:
-        """Frame and writability of the entry of ``gfn``, None without a present one."""
+        """Frame and writability of the entry of ``gfn``, None without one that a guest can use."""
         spte = self.sptes.get(gfn)
-        if not spte & SPTE_PRESENT:
+        if not spte & SPTE_PRESENT or not spte & SPTE_READ:
             return None
         return spte_pfn(spte), bool(spte & SPTE_WRITE)
 

@@ -4,6 +4,10 @@ An entry maps one gfn. It is 0 (nothing known), *present* (``SPTE_PRESENT``, the
 0..2), or *MMIO* (``SPTE_MMIO`` and the gfn in bits 12..51: no memslot here, a device answers). Present and MMIO are
 never set together. The native walker reads the same numbers.
 
+The walker does not set ``SPTE_ACCESSED``. So a present entry has it from its installation on, and loses it together
+with all rights when the page is aged: it is *old* then. The next access misses and installs it anew. Its frame is
+still named, and it is still removed by an invalidation, with the flush that this means.
+
 ``SPTE_HOST_WRITABLE`` says that the host's entry was writable when this one was made and never changes while it lives.
 ``SPTE_MMU_WRITABLE`` says that the secondary MMU itself allows writing. W without both of them is a defect.
 """
@@ -29,6 +33,9 @@ PFN_MASK = ((1 << 40) - 1) << PFN_SHIFT
 # What a fault installs. Executing needs no right of the VMA: KVM asks for none, and the guest has no VMAs.
 SPTE_READ_ONLY = SPTE_PRESENT | SPTE_READ | SPTE_EXEC | SPTE_ACCESSED
 SPTE_WRITABLE = SPTE_READ_ONLY | SPTE_WRITE | SPTE_DIRTY | SPTE_HOST_WRITABLE | SPTE_MMU_WRITABLE
+
+SPTE_AGED = SPTE_ACCESSED | SPTE_READ | SPTE_WRITE | SPTE_EXEC
+"""What ageing takes."""
 
 _RIGHTS = tuple(
     "".join(letter for bit, letter in ((SPTE_READ, "r"), (SPTE_WRITE, "w"), (SPTE_EXEC, "x")) if value & bit)
@@ -57,7 +64,7 @@ def spte_rights(spte: int) -> str:
 
 
 def describe_spte(spte: int) -> str:
-    """One phrase for a person: ``none``, ``mmio``, or ``pfn 0x1a rwx dirty``."""
+    """One phrase for a person: ``none``, ``mmio``, ``pfn 0x1a rwx dirty``, or ``pfn 0x1a old``."""
     if spte & SPTE_MMIO:
         return "mmio"
     if not spte & SPTE_PRESENT:
@@ -65,4 +72,4 @@ def describe_spte(spte: int) -> str:
     flags = [
         name for bit, name in ((SPTE_ACCESSED, "accessed"), (SPTE_DIRTY, "dirty"), (SPTE_HUGE, "huge")) if spte & bit
     ]
-    return " ".join([f"pfn {spte_pfn(spte):#x}", spte_rights(spte), *flags])
+    return " ".join([f"pfn {spte_pfn(spte):#x}", spte_rights(spte) or "old", *flags])
