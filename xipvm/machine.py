@@ -626,8 +626,8 @@ def _read(path: str) -> bytes:
     size = int.from_bytes(data[4:8], "big")
     if size > DTB_LIMIT:
         raise BadInput(f"{path}: a device tree of {size} bytes; {format_size(DTB_LIMIT)} are the limit")
-    if size > len(data):
-        raise BadInput(f"{path}: is cut short: {len(data)} bytes of {size}")
+    if len(data) < max(size, 40):  # the header alone
+        raise BadInput(f"{path}: is cut short: {len(data)} bytes of {max(size, 40)}")
     return data[:size]
 
 
