@@ -414,3 +414,25 @@ def test_records_may_cross_the_pieces_in_which_the_file_is_read(
     monkeypatch.setattr("xipvm.trace.reader._CHUNK", 7)
     with TraceReader(path) as reader:
         assert list(reader) == seen
+
+
+def test_a_deferred_recorder_can_be_discarded(tmp_path: Path) -> None:
+    path = tmp_path / "t"
+    Recorder(path, deferred=True).discard()
+    assert not path.exists()
+    with Recorder(path, deferred=True):
+        pass
+    with TraceReader(path) as reader:
+        assert list(reader) == []
+        assert reader.closed
+    old = path.read_bytes()
+    Recorder(path, deferred=True).discard()
+    assert path.read_bytes() == old
+    trace = Trace()
+    recorder = Recorder(path, deferred=True)
+    trace.attach(recorder)
+    trace.emit("page_alloc", pfn=1)
+    recorder.discard()
+    with TraceReader(path) as reader:
+        assert [event.kind for event in reader] == ["page_alloc"]
+        assert reader.closed

@@ -41,6 +41,8 @@ def run_guest(
         raise BadInput("without a GUEST the board has to be named: --board, see 'xipvm boards'")
     if until == "":
         raise BadInput("--until needs a text to wait for")
+    if max_instructions is not None and clock == "host":
+        raise BadInput("an instruction limit needs the instructions clock")
     options = [parse_option(text) for text in flash]
     funnel = Trace()
     history = History()
@@ -58,7 +60,7 @@ def run_guest(
             from xipvm.trace.recorder import Recorder
 
             info = _machine_info(guest, board, memory, smp, secondary=secondary, clock=clock)
-            recorder = Recorder(trace, machine=info, on_error=trace_failed)
+            recorder = Recorder(trace, machine=info, deferred=True, on_error=trace_failed)
             funnel.attach(recorder)
         try:
             with Machine(
@@ -80,7 +82,10 @@ def run_guest(
                     funnel.detach(recorder)
         finally:
             if recorder is not None:
-                recorder.close()
+                if machine is None:
+                    recorder.discard()
+                else:
+                    recorder.close()
     if sys.stdout.isatty() and console.tail and not console.tail.endswith(b"\n"):
         _say("")  # the guest's last line ends here
     if result.report is not None:

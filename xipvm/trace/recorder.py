@@ -13,6 +13,7 @@ definition of a new one goes before the event that needs it.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import itertools
 import mmap
@@ -51,7 +52,8 @@ class Recorder:
     """A sink (``trace.attach(recorder)``) that writes a trace file. A context manager; or call :meth:`close`.
 
     ``machine`` goes into the header; nothing in it may differ between two equal runs. ``append`` adds to an
-    existing trace instead of replacing it. A file that is no trace is never replaced.
+    existing trace instead of replacing it. A file that is no trace is never replaced. With ``deferred``
+    nothing is written before the first event, so that until then ``discard`` leaves everything as it was.
 
     When the disk is full or the file cannot grow otherwise, recording ends: ``error`` is set and ``on_error`` called
     with it once, from within the emit; later events are dropped. Without ``on_error`` the error is
@@ -67,6 +69,7 @@ class Recorder:
         *,
         machine: Mapping[str, Any] | None = None,
         append: bool = False,
+        deferred: bool = False,
         on_error: Callable[[TraceFileError], None] | None = None,
     ) -> None:
         self.path = os.fspath(path)
@@ -80,6 +83,8 @@ class Recorder:
             raise InternalError(f"{len(kinds)} kinds of events are declared, {MAX_KINDS} can be recorded")
         self._kinds = kinds
         self._encoders = _Encoders(kinds, self._strings, self._room)
+        self._machine = dict(machine or {})
+        self._created = not os.path.lexists(self.path)
         self._fd = _open(self.path)
         self._window: mmap.mmap | None = None
         self._base = self._at = 0  # where the window begins in the file; where the next record goes in the window
@@ -89,8 +94,8 @@ class Recorder:
                 raise TraceFileError(self.path, "exists and is no trace, so it is not replaced")
             if append:
                 self._base = _end_of_trace(self.path)
-            os.ftruncate(self._fd, self._base)
-            self._begin(machine or {})
+            if not deferred:
+                self._begin()
         except OSError as error:
             os.close(self._fd)
             raise TraceFileError(self.path, error.strerror or str(error)) from error
@@ -98,14 +103,15 @@ class Recorder:
             os.close(self._fd)
             raise
 
-    def _begin(self, machine: Mapping[str, Any]) -> None:
-        """Write the preamble and the header of a new segment."""
+    def _begin(self) -> None:
+        """Write the preamble and the header of a new segment. Raises OSError."""
         import json  # only a run that records pays for it
 
         header = json.dumps(
-            {"kinds": {kind.name: kind.spec for kind in self._kinds.values()}, "machine": dict(machine)},
+            {"kinds": {kind.name: kind.spec for kind in self._kinds.values()}, "machine": self._machine},
             separators=(",", ":"),
         ).encode()
+        os.ftruncate(self._fd, self._base)
         window, at = self._move(PREAMBLE.size + len(header))
         PREAMBLE.pack_into(window, at, MAGIC, VERSION, len(header))
         self._at = at + PREAMBLE.size + len(header)
@@ -117,6 +123,8 @@ class Recorder:
             if self._at >= self._limit:
                 if self.error is not None:
                     return
+                if self._window is None and self._fd >= 0:
+                    self._begin()
                 self._move(_SLACK)
             try:
                 self._at = self._encoders[event[4]](self._window, self._at, event)  # type: ignore[arg-type]
@@ -214,9 +222,17 @@ class Recorder:
         """Finish the file. Closing twice is allowed. Raises TraceFileError; the file is closed all the same."""
         if self._fd < 0:
             return
+        failed: OSError | None = None
+        if self._window is None and self.error is None:
+            try:
+                self._begin()
+            except OSError as error:
+                failed = error
         fd, self._fd = self._fd, -1
         window, self._window = self._window, None
         try:
+            if failed is not None:
+                raise failed
             if window is not None:
                 if self.error is None:  # the slack has place for it
                     END_RECORD.pack_into(window, self._at, END_RECORD.size, END, self.events, MARK)
@@ -228,6 +244,17 @@ class Recorder:
         finally:
             self._limit = self._at = 0
             os.close(fd)
+
+    def discard(self) -> None:
+        """Close the file as it was found, or remove it if it was not there. With events recorded it is ``close``."""
+        if self._fd < 0 or self._window is not None or self.error is not None:
+            self.close()
+            return
+        fd, self._fd = self._fd, -1
+        if self._created:
+            with contextlib.suppress(OSError):
+                os.unlink(self.path)
+        os.close(fd)
 
     def __enter__(self) -> Recorder:
         return self
