@@ -16,11 +16,18 @@ from hypothesis import strategies as st
 from xipvm.errors import MmError
 from xipvm.mmu.frames import HostMemory
 from xipvm.mmu.host_thread import HostThread
-from xipvm.mmu.madvise import MADV_DONTNEED
+from xipvm.mmu.madvise import (
+    MADV_COLD,
+    MADV_DONTNEED,
+    MADV_FREE,
+    MADV_GUARD_INSTALL,
+    MADV_GUARD_REMOVE,
+    MADV_POPULATE_WRITE,
+)
 from xipvm.mmu.mm import Mm
 from xipvm.mmu.mremap import MREMAP_DONTUNMAP, MREMAP_FIXED, MREMAP_MAYMOVE
 from xipvm.mmu.page_cache import ShmemFile
-from xipvm.mmu.pte import PRESENT, WRITE, pte_pfn
+from xipvm.mmu.pte import GUARD, PRESENT, WRITE, pte_pfn
 from xipvm.mmu.tables import GupPage
 from xipvm.mmu.verify import verify
 from xipvm.mmu.vma import MAP_ANONYMOUS, MAP_FIXED, MAP_PRIVATE, MAP_SHARED
@@ -31,6 +38,7 @@ PAGE = 4096
 BASE = 0x20_0000_0000 - 5 * PAGE  # the pages lie on both sides of a table's end
 PAGES = 12
 FILE_PAGES = 10
+ADVICE = (MADV_FREE, MADV_COLD, MADV_POPULATE_WRITE, MADV_GUARD_INSTALL, MADV_GUARD_REMOVE)
 PROTS = (0, 1, 3, 3, 3, 7)
 
 
@@ -61,9 +69,13 @@ class Mapped:
     shared: bool = False
     private: Value | None = None
 
+    guard: bool = False
+
     @property
-    def bus_error(self) -> bool:
-        return self.backing is not None and self.private is None and self.pgoff >= self.backing.pages
+    def no_page(self) -> bool:
+        """Every access is a signal."""
+        behind_the_end = self.backing is not None and self.private is None and self.pgoff >= self.backing.pages
+        return self.guard or behind_the_end
 
     @property
     def value(self) -> Value:
@@ -189,6 +201,31 @@ class World:
             for page in range(first, end):
                 process.pages[page].private = None
 
+    def advise(self, process: Process, first: int, end: int, choice: int) -> None:
+        """Advice that keeps what pages hold, and guards, which do not."""
+        advice = ADVICE[choice % len(ADVICE)]
+        mapped = [process.pages.get(page) for page in range(first, end)]
+        present = [page for page in mapped if page is not None]
+        error = 0
+        if advice == MADV_FREE and any(page.backing is not None for page in present):
+            error = errno.EINVAL
+        elif None in mapped:
+            error = errno.ENOMEM
+        elif advice == MADV_POPULATE_WRITE and not all(page.prot & 2 for page in present):
+            error = errno.EINVAL
+        elif advice == MADV_POPULATE_WRITE and any(page.no_page for page in present):
+            error = errno.EFAULT
+        self.expect(error, process.mm.madvise, BASE + first * PAGE, (end - first) * PAGE, advice)
+        for page in present:
+            if not error and advice in (MADV_GUARD_INSTALL, MADV_GUARD_REMOVE):
+                page.guard = advice == MADV_GUARD_INSTALL
+                page.private = None if page.guard else page.private
+            elif advice == MADV_POPULATE_WRITE and error in (0, errno.EFAULT):
+                if page.no_page:
+                    break
+                if not page.shared:
+                    page.private = page.value
+
     def fork(self, process: Process, first: int, end: int, choice: int) -> None:
         if len(self.processes) < 4:
             pages = {page: Mapped(**vars(mapped)) for page, mapped in process.pages.items()}
@@ -205,7 +242,7 @@ class World:
         for page in range(first, end):
             mapped = process.pages.get(page)
             allowed = mapped is not None and mapped.prot != 0 and (mapped.prot & 2 or not write)
-            error = 0 if allowed and mapped is not None and not mapped.bus_error else errno.EFAULT
+            error = 0 if allowed and mapped is not None and not mapped.no_page else errno.EFAULT
             hva = BASE + page * PAGE + OFFSETS[slot]
             self.written += 1
             word = self.written.to_bytes(8, "little")
@@ -277,6 +314,9 @@ class World:
     def check_contents(self, process: Process) -> None:
         entries = {page - (BASE >> 12): entry for page, entry in process.mm.pgd.entries(0, 1 << 36)}
         for page, entry in entries.items():
+            if entry == GUARD:
+                assert process.pages[page].guard
+                continue
             mapped, pfn = process.pages[page], pte_pfn(entry)
             value = tuple(int.from_bytes(self.host.read(pfn, offset, 8), "little") for offset in OFFSETS)
             assert value == mapped.value, f"page {page} of {process.mm.name}"
@@ -287,7 +327,21 @@ class World:
 
 VERBS = (
     ["access"] * 12
-    + ["mmap", "mmap", "munmap", "mremap", "mremap", "mprotect", "mprotect", "mprotect", "dontneed", "dontneed"]
+    + [
+        "mmap",
+        "mmap",
+        "munmap",
+        "mremap",
+        "mremap",
+        "mprotect",
+        "mprotect",
+        "mprotect",
+        "dontneed",
+        "dontneed",
+        "advise",
+        "advise",
+        "advise",
+    ]
     + ["fork", "fork", "exit", "pwrite", "punch", "truncate"]
 )
 operations = st.lists(

@@ -146,9 +146,9 @@ def test_zap_mapped_moves_frames_to_the_gather() -> None:
     table.set(6, entry(0, PRESENT | SPECIAL))
     host.get(frames[4])
     gather = Gather(host)
-    assert table.zap_mapped(0, 10, gather, keep_anon=True) == [(4, 3), (0, 1)]
+    assert table.zap_mapped(0, 10, gather, keep_anon=True) == (4, [(4, 3), (0, 1)])
     assert gather.pages() == frames[3:]
-    assert table.zap_mapped(0, 10, gather, runs=False) == []
+    assert table.zap_mapped(0, 10, gather, runs=False) == (3, [])
     assert gather.count == 6
     assert [host.mapcount(pfn) for pfn in frames] == [0] * 6
     assert [bool(host.flags(pfn) & PG_DIRTY) for pfn in frames] == [False] * 3 + [True] * 3

@@ -16,7 +16,7 @@ from xipvm.mmu.cow import do_wp_page, map_new_anon
 from xipvm.mmu.file import FaultResult, VmFault
 from xipvm.mmu.frames import ZERO_PFN
 from xipvm.mmu.mapping import anon_vma_prepare
-from xipvm.mmu.pte import ACCESSED, DIRTY, PFN_SHIFT, SPECIAL, WRITE
+from xipvm.mmu.pte import ACCESSED, DIRTY, GUARD, PFN_SHIFT, SPECIAL, WRITE
 from xipvm.mmu.vma import PROT_WRITE, VM_SHARED, Vma
 
 if TYPE_CHECKING:
@@ -51,6 +51,8 @@ def _fault(mm: Mm, area: Vma, hva: int, write: bool) -> tuple[VmFault, str]:
     """By what is there: how it went, and the word for it in the trace. Raises OutOfFrames, having changed nothing."""
     entry = mm.pgd.get(hva >> PAGE_SHIFT)
     if entry:
+        if entry & GUARD:
+            return VmFault.SIGSEGV, "guard"
         if write and not entry & WRITE:
             return do_wp_page(mm, area, hva, entry)
         return _OK, "spurious"

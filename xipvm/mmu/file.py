@@ -7,9 +7,11 @@ such.
 
 from __future__ import annotations
 
+import errno
 from enum import IntEnum
 from typing import TYPE_CHECKING, ClassVar
 
+from xipvm.errors import MmError
 from xipvm.mmu.rmap import reverse_map
 
 if TYPE_CHECKING:
@@ -73,6 +75,13 @@ class AddressSpace:
     def cached(self, pgoff: int) -> int | None:
         """The frame of a page that can be mapped without sleeping, None otherwise. No reference is taken."""
         return None
+
+    def readahead(self, pgoff: int, count: int) -> None:
+        """Pages that will be needed soon. Raises OutOfFrames."""
+
+    def punch_hole(self, pgoff: int, count: int) -> None:
+        """Makes the pages read as zero, in every mapping. Raises MmError EOPNOTSUPP where the file cannot."""
+        raise MmError(errno.EOPNOTSUPP, f"a hole in {self.name}")
 
     def fsync(self, pgoff: int = 0, count: int | None = None) -> int:
         """Writes back the dirty pages of the range (all by default); how many there were."""

@@ -1,59 +1,217 @@
-"""madvise: pages that are not needed any more, and areas that fork leaves out."""
+"""madvise: pages that are not needed any more, or will be soon, and areas that fork leaves out.
+
+What each advice announces:
+
+* DONTNEED: one range per area (CLEAR), then one flush and the free for all of them.
+* FREE: one range per area (CLEAR). The entries stay and lose their young and dirty bits, the pages become lazyfree:
+  reclaim may drop what nobody has written since. The secondary MMU has to drop its entries all the same: what it writes
+  through an old one would make nothing dirty.
+* GUARD_INSTALL: as DONTNEED where anything is mapped, then a marker in every entry that makes each access a SIGSEGV.
+* REMOVE: a hole in the file, announced to everybody who maps it.
+* POPULATE_READ and _WRITE fault the pages in; a copy on write announces itself.
+* COLD clears young bits and flushes, GUARD_REMOVE takes the markers away, WILLNEED reads ahead, DONTFORK and DOFORK say
+  what fork copies: nobody is told.
+"""
 
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
+from xipvm.address import PAGE_SHIFT, PAGE_SIZE
 from xipvm.errors import MmError
-from xipvm.mmu.mapping import merge, split
-from xipvm.mmu.vma import VM_DONTCOPY, Vma
+from xipvm.mmu.fault import handle_mm_fault
+from xipvm.mmu.file import VmFault
+from xipvm.mmu.frames import PG_DIRTY, PG_REFERENCED, PG_SWAPBACKED
+from xipvm.mmu.mapping import anon_vma_prepare, merge, split
+from xipvm.mmu.pte import ACCESSED, DIRTY, GUARD, MAPPED, PRESENT, SPECIAL, WRITE, pte_pfn
+from xipvm.mmu.vma import PROT_WRITE, VM_DONTCOPY, VM_LOCKED, VM_MIXEDMAP, Vma
 from xipvm.mmu.zap import MmuGather
 from xipvm.notifier import RangeEvent
 
 if TYPE_CHECKING:
     from xipvm.mmu.mm import Mm
 
+MADV_WILLNEED: Final = 3
 MADV_DONTNEED: Final = 4
+MADV_FREE: Final = 8
+MADV_REMOVE: Final = 9
 MADV_DONTFORK: Final = 10
 MADV_DOFORK: Final = 11
+MADV_COLD: Final = 20
+MADV_POPULATE_READ: Final = 22
+MADV_POPULATE_WRITE: Final = 23
+MADV_GUARD_INSTALL: Final = 102
+MADV_GUARD_REMOVE: Final = 103
 
-_NAMES: Final = {MADV_DONTNEED: "DONTNEED", MADV_DONTFORK: "DONTFORK", MADV_DOFORK: "DOFORK"}
+Piece = tuple[Vma, int, int]
+"""An area and the part of it that the advice is about, in bytes."""
 
 
 def madvise(mm: Mm, addr: int, length: int, advice: int) -> None:
     """See :meth:`Mm.madvise`."""
-    if advice not in _NAMES:
+    if advice in (MADV_POPULATE_READ, MADV_POPULATE_WRITE):
+        _populate(mm, addr, length, advice == MADV_POPULATE_WRITE)
+    elif advice in (MADV_REMOVE, MADV_WILLNEED):
+        _advise_files(mm, addr, length, advice)
+    elif advice in (MADV_DONTFORK, MADV_DOFORK):
+        with mm.mmap_lock.write:
+            _set_dontfork(mm, addr, length, advice == MADV_DONTFORK)
+    elif advice in _PAGES:
+        name, refused, work = _PAGES[advice]
+        with mm.mmap_lock.read:
+            pieces = _pieces(mm, addr, length, refused, name)
+            if pieces:
+                with mm.because("mm_madvise", start=addr, end=pieces[-1][2], advice=name):
+                    gather = MmuGather(mm)
+                    for area, start, end in pieces:
+                        work(mm, gather, area, start, end)
+                    gather.finish()
+    else:
         raise MmError(errno.EINVAL, f"madvise: advice {advice}")
-    with mm.mmap_lock.read if advice == MADV_DONTNEED else mm.mmap_lock.write:
-        start, end = mm.check_range("madvise", addr, length)
-        _madvise(mm, start, end, advice)
 
 
-def _madvise(mm: Mm, start: int, end: int, advice: int) -> None:
-    areas = mm.covered("madvise", start, end)
-    if not areas:
-        return
-    with mm.because("mm_madvise", start=start, end=end, advice=_NAMES[advice]):
-        if advice == MADV_DONTNEED:
-            _dontneed(mm, areas, start, end)
-        else:
-            _set_flag(mm, start, end, VM_DONTCOPY, advice == MADV_DONTFORK)
-
-
-def _dontneed(mm: Mm, areas: list[Vma], start: int, end: int) -> None:
-    """One range per area, then one flush and the free for all of them."""
-    gather = MmuGather(mm)
+def _pieces(mm: Mm, addr: int, length: int, refused: int, name: str) -> list[Piece]:
+    """What the range covers. Raises EINVAL when an area has a flag of ``refused``, ENOMEM for a hole."""
+    start, end = mm.check_range("madvise", addr, length)
+    areas = mm.areas_in(start, end)
     for area in areas:
-        lo, hi = max(area.start, start), min(area.end, end)
-        with mm.notifiers.invalidate_range(lo, hi, RangeEvent.CLEAR):
-            gather.zap(lo, hi)
-    gather.finish()
+        if area.flags & refused or (name == "FREE" and area.file is not None):
+            raise MmError(errno.EINVAL, f"madvise: MADV_{name} of {area!r}")
+    mm.covered("madvise", start, end)
+    return [(area, max(area.start, start), min(area.end, end)) for area in areas]
 
 
-def _set_flag(mm: Mm, start: int, end: int, flag: int, on: bool) -> None:
+# ---- advice that works on the entries of one area
+
+
+def _dontneed(mm: Mm, gather: MmuGather, area: Vma, start: int, end: int) -> None:
+    with mm.notifiers.invalidate_range(start, end, RangeEvent.CLEAR):
+        gather.zap(start, end, keep_markers=True)
+
+
+def _free(mm: Mm, gather: MmuGather, area: Vma, start: int, end: int) -> None:
+    host, pgd = mm.host, mm.pgd
+    with mm.notifiers.invalidate_range(start, end, RangeEvent.CLEAR):
+        for page, entry in pgd.entries(start >> PAGE_SHIFT, end >> PAGE_SHIFT):
+            if entry & SPECIAL or not entry & PRESENT:
+                continue
+            pfn = pte_pfn(entry)
+            if host.flags(pfn) & PG_DIRTY:
+                if host.mapcount(pfn) != 1:  # somebody else's data
+                    continue
+                host.clear_flags(pfn, PG_DIRTY)
+            if entry & (ACCESSED | DIRTY):
+                pgd.set(page, entry & ~(ACCESSED | DIRTY))
+                gather.flush_later(page << PAGE_SHIFT)
+            host.clear_flags(pfn, PG_SWAPBACKED | PG_REFERENCED)
+
+
+def _cold(mm: Mm, gather: MmuGather, area: Vma, start: int, end: int) -> None:
+    host, pgd = mm.host, mm.pgd
+    for page, entry in pgd.entries(start >> PAGE_SHIFT, end >> PAGE_SHIFT):
+        if entry & SPECIAL or not entry & PRESENT or host.mapcount(pte_pfn(entry)) != 1:
+            continue
+        host.clear_flags(pte_pfn(entry), PG_REFERENCED)
+        if entry & ACCESSED:
+            pgd.set(page, entry & ~ACCESSED)
+            gather.flush_later(page << PAGE_SHIFT)
+
+
+def _guard_install(mm: Mm, gather: MmuGather, area: Vma, start: int, end: int) -> None:
+    pgd, first, last = mm.pgd, start >> PAGE_SHIFT, end >> PAGE_SHIFT
+    anon_vma_prepare(area)  # so that fork copies the markers
+    while any(entry & MAPPED for _, entry in pgd.entries(first, last)):
+        with mm.notifiers.invalidate_range(start, end, RangeEvent.CLEAR):
+            gather.zap(start, end, keep_markers=True)
+    for page in range(first, last):
+        pgd.set(page, GUARD)
+    if mm.trace.on:
+        mm.trace.emit("pte_guard", mm=mm.name, start=start, end=end, on=True)
+
+
+def _guard_remove(mm: Mm, gather: MmuGather, area: Vma, start: int, end: int) -> None:
+    for page, entry in mm.pgd.entries(start >> PAGE_SHIFT, end >> PAGE_SHIFT):
+        if entry & GUARD:
+            mm.pgd.set(page, 0)
+    if mm.trace.on:
+        mm.trace.emit("pte_guard", mm=mm.name, start=start, end=end, on=False)
+
+
+_PAGES: Final[dict[int, tuple[str, int, Callable[[Mm, MmuGather, Vma, int, int], None]]]] = {
+    MADV_DONTNEED: ("DONTNEED", VM_LOCKED, _dontneed),
+    MADV_FREE: ("FREE", VM_LOCKED, _free),
+    MADV_COLD: ("COLD", VM_LOCKED, _cold),
+    MADV_GUARD_INSTALL: ("GUARD_INSTALL", VM_LOCKED | VM_MIXEDMAP, _guard_install),
+    MADV_GUARD_REMOVE: ("GUARD_REMOVE", VM_MIXEDMAP, _guard_remove),
+}
+"""Advice by number: its name, the flags of areas that refuse it, and what to do."""
+
+
+# ---- the rest
+
+
+def _set_dontfork(mm: Mm, addr: int, length: int, on: bool) -> None:
+    name = "DONTFORK" if on else "DOFORK"
+    pieces = _pieces(mm, addr, length, 0, name)
+    if not pieces:
+        return
+    start, end = addr, pieces[-1][2]
+    with mm.because("mm_madvise", start=start, end=end, advice=name):
+        change_flags(mm, start, end, VM_DONTCOPY, on)
+
+
+def change_flags(mm: Mm, start: int, end: int, flag: int, on: bool) -> None:
+    """Sets or clears ``flag`` of the areas in ``[start, end)``, splitting and merging them. mmap_lock is held."""
     split(mm, start)
     split(mm, end)
     for area in mm.areas_in(start, end):
         area.flags = area.flags | flag if on else area.flags & ~flag
     merge(mm, start, end)
+
+
+def _populate(mm: Mm, addr: int, length: int, write: bool) -> None:
+    """Faults in what is not there. Pages that were populated before an error stay."""
+    name = "POPULATE_WRITE" if write else "POPULATE_READ"
+    with mm.mmap_lock.read:
+        pieces = _pieces(mm, addr, length, 0, name)
+        for area, _, _ in pieces:
+            if not area.prot or (write and not area.prot & PROT_WRITE):
+                raise MmError(errno.EINVAL, f"madvise: MADV_{name} of {area!r}")
+    if pieces:
+        with mm.because("mm_madvise", start=addr, end=pieces[-1][2], advice=name):
+            fault_in(mm, addr, pieces[-1][2], write)
+
+
+def fault_in(mm: Mm, start: int, end: int, write: bool) -> None:
+    """Makes every page of ``[start, end)`` accessible. Raises EFAULT (SIGBUS, SIGSEGV) and ENOMEM. No lock is held."""
+    wanted = PRESENT | WRITE if write else PRESENT
+    for hva in range(start, end, PAGE_SIZE):
+        while mm.pgd.get(hva >> PAGE_SHIFT) & wanted != wanted:
+            fault = handle_mm_fault(mm, hva, write)
+            if fault:
+                error = errno.ENOMEM if fault == VmFault.OOM else errno.EFAULT
+                raise MmError(error, f"populating {hva:#x} in {mm.name}: {fault.name}")
+
+
+def _advise_files(mm: Mm, addr: int, length: int, advice: int) -> None:
+    """REMOVE and WILLNEED, which are the files' business and done without mmap_lock."""
+    remove = advice == MADV_REMOVE
+    name = "REMOVE" if remove else "WILLNEED"
+    with mm.mmap_lock.read:
+        pieces = _pieces(mm, addr, length, VM_LOCKED if remove else 0, name)
+        todo = [(area.file, area.page_offset(lo), (hi - lo) >> PAGE_SHIFT) for area, lo, hi in pieces]
+        for area, _, _ in pieces if remove else ():
+            if area.file is None:
+                raise MmError(errno.EINVAL, f"madvise: MADV_REMOVE of {area!r}")
+            if not area.shared or not area.file.writable:
+                raise MmError(errno.EACCES, f"madvise: MADV_REMOVE of {area!r}")
+    if not pieces:
+        return
+    with mm.because("mm_madvise", start=addr, end=pieces[-1][2], advice=name):
+        for file, pgoff, count in todo:
+            if file is not None and remove:
+                file.punch_hole(pgoff, count)
+            elif file is not None:
+                file.readahead(pgoff, count)

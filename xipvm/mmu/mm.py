@@ -141,9 +141,10 @@ class Mm:
             protect.mprotect(self, addr, length, prot)
 
     def madvise(self, addr: int, length: int, advice: int) -> None:
-        """MADV_DONTNEED drops the pages, MADV_DONTFORK and MADV_DOFORK say what fork copies.
+        """What will be done with the range; madvise.py has the kinds of advice.
 
-        Errors: EINVAL (also another advice), ENOMEM (a hole).
+        Errors: EINVAL (also for areas that the advice does not fit), ENOMEM (a hole), EACCES (REMOVE), EFAULT
+        (POPULATE: no page to be had; those before it stay).
         """
         madvise.madvise(self, addr, length, advice)
 

@@ -1,8 +1,8 @@
 """Bits of a primary page-table entry; pte.pxd has the same numbers for native code.
 
-An entry is empty (0), mapped (``PRESENT``), or mapped without any access (``PROTNONE``: PROT_NONE over a page
-that stays). ``ANON`` and ``EXCLUSIVE`` are the page's facts as this entry sees them: EXCLUSIVE says that this is
-the only entry that maps the anonymous page, so it may be written in place.
+An entry is empty (0), mapped (``PRESENT``), mapped without any access (``PROTNONE``: PROT_NONE over a page that stays),
+or a marker, which maps nothing (``GUARD``). ``ANON`` and ``EXCLUSIVE`` are the page's facts as this entry sees them:
+EXCLUSIVE says that this is the only entry that maps the anonymous page, so it may be written in place.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ HUGE: Final = 1 << 7
 SOFT_DIRTY: Final = 1 << 8
 ANON: Final = 1 << 9
 EXCLUSIVE: Final = 1 << 10
+GUARD: Final = 1 << 11
+"""Alone in an entry: nothing is mapped, and nothing will be (MADV_GUARD_INSTALL)."""
 
 MAPPED: Final = PRESENT | PROTNONE
 FLAGS: Final = 0xFFF
@@ -41,6 +43,8 @@ def describe(entry: int) -> str:
     """An entry in words, for errors: ``0x12 rw- anon exclusive``."""
     if not entry:
         return "empty"
+    if entry & GUARD:
+        return "guard"
     rights = "".join(letter if entry & bit else "-" for letter, bit in (("r", PRESENT), ("w", WRITE), ("x", EXEC)))
     names = (("protnone", PROTNONE), ("special", SPECIAL), ("anon", ANON), ("exclusive", EXCLUSIVE), ("dirty", DIRTY))
     return " ".join([f"{pte_pfn(entry):#x}", rights, *(name for name, bit in names if entry & bit)])

@@ -74,18 +74,25 @@ class PageTable:
     def copy_to(
         self, child: PageTable, start: int, end: int, host: HostMemory, cow: bool, segments: bool = False
     ) -> list[tuple[int, int, int]]:
-        """Copies the mapped primary PTEs, with a reference and a mapcount each; ``cow`` takes WRITE and EXCLUSIVE.
+        """Copies the primary PTEs, mapped ones with a reference and a mapcount; ``cow`` takes WRITE and EXCLUSIVE.
 
         Returns segments of this table, as ``protect`` does.
         """
 
     def zap_mapped(
-        self, start: int, end: int, gather: Gather, runs: bool = True, keep_anon: bool = False
-    ) -> list[tuple[int, int]]:
-        """Clears the primary PTEs of [start, end); runs of their pfns, [] unless ``runs``.
+        self,
+        start: int,
+        end: int,
+        gather: Gather,
+        runs: bool = True,
+        keep_anon: bool = False,
+        keep_markers: bool = False,
+    ) -> tuple[int, list[tuple[int, int]]]:
+        """Clears the primary PTEs of [start, end); how many mapped a page, and runs of the pfns, [] unless ``runs``.
 
         Each counted frame loses a mapcount, takes over the dirty and accessed bits (file pages) and goes into
-        ``gather``. ``keep_anon`` leaves private copies alone. No huge entry may be in the range.
+        ``gather``. ``keep_anon`` leaves private copies alone, ``keep_markers`` entries that map nothing. No huge entry
+        may be in the range.
         """
 
 class GupPage:

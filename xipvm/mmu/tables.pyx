@@ -189,6 +189,7 @@ cdef struct Pass:
     uint64_t flushes    # changed entries that a TLB may hold
     uint64_t found
     bint keep_anon
+    bint keep_markers
     bint cow
 
 
@@ -477,13 +478,14 @@ cdef class PageTable:
         self.present += 1
         return pfn
 
-    def zap_mapped(self, uint64_t start, uint64_t end, Gather gather not None, bint runs=True, bint keep_anon=False):
+    def zap_mapped(self, uint64_t start, uint64_t end, Gather gather not None, bint runs=True, bint keep_anon=False,
+                   bint keep_markers=False):
         cdef Pass todo
         memset(&todo, 0, sizeof(todo))
         todo.verb, todo.start, todo.end = ZAP_MAPPED, start, end
-        todo.runs.wanted, todo.keep_anon = runs, keep_anon
+        todo.runs.wanted, todo.keep_anon, todo.keep_markers = runs, keep_anon, keep_markers
         run_pass(self, &todo, gather, None, None)
-        return take_runs(&todo.runs)
+        return todo.changed, take_runs(&todo.runs)
 
     def protect(self, uint64_t start, uint64_t end, uint64_t rights, uint64_t upgrade=0, bint segments=False):
         cdef Pass todo
@@ -583,6 +585,7 @@ cdef inline int leaf(PageTable tree, uint64_t *table, uint64_t i, int level, uin
         return 0
     if todo.verb == COPY:
         if not entry & (PTE_PRESENT | PTE_PROTNONE):
+            child.store(page, entry)
             return 0
         if todo.cow:
             new = entry & ~<uint64_t>(PTE_WRITE | PTE_EXCLUSIVE)
@@ -598,6 +601,12 @@ cdef inline int leaf(PageTable tree, uint64_t *table, uint64_t i, int level, uin
             meta.mapcount += 1
         return 0
     if todo.verb == ZAP_MAPPED:
+        if not entry & (PTE_PRESENT | PTE_PROTNONE):
+            if not todo.keep_markers:
+                table[i] = 0
+                fill_of(table)[0] -= 1
+                tree.present -= 1
+            return 0
         if todo.keep_anon and entry & PTE_ANON:
             return 0
         if not entry & PTE_SPECIAL:

@@ -14,7 +14,7 @@ from xipvm.address import PAGE_SHIFT
 from xipvm.errors import InternalError
 from xipvm.mmu.frames import PG_ANON, PG_RESERVED, ZERO_PFN, HostMemory
 from xipvm.mmu.page_cache import PageCache
-from xipvm.mmu.pte import ANON, DIRTY, EXCLUSIVE, MAPPED, PRESENT, SPECIAL, WRITE, describe, pte_pfn
+from xipvm.mmu.pte import ANON, DIRTY, EXCLUSIVE, GUARD, MAPPED, PRESENT, SPECIAL, WRITE, describe, pte_pfn
 from xipvm.mmu.rmap import reverse_map
 from xipvm.mmu.vma import PROT_WRITE
 
@@ -76,6 +76,10 @@ def _entries(mm: Mm, mappings: defaultdict[int, set[tuple[Vma, int]]]) -> list[s
         area = mm.find_vma(hva)
         if area is None:
             wrong.append(f"{mm.name}: entry at {hva:#x} ({describe(entry)}) lies in no area")
+            continue
+        if entry & GUARD:
+            if entry != GUARD:
+                wrong.append(f"{mm.name}: marker at {hva:#x} is {entry:#x}")
             continue
         pfn = pte_pfn(entry)
         if not entry & SPECIAL:

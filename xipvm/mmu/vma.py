@@ -34,6 +34,8 @@ TASK_SIZE: Final = (1 << 47) - PAGE_SIZE
 """End of the addresses that can be mapped."""
 
 VM_SHARED: Final = 0x08
+VM_LOCKED: Final = 0x2000
+"""Its pages are not to be taken away (mlock)."""
 VM_DONTCOPY: Final = 0x20000
 """fork leaves the area out (MADV_DONTFORK)."""
 VM_MIXEDMAP: Final = 0x10000000

@@ -14,7 +14,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from xipvm.actors import point
-from xipvm.address import PAGE_SHIFT
+from xipvm.address import PAGE_SHIFT, PAGE_SIZE
 from xipvm.mmu.tables import Gather
 from xipvm.mmu.vma import TASK_SIZE, Vma
 from xipvm.notifier import RangeEvent
@@ -35,19 +35,23 @@ class MmuGather:
         self._start = TASK_SIZE
         self._end = 0
 
-    def zap(self, start: int, end: int, *, keep_anon: bool = False) -> None:
-        """Clears the entries of ``[start, end)``, those of private copies left alone with ``keep_anon``."""
+    def zap(self, start: int, end: int, *, keep_anon: bool = False, keep_markers: bool = False) -> None:
+        """Clears the entries of ``[start, end)``; keeps private copies or what maps nothing, if told to."""
         mm = self._mm
-        pgd = mm.pgd
-        before = pgd.present
         trace = mm.trace
-        runs = pgd.zap_mapped(start >> PAGE_SHIFT, end >> PAGE_SHIFT, self._frames, trace.on, keep_anon)
-        if pgd.present == before:
+        first, last = start >> PAGE_SHIFT, end >> PAGE_SHIFT
+        cleared, runs = mm.pgd.zap_mapped(first, last, self._frames, trace.on, keep_anon, keep_markers)
+        if not cleared:
             return
         self._start = min(self._start, start)
         self._end = max(self._end, end)
         if trace.on:
             trace.emit("pte_clear", mm=mm.name, start=start, end=end, pages=runs)
+
+    def flush_later(self, hva: int) -> None:
+        """The entry of the page at ``hva`` has changed."""
+        self._start = min(self._start, hva)
+        self._end = max(self._end, hva + PAGE_SIZE)
 
     def finish(self) -> None:
         """Flushes the TLBs, then puts the frames."""
@@ -88,10 +92,10 @@ def unmap_mapping_range(file: AddressSpace, pgoff: int, count: int, *, even_cows
         gather = MmuGather(mm)
         with mm.notifiers.invalidate_range(lo, hi, RangeEvent.CLEAR):
             if area in file.areas and place == (area.start, area.end, area.pgoff):
-                gather.zap(lo, hi, keep_anon=not even_cows)
+                gather.zap(lo, hi, keep_anon=not even_cows, keep_markers=True)
             else:  # split, or gone: somebody was faster
                 for part in [part for part in file.areas if part.mm is mm and part.start < hi and lo < part.end]:
-                    gather.zap(max(lo, part.start), min(hi, part.end), keep_anon=not even_cows)
+                    gather.zap(max(lo, part.start), min(hi, part.end), keep_anon=not even_cows, keep_markers=True)
         gather.finish()
 
 

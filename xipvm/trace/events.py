@@ -149,6 +149,7 @@ define(
     "mm:str start:hva end:hva flags:hex",
     "every mapped entry of the range has these flags now, same pages",
 )
+define("pte_guard", "mm:str start:hva end:hva on:bool", "guard markers were put in the empty entries, or taken away")
 define(
     "pte_move",
     "mm:str start:hva end:hva to:hva length:npages pages:pfns",
