@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 
 import pytest
@@ -87,6 +88,32 @@ def test_a_write_to_the_page_that_holds_the_storing_code(box: Box) -> None:
             code = box.engine.run(box.pc())
         assert code == OK
         assert run_answer(box, CODE + target) == value
+
+
+def test_a_page_that_goes_back_and_forth_all_the_time(pair: Box, code: int) -> None:
+    """After some turns it is both for one engine, and right whoever writes, at which address, and whoever runs it."""
+    dice = random.Random(7)
+    for value in range(2, 400):
+        writer = dice.choice([*pair.engines, None])
+        if writer is None:
+            pair.host.write(code, 0, words(pair.answer_insn(value)))
+        else:
+            guest_writes(pair, dice.choice([CODE, ALIAS]), pair.answer_insn(value), writer)
+        for engine in dice.sample(pair.engines, dice.randint(1, 2)):
+            assert run_answer(pair, dice.choice([CODE, ALIAS]), engine) == value
+
+
+def test_going_back_and_forth_ends_in_no_more_flushes(box: Box) -> None:
+    pfn = box.page(CODE, box.answer(1))
+    box.page(ALIAS, pfn=pfn)
+    box.page(STORE, box.store_word(), RX)
+    flushes = []
+    for value in range(1, 200):
+        guest_writes(box, ALIAS, box.answer_insn(value))
+        assert run_answer(box) == value
+        flushes.append(box.engine.flushes)
+    assert flushes[20] > flushes[10]
+    assert flushes[-1] == flushes[-50]
 
 
 @pytest.mark.parametrize("how", ["write", "view", "copy"])

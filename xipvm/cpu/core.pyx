@@ -12,7 +12,8 @@ Engine-physical addresses are ``pfn << 12``: the arena at 0, device frames above
 **Writable xor executable is a state of the frame**, not of an entry: a frame is handed out for writing only
 after the code translated from it was dropped on every engine and its executable entries revoked, and for
 execution only after every writable entry is gone. Data entries are never executable and code entries never
-writable, which also keeps the engine's stores on their fast path.
+writable, which also keeps the engine's stores on their fast path. A frame that goes back and forth all the time, because
+code and data share it, becomes both for one engine alone (``mix``), which then watches every store to it.
 
 Leaving the guest happens at block starts only, through the ``kick`` word that the block hook reads. An
 uncounted engine (host clock) has no block hook: it is stopped, and leaves at the next block start, too
@@ -106,6 +107,7 @@ cdef enum:
     NR_LENGTHS = 8192
     NR_SCANNED = 1024
     MISS_LIMIT = 4096
+    MIXED_AFTER = 64            # turns of a frame from executable to writable after which it may be both
     GROW_FIRST = 1024           # fills since a flush after which the TLB is made larger for the first time
     GROW_LAST = 32768
     TCG_BUFFER = 32 << 20
@@ -307,6 +309,7 @@ cdef class Engine:
         self.flushes = 0
         self.fills = 0
         self.grow_at = GROW_FIRST
+        self.mixed = False
 
     cdef int _map(self, uint64_t address, uint64_t size, void *base) except -1:
         _check(api.mem_map_ptr(self.uc, address, size, UC_PROT_ALL, base), "uc_mem_map_ptr")
@@ -708,7 +711,12 @@ cdef class Engine:
             self.fault_address = vaddr
             self.fault_access = access
             return False
-        if access == C_FETCH:
+        if meta.turns >= MIXED_AFTER and entry & SPTE_WRITE and entry & SPTE_EXEC:
+            self.mix(meta, pfn)
+            perms = UC_PROT_ALL
+            if access == C_FETCH and not self.hot.fixed:
+                self.scan(vaddr & ~<uint64_t>4095, pfn)
+        elif access == C_FETCH:
             if meta.w_mask:
                 self.group.revoke_write(meta)
             meta.x_mask |= self.bit
@@ -718,6 +726,7 @@ cdef class Engine:
                 self.scan(vaddr & ~<uint64_t>4095, pfn)
         elif access == C_WRITE:
             if meta.x_mask | meta.code_mask:
+                meta.turns += 1
                 self.group.revoke_exec(meta, pfn)
             meta.w_mask |= self.bit
             perms = UC_PROT_READ | UC_PROT_WRITE
@@ -731,6 +740,19 @@ cdef class Engine:
         if self.handed is not None:
             self.note(gfn, pfn, perms)
         return True
+
+    cdef void mix(self, FrameMeta *meta, uint64_t pfn) noexcept:
+        """Makes a frame both writable and executable, for this engine alone.
+
+        Code and data that share a page would take it from one another for ever. With every entry of the frame executable,
+        the engine itself looks at each store to it and drops the code that it hits, at any address of the frame.
+        """
+        if meta.w_mask == self.bit and meta.x_mask == self.bit and meta.code_mask == self.bit:
+            return
+        self.group.revoke_exec(meta, pfn)
+        self.group.revoke_write(meta)
+        meta.w_mask = meta.x_mask = meta.code_mask = self.bit
+        self.mixed = True
 
     # ---- code bytes
 
@@ -759,7 +781,7 @@ cdef class Engine:
         cdef BlockLength *slot = &self.lengths[((pc >> 1) ^ size) & (NR_LENGTHS - 1)]
         cdef uint32_t at = 0, count = 0
         cdef uint8_t *code
-        if slot.pc == pc and slot.size == size and slot.generation == self.hot.generation:
+        if slot.pc == pc and slot.size == size and slot.generation == self.hot.generation and not self.mixed:
             self.hot.code = slot.code
             return slot.count
         code = self.code_at(pc)

@@ -27,7 +27,7 @@ UC_ERR_EXCEPTION = 21
 UC_ERR_INSN_INVALID = 10
 
 ACCESS_NAMES = ("read", "write", "fetch")
-RIGHTS_NAMES = {1: "r", 3: "rw", 5: "rx"}
+RIGHTS_NAMES = {1: "r", 3: "rw", 5: "rx", 7: "rwx"}
 
 
 class Leave(Enum):

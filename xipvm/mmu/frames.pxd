@@ -9,7 +9,7 @@ cdef struct FrameMeta:          # one a frame, 48 bytes
     uint32_t w_mask             # engines whose TLB may hold a writable entry
     uint32_t x_mask             # engines whose TLB may hold an executable entry
     uint32_t code_mask          # engines that may hold code translated from the frame's bytes
-    uint32_t tlb_mask           # spare
+    uint32_t turns              # how often it went from executable to writable
     uint64_t link               # free list
 
 ctypedef void (*code_hook_t)(void *ctx, uint64_t pfn) noexcept

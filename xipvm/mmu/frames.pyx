@@ -144,6 +144,7 @@ cdef class HostMemory:
         self.free_frames -= 1
         meta.link = 0
         meta.refcount = 1
+        meta.turns = 0
         if meta.flags & USED:
             # Nobody should have executed a free frame; a defective secondary MMU may have.
             if meta.x_mask | meta.code_mask:
@@ -298,7 +299,7 @@ cdef class HostMemory:
 
         fields = numpy.dtype(
             [("refcount", "i4"), ("mapcount", "i4"), ("flags", "u4"), ("mapping", "u4"), ("index", "u8"),
-             ("w_mask", "u4"), ("x_mask", "u4"), ("code_mask", "u4"), ("tlb_mask", "u4"), ("link", "u8")]
+             ("w_mask", "u4"), ("x_mask", "u4"), ("code_mask", "u4"), ("turns", "u4"), ("link", "u8")]
         )
         return numpy.frombuffer(self._window(self.meta, self.nr_frames * sizeof(FrameMeta)), dtype=fields)
 
