@@ -425,7 +425,13 @@ def _around(world: World, names: Names, taken: Taken) -> Iterator[Difference]:
         yield Difference("detail primary_around", _show(expected), _show(got))
 
 
-_TOKENS: Final = {"primary_tlb_flush": "tlb", "kvm_page_fault": "fault", "spte_set": "spte"}
+_TOKENS: Final = {
+    "primary_tlb_flush": "tlb",
+    "kvm_page_fault": "fault",
+    "spte_set": "spte",
+    "mmu_notifier_clear_flush_young": "cfy",
+    "mmu_notifier_release": "release",
+}
 
 
 def _order(taken: Taken) -> list[str]:
@@ -444,5 +450,5 @@ def _known_tokens(order: list[Any]) -> Iterator[str]:
         if isinstance(token, dict):
             for _ in range(token["times"]):
                 yield from _known_tokens(token["of"])
-        elif token in ("inv", "inv-alt", "tlb", "fault", "spte"):
+        elif token in ("inv", "inv-alt", *_TOKENS.values()):
             yield token

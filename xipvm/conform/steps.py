@@ -21,6 +21,7 @@ from xipvm.errors import MmError
 from xipvm.mmu import madvise, vma
 from xipvm.mmu.host_file import HostFile
 from xipvm.mmu.host_thread import HostAccessError
+from xipvm.mmu.mremap import MREMAP_DONTUNMAP, MREMAP_FIXED, MREMAP_MAYMOVE
 from xipvm.mmu.page_cache import PageCache, ShmemFile
 from xipvm.mmu.secondary.memslot import MEM_LOG_DIRTY_PAGES, MEM_READONLY
 
@@ -96,28 +97,27 @@ def _munmap(world: World, args: Args) -> Observed:
     return _DONE
 
 
-_MREMAP_FLAGS: Final = {"MAYMOVE": 1, "FIXED": 2, "DONTUNMAP": 4}
+_MREMAP_FLAGS: Final = {"MAYMOVE": MREMAP_MAYMOVE, "FIXED": MREMAP_FIXED, "DONTUNMAP": MREMAP_DONTUNMAP}
 
 
 def _mremap(world: World, args: Args) -> Observed:
     addr, length = _range(args)
     to = args.get("to")
-    method(world.mm, "mremap", "mremap")(
+    world.mm.mremap(
         addr,
         length,
         args["new_pages"] << PAGE_SHIFT,
         sum(_MREMAP_FLAGS[flag] for flag in args["flags"]),
-        hva(to["space"], to["page"]) if to else 0,
+        hva(to["space"], to["page"]) if to else None,
     )
     return _DONE
 
 
 def _mremap_each(world: World, args: Args) -> Observed:
-    mremap = method(world.mm, "mremap", "mremap")
     to = args["to"]
     for number in range(args["count"]):
         source, target = hva(args["space"], number * args["stride"]), hva(to["space"], to["page"] + number)
-        mremap(source, PAGE_SIZE, PAGE_SIZE, _MREMAP_FLAGS["MAYMOVE"] | _MREMAP_FLAGS["FIXED"], target)
+        world.mm.mremap(source, PAGE_SIZE, PAGE_SIZE, MREMAP_MAYMOVE | MREMAP_FIXED, target)
     return _DONE
 
 

@@ -11,15 +11,16 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from typing import Any, Final, NamedTuple
 
 from xipvm.actors import on_point
-from xipvm.address import PAGE_SHIFT
+from xipvm.address import PAGE_SHIFT, PAGE_SIZE
 from xipvm.conform.guest import Vcpu
 from xipvm.conform.schema import LIMIT, SPACES
 from xipvm.mmu.frames import PG_ANON, ZERO_PFN, HostMemory
 from xipvm.mmu.host_thread import HostThread
+from xipvm.mmu.locks import on_wait
 from xipvm.mmu.mm import Mm
 from xipvm.mmu.page_cache import PageCache
 from xipvm.mmu.pte import HUGE, MAPPED, SPECIAL, pte_pfn
@@ -43,6 +44,14 @@ class UnsupportedError(Exception):
     def __init__(self, op: str) -> None:
         super().__init__(op)
         self.op = op
+
+
+class _MustWaitError(Exception):
+    """The vCPU would have to wait for the host: it tries again at the next point."""
+
+
+def _must_wait(what: str, ready: Callable[[], bool]) -> None:
+    raise _MustWaitError(what)
 
 
 class Frame(NamedTuple):
@@ -90,6 +99,21 @@ class Probe(MmuNotifier):
         """See the base."""
         self.calls.append(_located("invalidate_range_start", range.event.name, range.start, range.end))
         return 0
+
+    def clear_flush_young(self, start: int, end: int) -> bool:
+        """See the base. Only KVM's answer counts."""
+        self.calls.append(_located("clear_flush_young", "", start, end))
+        return False
+
+    def clear_young(self, start: int, end: int) -> bool:
+        """See the base."""
+        self.calls.append(_located("clear_young", "", start, end))
+        return False
+
+    def test_young(self, address: int) -> bool:
+        """See the base."""
+        self.calls.append(_located("test_young", "", address, address + PAGE_SIZE))
+        return False
 
     def release(self, mm: NotifiedMm) -> None:
         """See the base."""
@@ -245,7 +269,8 @@ class World:
             before = self.trace.actor, self.trace.cause
             self.trace.actor, self.trace.cause = "vcpu0", 0
             try:
-                self.background()
+                with suppress(_MustWaitError), on_wait(_must_wait):
+                    self.background()
             finally:
                 self.trace.actor, self.trace.cause = before
                 inside = False
