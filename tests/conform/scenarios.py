@@ -40,8 +40,14 @@ def vm(pages: int = 16) -> Steps:
         {"op": "host_write", "space": "slot", "fill": {"start": 0, "end": pages, "base": "0x1000"}},
         {"op": "vm_create", "vm": "vm1", "guest_pages": "4k"},
         {
-            **{"op": "memslot_set", "vm": "vm1", "slot": 1, "gfn": 0, "pages": pages},
-            **{"space": "slot", "page": 0, "flags": []},
+            "op": "memslot_set",
+            "vm": "vm1",
+            "slot": 1,
+            "gfn": 0,
+            "pages": pages,
+            "space": "slot",
+            "page": 0,
+            "flags": [],
         },
     ]
     return [{**step, "setup": True} for step in steps]

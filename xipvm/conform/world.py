@@ -23,7 +23,7 @@ from xipvm.mmu.host_thread import HostThread
 from xipvm.mmu.locks import on_wait
 from xipvm.mmu.mm import Mm
 from xipvm.mmu.page_cache import PageCache
-from xipvm.mmu.pte import HUGE, MAPPED, SPECIAL, pte_pfn
+from xipvm.mmu.pte import GUARD, HUGE, MAPPED, SPECIAL, pte_pfn
 from xipvm.mmu.secondary.kvm import Kvm
 from xipvm.mmu.vma import TASK_SIZE
 from xipvm.notifier import MmuNotifier, MmuNotifierRange
@@ -63,7 +63,7 @@ class Frame(NamedTuple):
 
 
 class Cell(NamedTuple):
-    """What a primary entry holds: ``frame``, ``zero``, ``hugezero`` or ``none``, and with ``frame``, which."""
+    """What a primary entry holds: ``frame``, ``zero``, ``hugezero``, ``guard`` or ``none``, and with ``frame``, which."""
 
     word: str
     frame: Frame | None = None
@@ -246,6 +246,8 @@ class World:
         return cells
 
     def _cell(self, entry: int, offset: int) -> Cell:
+        if entry & GUARD:
+            return Cell("guard")
         if not entry & MAPPED:
             return NOTHING
         pfn = pte_pfn(entry)
