@@ -33,6 +33,7 @@ from typing import IO, Protocol
 _BUFFER = 4096
 _TAIL = 1 << 16
 _LIVE_POLLS = 64
+_AHEAD = 1 << 16  # input that is taken before the guest wants it, bytes
 _QUIET_POLLS = 16
 _CTRL_C = 0x03
 _CTRL_A = 0x01
@@ -286,9 +287,9 @@ class Console:
     def poll(self) -> bool:
         """To be called whenever the guest is left: flush, take live input, tell listeners. Returns ``readable``."""
         self.flush()
-        if self._next < len(self._input):
-            return True
-        return self.live and self._fill()
+        if self.live and len(self._input) - self._next < _AHEAD:
+            self._fill()  # also when there is input that the guest does not take: Ctrl-A x may come
+        return self._next < len(self._input)
 
     def wait(self, seconds: float | None) -> bool:
         """Sleep until input arrives or ``seconds`` have passed (None: no limit); False when it cannot arrive.

@@ -70,18 +70,19 @@ class Machine:
     """A machine, ready to run. Use it as a context manager, or ``close`` it: it holds images and engines.
 
     ``board``: a name or Board, by default the one that runs ``guest``. ``guest``: path of an ELF; without one the
-    machine starts at the base of flash bank 0. ``memory``: bytes of RAM. ``flash``: image options. ``trace``: what
+    machine starts at the base of flash bank 0. ``memory``: bytes of RAM. ``flash``: image options, also as the command
+    line writes them. ``trace``: what
     everything is told to; sinks may be attached before or after. Raises BadInput; nothing is left open then.
     """
 
     def __init__(
         self,
-        board: str | Board | None = None,
         guest: str | os.PathLike[str] | None = None,
         *,
+        board: str | Board | None = None,
         memory: int | None = None,
         smp: int = 1,
-        flash: Iterable[ImageOption] = (),
+        flash: Iterable[str | ImageOption] = (),
         clock: str = "instructions",
         secondary: str = "kvm",
         trace: Trace | None = None,
@@ -128,7 +129,7 @@ class Machine:
         self._resources = contextlib.ExitStack()
         self._closed = False
         self.seconds = 0.0
-        banks = open_banks(list(flash), [bank.size for bank in self.board.flash], board=self.board.name)
+        banks = open_banks(_options(flash), [bank.size for bank in self.board.flash], board=self.board.name)
         try:
             self._build(banks, smp)
         except BaseException:
@@ -351,9 +352,11 @@ class Machine:
         return None
 
     def close(self) -> None:
-        """Give back engines, images and memory. May be called twice."""
+        """Give back engines, images and memory. May be called twice; while it runs, that is an XipvmError."""
         if self._closed:
             return
+        if self._began:
+            raise XipvmError("a machine cannot be closed while it runs")
         self._closed = True
         self._resources.close()
 
@@ -413,13 +416,19 @@ class Machine:
     def run(
         self, *, timeout: float | None = None, max_instructions: int | None = None, until: str | None = None
     ) -> RunResult:
-        """Run until the guest ends or a limit is reached. ``timeout`` in seconds of wall time.
+        """Run until the guest ends or a limit is reached. ``timeout`` in seconds of wall time;
+        ``max_instructions`` ends the run at the first block boundary at or behind so many.
 
         ``until``: end with status 0 once all input is used and the console prints this text after it. After a limit,
         a signal or ``until`` the machine can be run on; after the guest's end that is an XipvmError.
         """
         if self._ended or self._closed:
             raise XipvmError("this machine's guest has ended; make another machine to run it again")
+        if self._began:
+            raise XipvmError("this machine runs already")
+        for name, value in (("timeout", timeout), ("max_instructions", max_instructions)):
+            if value is not None and not value > 0:
+                raise BadInput(f"{name} is {value}; a limit is above 0")
         if max_instructions is not None and not self.counted:
             raise BadInput("an instruction limit needs the instructions clock")
         if until is not None:
@@ -615,6 +624,12 @@ def _check_host(memory: int) -> None:
         raise HostMemoryError(memory, f"{format_size(memory)} of guest memory: the host has {have >> 20} MiB")
 
 
+def _options(flash: Iterable[str | ImageOption]) -> list[ImageOption]:
+    if isinstance(flash, str):
+        raise BadInput(f"flash takes a list of image options, not {flash!r} alone")
+    return [parse_option(option) if isinstance(option, str) else option for option in flash]
+
+
 def _read(path: str) -> bytes:
     try:
         with open(path, "rb") as file:
@@ -651,13 +666,12 @@ def run(
     console input, given as the guest reads it. Raises BadInput; a guest that crashes is a result, not an exception.
     """
     output = io.BytesIO()
-    options = [parse_option(option) if isinstance(option, str) else option for option in flash]
     with Machine(
-        board,
         guest,
+        board=board,
         memory=memory,
         smp=smp,
-        flash=options,
+        flash=flash,
         clock=clock,
         trace=trace,
         console=Console(output, stdin),

@@ -32,6 +32,9 @@ class CrashReport:
     code: list[tuple[int, bytes, str]]
     before: str | None = None
     """The exception whose handler the guest was in or on its way to, if it had one."""
+    block: int | None = None
+    """Where the last block began that the guest entered, for a jump that went wrong."""
+    block_where: str | None = None
     access: str | None = None
     address: int | None = None
     translation: list[tuple[str, str]] = field(default_factory=list)
@@ -49,6 +52,9 @@ class CrashReport:
             lines.append(f"  {mark} {address:#012x}  {raw.hex():<8}  {text}")
         if not self.code:
             lines.append("  (no code is mapped there)")
+        if self.block is not None and not self.code:
+            at = f"{self.block:#x}" + (f" <{self.block_where}>" if self.block_where else "")
+            lines.append(f"  the last block that ran began at {at}")
         if self.translation:
             lines += ["", f"access: {self.access} at {self.address:#x}" if self.address is not None else "access:"]
             lines += [f"  {what:<7} {text}" for what, text in self.translation]
@@ -77,6 +83,9 @@ def crash_report(machine: Machine, vcpu: Vcpu, error: GuestError) -> CrashReport
         what, origin = vcpu.last_exception
         symbol = _symbol(machine, origin)
         report.before = f"{what}, from pc {origin:#x}" + (f" <{symbol}>" if symbol else "")
+    report.block = engine.last_block
+    if report.block is not None:
+        report.block_where = _symbol(machine, report.block)
     if engine.faulted:
         address = int(engine.fault_address)
         if vcpu.fault_address is not None and vcpu.fault_address >> PAGE_SHIFT == address >> PAGE_SHIFT:

@@ -27,7 +27,7 @@ def upstream() -> list[Path]:
 
 @pytest.mark.parametrize("elf", [*OWN, *upstream()], ids=lambda path: path.stem)
 def test_program(elf: Path) -> None:
-    with Machine("virt-riscv64", elf, console=Console(io.BytesIO())) as machine:
+    with Machine(elf, board="virt-riscv64", console=Console(io.BytesIO())) as machine:
         result = machine.run(max_instructions=10_000_000)
     assert (result.status, result.reason) == (0, "exit"), (
         f"case {result.status}" if result.report is None else result.report

@@ -199,7 +199,7 @@ def _umask():
 
 def test_create_never_overwrites_unless_forced(tmp_path, make_file):
     path = make_file("a.img", 10)
-    with pytest.raises(FlashImageError, match=r"a.img: exists; it is replaced only by force"):
+    with pytest.raises(FlashImageError, match=r"a.img: exists; --force replaces it"):
         create(path, BANK)
     assert os.path.getsize(path) == 10
     create(path, BANK, force=True)
@@ -214,7 +214,7 @@ def test_create_loses_a_race_without_harm(tmp_path):
     def somebody_else(done, total):
         path.write_bytes(b"theirs")
 
-    with pytest.raises(FlashImageError, match="exists; it is replaced only by force"):
+    with pytest.raises(FlashImageError, match="exists; --force replaces it"):
         create(str(path), BANK, progress=somebody_else)
     assert path.read_bytes() == b"theirs"
     assert os.listdir(tmp_path) == ["a.img"]

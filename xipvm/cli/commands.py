@@ -107,7 +107,12 @@ def cli() -> None:
 )
 @click.option("--trace", metavar="FILE", help="Record everything that happens; see 'xipvm trace show'.")
 @click.option("--timeout", type=SECONDS, help="End the run after so many seconds, with status 124.")
-@click.option("--max-instructions", type=click.IntRange(min=1), metavar="N", help="Likewise, after N instructions.")
+@click.option(
+    "--max-instructions",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Likewise, at the block that reaches N instructions.",
+)
 @click.option("--input", "input_file", metavar="FILE", help="Console input, fed as the guest reads it.")
 @click.option("--until", metavar="TEXT", help="End with status 0 when the input is used up and the guest prints TEXT.")
 @click.option("--dtb", metavar="FILE", help="Device tree for the guest, instead of the board's own.")

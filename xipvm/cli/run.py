@@ -94,6 +94,8 @@ def run_guest(
             _say(f"note: {note}")
     if not quiet:
         _summarise(result)
+        if until is not None and result.reason != "until":
+            _say(f"xipvm: {until!r} did not come after the input")
     if recorder is not None and recorder.error is not None:
         raise recorder.error
     return result.status if 0 <= result.status <= 255 else (result.status & 0xFF or 1)
@@ -148,7 +150,7 @@ _ENDINGS = {
 def _summarise(result: RunResult) -> None:
     summary = result.summary
     _say(f"xipvm: {_ENDINGS.get(result.reason, result.reason)}, status {result.status}")
-    amount = "" if summary.instructions is None else f"{summary.instructions} instructions in "
+    amount = "" if summary.instructions is None else f"{_counted(summary.instructions, 'instruction')} in "
     speed = "" if summary.mips is None else f" ({summary.mips:.1f} MIPS)"
     _say(f"xipvm: {amount}{summary.seconds:.3f} s{speed}")
     counts = [

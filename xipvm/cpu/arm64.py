@@ -120,7 +120,8 @@ class Arm64:
                 f"the guest uses {gva:#x}, which TTBR1 maps; only identity maps are followed on this board"
             )
         if access == core.FETCH:
-            self.services.check_fetch(self.vcpu, gva)
+            self.vcpu.fault_address = pc
+            self.services.check_fetch(self.vcpu, pc)
             self._enter(EC_IABT, FSC_EXTERNAL, pc, pc, f"fetch from {pc:#x}, where no memory answers")
             return
         far = self.vcpu.fault_address = fault_address(gva, self._accessed(pc))

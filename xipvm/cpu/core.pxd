@@ -93,6 +93,7 @@ cdef class Engine:
     cdef uint32_t count_block(self, uint64_t pc, uint32_t size) noexcept
     cdef uint8_t *code_at(self, uint64_t gva) noexcept
     cdef void scan(self, uint64_t gva, uint64_t pfn) noexcept
+    cdef int check_open(self) except -1
     cdef bint mixed                 # has had a frame that is writable and executable: code changes without notice
     cdef void mix(self, FrameMeta *meta, uint64_t pfn) noexcept
     cdef bint knows_less(self, uint64_t gfn) noexcept

@@ -177,6 +177,10 @@ class Engine:
         """(pc, bytes, instructions) of the block that runs or ran last; bytes 0 if none was entered."""
 
     @property
+    def last_block(self) -> int | None:
+        """Address of the last block that the guest entered; None on an uncounted engine, and before the first."""
+
+    @property
     def stopped(self) -> bool:
         """Whether the last run was left by the block hook (kick or budget), or not begun for a kick that waited."""
 

@@ -381,6 +381,8 @@ cdef class Engine:
         """
         global current
         cdef uc_err code
+        if self.group is None:
+            raise EngineError("an engine runs only while it is bound to a machine")
         self.hot.stop_at = NEVER if stop_at is None or not self.counted else <uint64_t>stop_at
         self.faulted = False
         self.interrupt = -1
@@ -428,6 +430,11 @@ cdef class Engine:
     def block(self):
         """(pc, bytes, instructions) of the block that runs or ran last; bytes 0 if none was entered."""
         return self.hot.block_pc, self.hot.block_size, self.hot.block_count
+
+    @property
+    def last_block(self):
+        """Address of the last block that the guest entered; None on an uncounted engine, and before the first."""
+        return self.hot.block_pc if self.counted and self.hot.block_pc else None
 
     @property
     def stopped(self):
@@ -535,16 +542,23 @@ cdef class Engine:
             self.error = sys.exc_info()[1]
         _kick(&self.hot, C_KICK_EXIT)
 
+    cdef int check_open(self) except -1:
+        if self.uc == NULL:
+            raise EngineError("this engine is closed")
+        return 0
+
     # ---- registers
 
     def reg(self, int regid):
         """Value of a register, as 64 bits."""
         cdef uint64_t value = 0
+        self.check_open()
         _check(api.reg_read(self.uc, regid, &value), "uc_reg_read")
         return value
 
     def set_reg(self, int regid, uint64_t value):
         """Sets a register."""
+        self.check_open()
         _check(api.reg_write(self.uc, regid, &value), "uc_reg_write")
 
     def reg128(self, int regid):
@@ -556,6 +570,7 @@ cdef class Engine:
 
     def cp_reg(self, int op0, int op1, int crn, int crm, int op2):
         """Value of an AArch64 system register by its encoding."""
+        self.check_open()
         cdef uc_arm64_cp_reg cp
         memset(&cp, 0, sizeof(cp))
         cp.op0, cp.op1, cp.crn, cp.crm, cp.op2 = op0, op1, crn, crm, op2
@@ -564,6 +579,7 @@ cdef class Engine:
 
     def set_cp_reg(self, int op0, int op1, int crn, int crm, int op2, uint64_t value):
         """Sets an AArch64 system register; also makes the engine rebuild the flags it derives from PSTATE."""
+        self.check_open()
         cdef uc_arm64_cp_reg cp
         memset(&cp, 0, sizeof(cp))
         cp.op0, cp.op1, cp.crn, cp.crm, cp.op2 = op0, op1, crn, crm, op2
@@ -572,6 +588,7 @@ cdef class Engine:
 
     def reset_cpu(self):
         """Puts the registers back to what they were when the engine was made."""
+        self.check_open()
         _check(api.context_restore(self.uc, self.pristine), "uc_context_restore")
 
     # ---- TLB and translated code

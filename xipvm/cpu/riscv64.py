@@ -101,7 +101,8 @@ class Riscv64:
         if self._privilege() < M:
             self._check_tables(self._csr(core.RISCV_SATP))
         if access == core.FETCH:
-            self.services.check_fetch(self.vcpu, gva)
+            self.vcpu.fault_address = fault_address(gva, pc)
+            self.services.check_fetch(self.vcpu, self.vcpu.fault_address)
             # An instruction may begin in one page and end in the next: the trap is at its start, mtval where it failed.
             tval = fault_address(gva, pc)
             self._enter(FETCH_ACCESS, pc, tval, f"fetch from {tval:#x}, where no memory answers")
@@ -123,6 +124,8 @@ class Riscv64:
         elif number == BREAKPOINT:
             self._break(pc)
         elif number in (LOAD_MISALIGNED, STORE_MISALIGNED):
+            pc -= 4  # the engine is past it; only atomics, which have 4 bytes, must be aligned
+            self.engine.uncount(pc)
             insn = self._insn(pc)
             tval = riscv64_address(insn, self.x) or 0
             cause = STORE_MISALIGNED if riscv64_is_store(insn) else LOAD_MISALIGNED

@@ -116,7 +116,8 @@ def _place_segment(elf: ElfImage, segment: Segment, board: Board, memory_size: i
     if bank is None:
         ram_end = board.ram_base + memory_size
         if not board.ram_base <= segment.paddr < ram_end:
-            raise GuestImageError(elf.path, f"{name} lies in no memory of {board.name}")
+            ram = f"{format_size(memory_size)} of RAM at {board.ram_base:#x}"
+            raise GuestImageError(elf.path, f"{name} lies in no memory of {board.name} (with {ram})")
         if segment.paddr + size > ram_end:
             ram = f"{format_size(memory_size)} of RAM at {board.ram_base:#x}"
             raise GuestImageError(elf.path, f"{name} reaches beyond the {ram}")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-from xipvm.address import PAGE_SHIFT
+from xipvm.address import PAGE_SHIFT, PAGE_SIZE
 from xipvm.errors import BadInput
 from xipvm.trace.events import KINDS, RUN_TYPES, Event, Kind, spans
 from xipvm.trace.reader import TraceReader
@@ -88,8 +88,8 @@ class Filter:
     """Which events to show: those that every criterion lets through.
 
     ``kinds`` and ``actors`` are names or patterns (``mmu_notifier_*``), empty for all. ``page`` is a page
-    number in any of the spaces (gfn, pfn, or of an address), or a byte address. ``first`` and ``last`` are
-    sequence numbers, both included.
+    number in any of the spaces (gfn, pfn, or of an address), or a guest physical or host virtual address.
+    ``first`` and ``last`` are sequence numbers, both included.
     """
 
     kinds: Sequence[str] = ()
@@ -118,7 +118,8 @@ class Filter:
 
     def _touches(self, page: int, event: Event, kind: Kind) -> bool:
         for space, first, end in spans(kind, event.fields):
-            if first <= page < end or (space in _ADDRESS_TYPES and first <= page >> PAGE_SHIFT < end):
+            by_address = space in _ADDRESS_TYPES or space.startswith("gfn")
+            if first <= page < end or (by_address and page >= PAGE_SIZE and first <= page >> PAGE_SHIFT < end):
                 return True
         return False
 

@@ -118,7 +118,7 @@ def create(path: str, size: int, *, force: bool = False, progress: Progress | No
         if os.path.isdir(target):
             raise FlashImageError(path, "is a directory")
         if not force:
-            raise FlashImageError(path, "exists; it is replaced only by force")
+            raise FlashImageError(path, "exists; --force replaces it")
     with contextlib.ExitStack() as held:
         if os.path.lexists(target):
             old = open_regular(path, os.O_RDONLY)
@@ -129,7 +129,7 @@ def create(path: str, size: int, *, force: bool = False, progress: Progress | No
                 _append_erased(fd, 0, size, progress)
                 finish(target, force)
         except FileExistsError:
-            raise FlashImageError(path, "exists; it is replaced only by force") from None
+            raise FlashImageError(path, "exists; --force replaces it") from None
         except OSError as error:
             raise FlashImageError(path, f"cannot be created: {_reason(error)}") from None
 
