@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from xipvm.console import Console, StreamInput, TerminalInput
+from xipvm.console import Console, ScriptInput, StreamInput, TerminalInput
 
 
 class CountingStream(io.BytesIO):
@@ -239,3 +239,19 @@ def test_quit_is_remembered_and_told() -> None:
     console.on_quit = lambda: told.append(1)
     console.quit()
     assert told == [1]
+
+
+def test_input_that_the_guest_leaves_does_not_hide_what_comes_after() -> None:
+    """Ctrl-A x has to be seen behind keys that nobody reads."""
+
+    class Keys(ScriptInput):
+        live = True
+
+        def take(self) -> bytes:
+            taken, self._data = self._data[:1], self._data[1:]
+            return taken
+
+    console = Console(None, Keys(b"abc"))
+    for _ in range(3):
+        assert console.poll()
+    assert [console.read() for _ in range(4)] == [*b"abc", None]
