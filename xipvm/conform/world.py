@@ -63,7 +63,7 @@ class Frame(NamedTuple):
 
 
 class Cell(NamedTuple):
-    """What a primary entry holds: ``frame``, ``zero``, ``hugezero``, ``guard`` or ``none``, and with ``frame``, which."""
+    """What a primary entry holds: ``frame`` (and which), ``zero``, ``hugezero``, ``guard`` or ``none``."""
 
     word: str
     frame: Frame | None = None

@@ -6,26 +6,34 @@ again before it reads the page (``page_mkclean``): for every shared area that ma
     range start (PROTECTION_PAGE) → entry cleared → TLB flush → same page, clean and read-only → range end
 
 so that a write during or after the write-back faults and makes the page dirty again, for the next one.
+
+Writing past the page cache (O_DIRECT) first writes back what is dirty there, then takes the pages out of every mapping
+and out of the cache, writes, and does the latter again: a fault may have read the old data in meanwhile.
 """
 
 from __future__ import annotations
 
+import errno
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from xipvm.actors import point
 from xipvm.address import PAGE_SHIFT, PAGE_SIZE, page_up
-from xipvm.errors import BadInput
+from xipvm.errors import BadInput, MmError
 from xipvm.mmu.file import VmFault
 from xipvm.mmu.frames import PG_DIRTY
 from xipvm.mmu.page_cache import PageCache
 from xipvm.mmu.pte import DIRTY, WRITE, pte_pfn
+from xipvm.mmu.zap import unmap_mapping_range
 from xipvm.notifier import RangeEvent
 
 if TYPE_CHECKING:
     from xipvm.mmu.frames import HostMemory
     from xipvm.mmu.vma import Vma
     from xipvm.trace.funnel import Trace
+
+
+_BLOCK: Final = 512
 
 
 class HostFile(PageCache):
@@ -96,6 +104,40 @@ class HostFile(PageCache):
                 return
             mm.clear_flush(hva)
             mm.set_pte(hva, entry & ~(WRITE | DIRTY))
+
+    def direct_write(self, offset: int, data: bytes) -> None:
+        """Writes ``data`` at ``offset``, past the page cache, as O_DIRECT does; mappings read it back in.
+
+        Raises MmError EINVAL unless both are whole blocks of 512 bytes, and OSError.
+        """
+        if offset < 0 or (offset | len(data)) % _BLOCK:
+            raise MmError(errno.EINVAL, f"{self.name}: direct write of {len(data)} bytes at {offset:#x}")
+        pages = range(offset >> PAGE_SHIFT, page_up(offset + len(data)) >> PAGE_SHIFT)
+        self.fsync(pages.start, len(pages))
+        for pgoff in pages:
+            self._invalidate(pgoff)
+        point("mm.file.direct_write")
+        os.pwrite(self._fd, data, offset)
+        self.size = max(self.size, offset + len(data))
+        for pgoff in pages:
+            self._invalidate(pgoff)
+
+    def fadvise_dontneed(self) -> None:
+        """POSIX_FADV_DONTNEED for all of the file: dirty pages are written back; what nobody maps leaves the cache."""
+        self.fsync()
+        for pgoff, pfn in sorted(self.pages.items()):
+            if not self.host.mapcount(pfn) and not self.host.flags(pfn) & PG_DIRTY:
+                self._evict(pgoff, pgoff + 1)
+
+    def _invalidate(self, pgoff: int) -> None:
+        """Takes a page out of the mappings and out of the cache, as invalidate_inode_pages2 does."""
+        while (pfn := self.pages.get(pgoff)) is not None:
+            if self.host.mapcount(pfn):
+                unmap_mapping_range(self, pgoff, 1, even_cows=False)
+            elif self.host.flags(pfn) & PG_DIRTY:  # written through a mapping since
+                self.fsync(pgoff, 1)
+            else:
+                self._evict(pgoff, pgoff + 1)
 
     def truncate(self, size: int) -> None:
         """See :meth:`PageCache.truncate`; the file itself changes too. Raises OSError."""
