@@ -435,22 +435,15 @@ class Machine:
             self.console.watch(until, lambda: self.request_exit("until", 0))
         self.console.on_quit = lambda: self.request_exit("quit", 0)
         trace = self.trace
-        for vcpu in self.vcpus:
-            vcpu.record(trace.on)
-        if trace.on:
-            trace.emit(
-                "machine_start",
-                board=self.board.name,
-                memory=self.memory_size,
-                smp=len(self.vcpus),
-                clock="instructions" if self.counted else "host",
-                guest="" if self.image is None else os.path.basename(self.image.path),
-            )
-        core.take_signals()
         self._began = time.monotonic()
         deadline = None if timeout is None else self._began + timeout
         limit = None if max_instructions is None else self._instructions() + max_instructions
         try:
+            for vcpu in self.vcpus:
+                vcpu.record(trace.on)
+            if trace.on:
+                self._announce()
+            core.take_signals()
             with core.SignalGuard(TICK):
                 result = self._loop(deadline, limit)
         finally:
@@ -470,6 +463,16 @@ class Machine:
             for number in core.take_signals() - {core.SIGALRM_NUMBER}:
                 signal.raise_signal(number)  # it came too late to end this run, and is not the next one's
         return result
+
+    def _announce(self) -> None:
+        self.trace.emit(
+            "machine_start",
+            board=self.board.name,
+            memory=self.memory_size,
+            smp=len(self.vcpus),
+            clock="instructions" if self.counted else "host",
+            guest="" if self.image is None else os.path.basename(self.image.path),
+        )
 
     def _loop(self, deadline: float | None, limit: int | None) -> RunResult:
         while True:

@@ -11,7 +11,7 @@ import pytest
 from tests.asm import a64, join, rv64, words
 from tests.loader.conftest import R, W, X, write_elf
 from xipvm.devices.flash.files import ImageOption
-from xipvm.errors import FlashImageError, GuestImageError
+from xipvm.errors import FlashImageError, GuestImageError, XipvmError
 from xipvm.machine import Machine
 from xipvm.report import CrashReport, crash_report
 from xipvm.trace import Event, Trace
@@ -226,3 +226,39 @@ def test_addresses_of_ttbr1_are_an_error_of_their_own(tmp_path: Path) -> None:
         result = machine.run(max_instructions=1000)
     assert result.report is not None
     assert "TTBR1" in result.report.message
+
+
+@pytest.mark.parametrize(("insn", "cause"), [(0x0062_B02F, 6), (0x1002_B02F, 4)], ids=["amoadd.d", "lr.d"])
+def test_a_misaligned_atomic_traps_where_it_is(tmp_path: Path, insn: int, cause: int) -> None:
+    """mepc is the instruction, mtval the address; the engine itself reports neither."""
+    code = [*constant(7, RISCV_RAM + 0x100), rv64.csrrw(0, rv64.MTVEC, 7), *constant(5, RISCV_RAM + 0x203), insn]
+    elf = guest(tmp_path / "mis.elf", RISCV_RAM, join(*code).ljust(0x100, b"\0") + join(*finish(PASS)), 243)
+    with Machine(guest=elf) as machine:
+        assert machine.run(max_instructions=1000).reason == "exit"
+        registers = dict(machine.vcpus[0].isa.registers())
+    assert (registers["mcause"], registers["mtval"]) == (cause, RISCV_RAM + 0x203)
+    assert registers["mepc"] == RISCV_RAM + 4 * (len(code) - 1)
+
+
+def test_a_machine_that_is_closed_says_so() -> None:
+    machine = Machine(guest=Path(__file__).parents[2] / "guests/bin/arm64/hello-arm64.elf")
+    machine.close()
+    machine.close()
+    with pytest.raises(XipvmError, match="make another machine"):
+        machine.run()
+    with pytest.raises(XipvmError, match="closed"):
+        machine.cpu_on(0, 0, 0)
+
+
+def test_a_machine_is_not_closed_or_run_by_its_own_trace() -> None:
+    with Machine(guest=Path(__file__).parents[2] / "guests/bin/arm64/hello-arm64.elf") as machine:
+        for misuse in (machine.close, machine.run):
+
+            def sink(event: Event, misuse: Any = misuse) -> None:
+                machine.trace.detach(sink)
+                misuse()
+
+            machine.trace.attach(sink)
+            with pytest.raises(XipvmError, match="runs"):
+                machine.run(max_instructions=100)
+        assert machine.run().status == 0
