@@ -4,35 +4,18 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.notifier.world import World, error_of
 from xipvm.actors import on_point
 from xipvm.errors import InternalError, MmError
-from xipvm.mmu.locks import RwLock
-from xipvm.notifier import MmuNotifier, MmuNotifierRange, MmuNotifiers, NotifiedMm, RangeEvent
-from xipvm.trace import Event, Trace
+from xipvm.notifier import MmuNotifier, MmuNotifierRange, NotifiedMm, RangeEvent
+from xipvm.trace import Event
 
 CLEAR = RangeEvent.CLEAR
-
-
-class World:
-    """An mm as far as notifiers know one."""
-
-    def __init__(self, name: str = "mm0") -> None:
-        self.name = name
-        self.trace = Trace()
-        self.notifiers = MmuNotifiers(self)
-        self.mmap_lock = RwLock(name)
-
-    def mmap_write_lock(self) -> AbstractContextManager[object]:
-        return self.mmap_lock.write
-
-    def take_all_locks(self, signal_pending: Callable[[], bool]) -> AbstractContextManager[object]:
-        return nullcontext()
 
 
 class Spy(MmuNotifier):
@@ -70,6 +53,22 @@ class Decliner(MmuNotifier):
         return 0 if range.blockable else -errno.EAGAIN
 
 
+class TlbWithStart(MmuNotifier):
+    def arch_invalidate_secondary_tlbs(self, start: int, end: int) -> None:
+        """Has both: not allowed."""
+
+    def invalidate_range_start(self, range: MmuNotifierRange) -> int:
+        return 0
+
+
+class TlbWithEnd(MmuNotifier):
+    def arch_invalidate_secondary_tlbs(self, start: int, end: int) -> None:
+        """Has both: not allowed."""
+
+    def invalidate_range_end(self, range: MmuNotifierRange) -> None:
+        """The other one."""
+
+
 @pytest.fixture
 def mm() -> World:
     return World()
@@ -78,12 +77,6 @@ def mm() -> World:
 @pytest.fixture
 def calls() -> list[str]:
     return []
-
-
-def error_of(function: Callable[[], object]) -> int:
-    with pytest.raises(MmError) as caught:
-        function()
-    return caught.value.errno
 
 
 def test_the_most_recently_registered_is_told_first(mm: World, calls: list[str]) -> None:
@@ -180,6 +173,57 @@ class TestJoining:
         assert error_of(lambda: mm.notifiers.register(a)) == errno.ESRCH
         assert len(mm.notifiers) == 0
         assert a.subscribed_to is None
+
+    def test_the_list_changes_under_all_locks(self, mm: World, calls: list[str]) -> None:
+        seen: list[tuple[list[str], bool, bool]] = []
+        a = Spy("a", calls)
+        mm.trace.attach(lambda event: seen.append((list(mm.locking), mm.mmap_lock.writer, a in tuple(mm.notifiers))))
+        mm.notifiers.register(a)
+        assert seen == [(["locked", "unlocked"], True, True)]
+        assert not mm.mmap_lock.writer
+
+    @pytest.mark.parametrize("first", [True, False])
+    @pytest.mark.parametrize("cause", ["no memory", "a signal", "mmap_lock", "start", "end"])
+    def test_what_fails_leaves_everything_as_it_was(self, mm: World, calls: list[str], first: bool, cause: str) -> None:
+        """The kernel's struct is made by the first registration only, so it is the only one that runs out of memory."""
+        before = [] if first else [Spy("before", calls)]
+        for spy in before:
+            mm.notifiers.register(spy)
+
+        late: MmuNotifier = Spy("late", calls)
+        expected = {"no memory": errno.ENOMEM, "a signal": errno.EINTR, "mmap_lock": errno.EDEADLK}
+        if cause == "no memory":
+            mm.notifiers.out_of_memory = lambda: True
+        elif cause == "a signal":
+            mm.notifiers.signal_pending = lambda: True
+        elif cause == "mmap_lock":
+            mm.mmap_lock.readers = 1
+        else:
+            late = {"start": TlbWithStart, "end": TlbWithEnd}[cause]()
+        if cause == "no memory" and not first:
+            mm.notifiers.register(late)
+            return
+        events: list[Event] = []
+        mm.trace.attach(events.append)
+        assert error_of(lambda: mm.notifiers.register(late)) == expected.get(cause, errno.EINVAL)
+        assert (list(mm.notifiers), events, calls) == (before, [], [])
+        assert (late.subscribed_to, late.users) == (None, 0)
+        assert mm.notifiers.has_notifiers is not first
+        assert not mm.mmap_lock.writer
+        assert mm.locking == ([] if first else ["locked", "unlocked"])
+
+        mm.notifiers.out_of_memory = mm.notifiers.signal_pending = lambda: False
+        mm.mmap_lock.readers = 0
+        if cause in expected:
+            mm.notifiers.register(late)
+            assert list(mm.notifiers) == [late, *before]
+
+    def test_once_registered_an_mm_has_notifiers_for_ever(self, mm: World, calls: list[str]) -> None:
+        assert not mm.notifiers.has_notifiers
+        a = Spy("a", calls)
+        mm.notifiers.register(a)
+        mm.notifiers.unregister(a)
+        assert mm.notifiers.has_notifiers
 
     @pytest.mark.parametrize("observed", [True, False])
     def test_not_while_a_range_is_open(self, mm: World, calls: list[str], observed: bool) -> None:
@@ -357,6 +401,24 @@ class TestDeathOfTheMm:
         with on_point(leave):
             mm.notifiers.release()
         assert calls == ["b release", "a release"]
+
+    def test_nothing_runs_any_more_when_unregister_returns(self, mm: World, calls: list[str]) -> None:
+        """A walk that had begun when the notifier was unlinked is waited for."""
+        a = Spy("a", calls)
+        mm.notifiers.register(a)
+        walks: list[int] = []
+
+        def others(label: str) -> None:
+            if label == "notifier.unregister.released":
+                walks.append(mm.notifiers._srcu.read_lock())
+            elif label == "notifier.synchronize":
+                assert list(mm.notifiers) == []
+                calls.append("walk ends")
+                mm.notifiers._srcu.read_unlock(walks.pop())
+
+        with on_point(others):
+            mm.notifiers.unregister(a)
+        assert calls == ["a release", "walk ends"]
 
     def test_not_inside_a_callback(self, mm: World, calls: list[str]) -> None:
         a = Spy("a", calls)

@@ -67,9 +67,10 @@ class MmuIntervalNotifier:
 
         Under the lock that readers hold for ``read_retry``: ``set_seq(cur_seq)`` first, unless the range is ignored
         (its ``owner`` is this user, who tears down by itself). False is allowed for a range that is not blockable:
-        nothing was done then.
+        nothing was done then. Without translations of its own, numbering is all there is to do: the default.
         """
-        raise NotImplementedError
+        self.set_seq(cur_seq)
+        return True
 
     def read_begin(self) -> int:
         """Begins a lookup. Waits while the notifier is being invalidated. What it returns goes to ``read_retry``.

@@ -198,9 +198,9 @@ class MmuNotifiers:
         Raises MmError, and nothing is changed: EINVAL when it is not registered here or was put, EDEADLK inside a
         callback of this mm. An exception of its ``release`` is raised after it was unlinked.
         """
+        self._check_here(notifier)
         self._srcu.synchronize("mmu_notifier_unregister")
-        if notifier.subscribed_to is not self or not notifier.users:
-            raise MmError(errno.EINVAL, f"mmu_notifier_unregister: {notifier.name} is not on {self._mm.name}")
+        self._check_here(notifier)  # others may have run
         try:
             if notifier in self._list:
                 self._call_release(notifier)
@@ -212,6 +212,10 @@ class MmuNotifiers:
             if self._mm.trace.on:
                 self._mm.trace.emit("mmu_notifier_unregister", mm=self._mm.name, notifier=notifier.name)
         self._srcu.synchronize("mmu_notifier_unregister")
+
+    def _check_here(self, notifier: MmuNotifier) -> None:
+        if notifier.subscribed_to is not self or not notifier.users:
+            raise MmError(errno.EINVAL, f"mmu_notifier_unregister: {notifier.name} is not on {self._mm.name}")
 
     def get(self, kind: type[N]) -> N:
         """The notifier of class ``kind``, made by its ``alloc_notifier`` if the mm has none; :meth:`put` gives it back.
