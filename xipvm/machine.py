@@ -20,8 +20,8 @@ import signal
 import time
 from collections.abc import Iterable
 
-from xipvm import boards
-from xipvm.address import PAGE_SHIFT, PAGE_SIZE, Gfn, format_size, page_up
+from xipvm import boards, power
+from xipvm.address import format_size
 from xipvm.boards.board import Board
 from xipvm.console import Console
 from xipvm.cpu import core
@@ -33,11 +33,11 @@ from xipvm.devices.bus import Bus
 from xipvm.devices.flash.cfi01 import PflashCfi01
 from xipvm.devices.flash.files import BankBytes, ImageOption, open_banks, parse_option
 from xipvm.devices.htif import Htif
-from xipvm.errors import BadInput, GuestError, GuestImageError, HostMemoryError, XipvmError
+from xipvm.errors import BadInput, GuestError, HostMemoryError, XipvmError
 from xipvm.firmware import Firmware
 from xipvm.flash_memory import FlashMemory
 from xipvm.loader.elf import ElfImage
-from xipvm.loader.place import Piece, Placement, board_for, place
+from xipvm.loader.place import Placement, board_for, place
 from xipvm.mmu.frames import HostMemory
 from xipvm.mmu.mm import Mm
 from xipvm.mmu.secondary.kvm import Kvm
@@ -49,8 +49,6 @@ from xipvm.trace.history import History
 
 #: Instructions that a vCPU runs before the next one has its turn.
 QUANTUM = 20_000
-#: The pages that ``tohost`` and ``fromhost`` may take out of RAM, in bytes.
-HTIF_LIMIT = 64 << 10
 #: How often the host looks at signals, input and the time limit, in seconds.
 TICK = 0.02
 #: Frames beside guest memory: the zero page, and room for what the host process maps of its own.
@@ -104,7 +102,7 @@ class Machine:
         _check_host(self.memory_size)
         self.image = image
         self.placement: Placement | None = None if image is None else place(image, self.board, self.memory_size)
-        self._dtb = None if dtb is None else _read(os.fspath(dtb))
+        self.dtb_given = None if dtb is None else _read(os.fspath(dtb))
         self.counted = clock == "instructions"
         self.trace = Trace() if trace is None else trace
         self.console = Console() if console is None else console
@@ -146,7 +144,7 @@ class Machine:
         self.history: History | None = None
         """Where a crash report finds the last events, if somebody attached one to ``trace``."""
         self.htif: Htif | None = None
-        self._htif_base = 0
+        self.htif_base = 0
         self.mm = Mm(self.host, self.trace, name="mm0")
         undo(self.mm.exit)
         self.secondary = Kvm(self.mm, self.trace, self.host)
@@ -184,10 +182,10 @@ class Machine:
         for vcpu in self.vcpus:
             vcpu.attach(Arm64(vcpu, self.firmware) if isa == core.ARM64 else Riscv64(vcpu, self.firmware))
         self.platform = board.build(self)
-        self._map_htif()
-        self._map_ram()
-        self._program()
-        self._power_on()
+        power.map_htif(self)
+        power.map_ram(self)
+        power.program(self)
+        power.power_on(self)
 
     # What boards and devices use
 
@@ -233,104 +231,6 @@ class Machine:
 
     # Building
 
-    def _map_htif(self) -> None:
-        """A RISC-V test program with a ``tohost`` word talks to the host through it."""
-        if self.image is None or self.board.isa != "riscv64":
-            return
-        try:
-            tohost = self.image.address_of("tohost")
-        except KeyError:
-            return
-        try:
-            fromhost = self.image.address_of("fromhost")
-        except KeyError:
-            fromhost = tohost
-        first = min(tohost, fromhost) // PAGE_SIZE * PAGE_SIZE
-        end = page_up(max(tohost, fromhost) + 8)
-        for name, address in (("tohost", tohost), ("fromhost", fromhost)):
-            if address % 8 or not 0 <= address - self.board.ram_base <= self.memory_size - 8:
-                raise GuestImageError(self.image.path, f"{name} at {address:#x} is no aligned 64-bit word in RAM")
-        if end - first > HTIF_LIMIT:
-            raise GuestImageError(
-                self.image.path, f"tohost at {tohost:#x} and fromhost at {fromhost:#x} lie too far apart"
-            )
-        self.htif = Htif(
-            end - first,
-            tohost - first,
-            fromhost - first if fromhost != tohost else None,
-            clock=self.clock,
-            console=self.console,
-            memory=self.firmware,
-            exit=self.request_exit,
-        )
-        self.bus.map(first, end - first, self.htif)
-        self._htif_base = first
-
-    def _map_ram(self) -> None:
-        """RAM as memslots, around the pages that a device has taken out of it."""
-        first = self.board.ram_base >> PAGE_SHIFT
-        end = first + (self.memory_size >> PAGE_SHIFT)
-        holes = [
-            gfn
-            for taken in self.bus.ranges()
-            for gfn in range(max(taken.base >> PAGE_SHIFT, first), min(page_up(taken.end) >> PAGE_SHIFT, end))
-        ]
-        slot = len(self.flash)
-        at = first
-        for hole in [*holes, end]:
-            if hole > at:
-                hva = self.ram + ((at - first) << PAGE_SHIFT)
-                self.secondary.set_memslot(slot, Gfn(at), hole - at, hva, 0)
-                slot += 1
-            at = hole + 1
-
-    def _program(self) -> None:
-        """Put the guest's flash segments into their banks, as a flash programmer does."""
-        if self.placement is None:
-            return
-        for memory in self.flash:
-            for piece in self.placement.of(memory.bank.name):
-                memory.device.place(piece.address - memory.bank.base, piece.data)
-
-    def _power_on(self) -> None:
-        """RAM segments and device tree written, vCPU 0 at the entry point, the others off."""
-        dtb = self.platform.dtb if self._dtb is None else self._dtb
-        address = self._dtb_address(len(dtb))
-        self.write_ram(address, dtb)
-        entry = self.board.flash[0].base
-        if self.placement is not None:
-            entry = self.placement.entry
-            for piece in self.placement.of("ram"):
-                self._load(piece)
-        if self.htif is not None:
-            under = self.ram + self._htif_base - self.board.ram_base
-            self.htif.reset(self.mm.read(under, len(self.htif.storage)))
-        for vcpu in self.vcpus:
-            vcpu.isa.reset(entry, address)
-            # A RISC-V machine starts every hart; the others of an AArch64 one wait for PSCI.
-            vcpu.on = vcpu.index == 0 or self.board.isa == "riscv64"
-            vcpu.idle = False
-
-    def _dtb_address(self, size: int) -> int:
-        """Where the board puts the device tree; behind the guest's RAM segments when they take that place."""
-        address = self.platform.dtb_address
-        if self.placement is not None:
-            for piece in self.placement.of("ram"):  # ascending
-                if piece.address < address + size and address < piece.address + piece.size:
-                    address = page_up(piece.address + piece.size)
-        return address
-
-    def _load(self, piece: Piece) -> None:
-        """A RAM segment; what it has beyond its file bytes is zeroed; pages that do not exist are zero."""
-        self.write_ram(piece.address, bytes(piece.data))
-        at = piece.address + len(piece.data)
-        end = piece.address + piece.size
-        while at < end:
-            size = min(end - at, PAGE_SIZE - at % PAGE_SIZE)
-            if self.mm.pgd.get((self.ram + at - self.board.ram_base) >> PAGE_SHIFT):
-                self.write_ram(at, bytes(size))
-            at += size
-
     def write_ram(self, gpa: int, data: bytes) -> None:
         """Store into RAM from the host side. Raises BadInput outside of it."""
         offset = gpa - self.board.ram_base
@@ -344,7 +244,7 @@ class Machine:
         if offset >= 0 and offset + size <= self.memory_size:
             data = self.mm.read(self.ram + offset, size)
             if self.htif is not None:
-                data = self.htif.over(self._htif_base, gpa, data)
+                data = self.htif.over(self.htif_base, gpa, data)
             return data
         for memory in self.flash:
             if memory.contains(gpa) and memory.contains(gpa + size - 1):
@@ -532,7 +432,7 @@ class Machine:
         leave = Leave.KICK
         try:
             while leave is Leave.KICK:
-                leave = vcpu.run_slice(self._wanted)
+                leave = vcpu.run_slice(self._wanted, self._signalled)
                 if self._wanted() or not self.counted or (leave is Leave.KICK and self._poll_host(deadline)):
                     break
         finally:
@@ -558,11 +458,16 @@ class Machine:
     def _wanted(self) -> bool:
         return self._exit is not None or self._reset
 
+    def _signalled(self) -> bool:
+        self._seen |= core.take_signals()
+        return bool(self._seen)
+
     def _poll_host(self, deadline: float | None) -> bool:
         """Between two ticks of the host: input, signals, time limit. True when the run has to end."""
         self.console.poll()
         self._seen |= core.take_signals()
-        return bool(self._seen - {core.SIGALRM_NUMBER}) or (deadline is not None and time.monotonic() >= deadline)
+        self._seen.discard(core.SIGALRM_NUMBER)
+        return bool(self._seen) or (deadline is not None and time.monotonic() >= deadline)
 
     def _signals(self, deadline: float | None) -> RunResult | None:
         seen, self._seen = self._seen | core.take_signals(), set()
@@ -603,7 +508,7 @@ class Machine:
         self.platform.reset()
         for memory in self.flash:
             memory.device.reset()
-        self._power_on()
+        power.power_on(self)
 
     def _instructions(self) -> int:
         return sum(vcpu.engine.insns for vcpu in self.vcpus)
