@@ -1,4 +1,4 @@
-"""Comparing one step with what was recorded: every field of ``expect``, and on request the KVM-specific ``detail``.
+"""Comparing one step with what was recorded: every field of ``expect``.
 
 Frames have names in a scenario. A name stands for one frame as long as that frame is allocated, and two names never
 for one frame: :class:`Names` keeps the renaming and says where it breaks.
@@ -14,7 +14,6 @@ from xipvm.address import PAGE_SHIFT
 from xipvm.conform.scenario import Step, expand
 from xipvm.conform.schema import SPACES
 from xipvm.conform.world import NOTHING, Call, Cell, Frame, Table, Vm, World, hva
-from xipvm.mmu.secondary.memslot import GFN_LIMIT
 from xipvm.mmu.secondary.spte import SPTE_HUGE, SPTE_PRESENT, SPTE_WRITE, spte_pfn
 from xipvm.trace.events import KINDS, Event, spans
 from xipvm.trace.show import format_event
@@ -23,8 +22,6 @@ _TOUCHES: Final = ("guest_read", "guest_write", "host_read", "host_write")
 _WORDS: Final = ("none", "zero", "hugezero", "swap", "guard")
 _PLAIN: Final = ("rc", "errno", "exit", "value", "signal", "faulted", "dirty", "written", "uffd", "wrong")
 _EVENTS_SHOWN: Final = 3
-_VM_OWN_SPTES: Final = 8
-"""4 KiB entries of the recorded VM's own memory, which go with all others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,10 +117,11 @@ def _plain(world: World, taken: Taken, name: str) -> Difference:
     if not cause and "gfn" in taken.step.args:
         cause = _about(taken, gfn=taken.step.args["gfn"])
     got = taken.observed.get(name)
-    return Difference(name, _show(taken.step.expect[name]), "nothing" if got is None else _show(got), cause)
+    return Difference(name, show(taken.step.expect[name]), "nothing" if got is None else show(got), cause)
 
 
-def _show(value: Any) -> str:
+def show(value: Any) -> str:
+    """A value as a person reads it."""
     return value if isinstance(value, str) else repr(value)
 
 
@@ -232,7 +230,7 @@ def _primary(world: World, names: Names, taken: Taken) -> Iterator[Difference]:
                 _about(taken, page=_page_number(page)),
             )
         elif not all(
-            _fits(names, word, cell, again=words[0] == "swap") for word, cell in zip(words, cells, strict=True)
+            fits(names, word, cell, again=words[0] == "swap") for word, cell in zip(words, cells, strict=True)
         ):
             yield _changed(names, taken, page, " -> ".join(words), cells)
 
@@ -263,7 +261,8 @@ def changes(taken: Taken) -> dict[int, tuple[Cell, Cell]]:
     }
 
 
-def _fits(names: Names, word: str, cell: Cell, *, again: bool = False) -> bool:
+def fits(names: Names, word: str, cell: Cell, *, again: bool = False) -> bool:
+    """Whether ``cell`` is what a scenario calls ``word``. ``again``: as :meth:`Names.agree`."""
     if word in _WORDS or cell.frame is None:
         return word == cell.word
     return names.agree(word, cell.frame, again=again)
@@ -290,7 +289,7 @@ def _spte(world: World, names: Names, taken: Taken) -> Iterator[Difference]:
     vm = _vm(world, taken)
     spte = vm.kvm.sptes.get(gfn)
     if not spte & SPTE_PRESENT:
-        yield Difference("spte", _show(expected), str(vm.kvm.describe(gfn)), _about(taken, gfn=gfn))
+        yield Difference("spte", show(expected), str(vm.kvm.describe(gfn)), _about(taken, gfn=gfn))
         return
     perm, level = "rw" if spte & SPTE_WRITE else "r", 2 if spte & SPTE_HUGE else 1
     frame = world.frame(spte_pfn(spte))
@@ -302,7 +301,7 @@ def _spte(world: World, names: Names, taken: Taken) -> Iterator[Difference]:
     shown = names.name(Cell("frame", frame)) if cells[1].frame is not None else cells[1].word
     for what, want, got in (("perm", expected["perm"], perm), ("level", expected["level"], level)):
         if want != got:
-            yield Difference(f"spte {what}", _show(want), _show(got), _about(taken, gfn=gfn))
+            yield Difference(f"spte {what}", show(want), show(got), _about(taken, gfn=gfn))
     kind = expected["frame_is"]
     if not _KINDS[kind](world, frame, cells, taken.born_after):
         yield Difference("spte frame_is", kind, shown, _about(taken, gfn=gfn))
@@ -347,108 +346,3 @@ _KINDS: Final[dict[str, Callable[[World, Frame, _Cells, int], bool]]] = {
     "hugezero": _is_hugezero,
     "swapin": _is_swapped_in,
 }
-
-
-# ---- what is particular to KVM
-
-
-def compare_detail(world: World, names: Names, taken: Taken) -> list[Difference]:
-    """Where ``taken`` is not what its step says in ``detail``. These differences are no errors."""
-    detail = taken.step.detail
-    vm = world.vms.get(taken.step.args.get("vm", "vm1"))
-    got: dict[str, Any] = {name: taken.observed.get(name) for name in ("faulted", "value")}
-    if vm is not None:
-        got["faults"] = len(vm.vcpu.faults)
-        got["fault_access"] = vm.vcpu.faults
-        got["flush_requests"] = vm.vcpu.flushes
-        got["spte_delta"] = _spte_delta(taken)
-        got["prefetched"] = _other_sptes(taken)
-    got["order"] = _order(taken)
-    want = dict(detail)
-    if "prefetched" in want:
-        want["prefetched"] = [{name: one[name] for name in ("gfn", "perm", "level")} for one in want["prefetched"]]
-    if "order" in want:
-        want["order"] = list(_known_tokens(want["order"]))
-    if "spte_delta" in want and _goes_whole(taken):
-        want["spte_delta"] = {**want["spte_delta"], "4k": want["spte_delta"].get("4k", 0) + _VM_OWN_SPTES}
-        want["spte_delta"] = {size: count for size, count in want["spte_delta"].items() if count}
-    found = [
-        Difference(f"detail {name}", _show(want[name]), _show(got[name]))
-        for name in want
-        if name in got and want[name] != got[name]
-    ]
-    return found + list(_around(world, names, taken))
-
-
-def _goes_whole(taken: Taken) -> bool:
-    """The entries of all memslots go, the recorded VM's own included."""
-    return taken.step.op in ("memslot_delete", "memslot_move", "exit", "vm_close", "clear_refs")
-
-
-def _spte_delta(taken: Taken) -> dict[str, int]:
-    sizes = [{"4k": 0, "2m": 0}, {"4k": 0, "2m": 0}]
-    for count, sptes in zip(sizes, taken.sptes, strict=True):
-        for spte in sptes.values():
-            count["2m" if spte & SPTE_HUGE else "4k"] += 1
-    return {size: sizes[1][size] - sizes[0][size] for size in sizes[0] if sizes[1][size] != sizes[0][size]}
-
-
-def _other_sptes(taken: Taken) -> list[dict[str, Any]]:
-    before, after = taken.sptes
-    return [
-        {"gfn": gfn, "perm": "rw" if spte & SPTE_WRITE else "r", "level": 2 if spte & SPTE_HUGE else 1}
-        for gfn, spte in after.items()
-        if before.get(gfn) != spte and gfn != taken.step.args.get("gfn")
-    ]
-
-
-def present_sptes(world: World) -> dict[int, int]:
-    """The present entries of vm1, by gfn."""
-    vm = world.vms.get("vm1")
-    if vm is None:
-        return {}
-    return {gfn: spte for gfn, spte in vm.kvm.sptes.entries(0, GFN_LIMIT) if spte & SPTE_PRESENT}
-
-
-def _around(world: World, names: Names, taken: Taken) -> Iterator[Difference]:
-    expected = taken.step.detail.get("primary_around")
-    if expected is None:
-        return
-    touched = touched_page(world, taken.step)
-    changed = {str(page): cells for page, cells in changes(taken).items() if page != touched}
-    if changed.keys() != expected.keys() or not all(
-        _fits(names, word, cell)
-        for page, words in expected.items()
-        for word, cell in zip(words, changed[page], strict=True)
-    ):
-        got = {page: [names.name(cell) for cell in cells] for page, cells in changed.items()}
-        yield Difference("detail primary_around", _show(expected), _show(got))
-
-
-_TOKENS: Final = {
-    "primary_tlb_flush": "tlb",
-    "kvm_page_fault": "fault",
-    "spte_set": "spte",
-    "mmu_notifier_clear_flush_young": "cfy",
-    "mmu_notifier_release": "release",
-}
-
-
-def _order(taken: Taken) -> list[str]:
-    """The events of a step as tokens, as far as the trace has them at the same places: calls, flushes, faults."""
-    tokens = []
-    for event in taken.events:
-        if event.kind == "mmu_notifier_invalidate_range_start":
-            tokens.append("inv-alt" if event.fields["start"] >= hva("alt", 0) else "inv")
-        elif event.kind in _TOKENS:
-            tokens.append(_TOKENS[event.kind])
-    return tokens
-
-
-def _known_tokens(order: list[Any]) -> Iterator[str]:
-    for token in order:
-        if isinstance(token, dict):
-            for _ in range(token["times"]):
-                yield from _known_tokens(token["of"])
-        elif token in ("inv", "inv-alt", *_TOKENS.values()):
-            yield token

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from xipvm.conform.compare import Difference, Names, Taken, compare, compare_detail, present_sptes
+from xipvm.conform.compare import Difference, Names, Taken, compare
+from xipvm.conform.detail import compare_detail, present_sptes
 from xipvm.conform.scenario import Scenario, Step
 from xipvm.conform.schema import SPACES
 from xipvm.conform.steps import execute
