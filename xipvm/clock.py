@@ -1,7 +1,7 @@
 """Virtual time: a nanosecond counter and the calls that wait for it.
 
 Devices never ask the host what time it is; they read ``EventClock.now`` and leave a call for a later
-instant. Two clocks can stand behind ``now``: a source that the vCPU loop installs with ``follow`` (retired
+instant. Two clocks can stand behind ``now``: a source that the machine gives (retired
 instructions, or the host's clock), or, with no source, a counter that ``advance`` moves.
 
 Invariants: due calls run in order of their instant, and calls of one instant in the order they were made;

@@ -23,10 +23,10 @@ from collections.abc import Iterable
 from xipvm import boards, power
 from xipvm.address import format_size
 from xipvm.boards.board import Board
+from xipvm.clock import EventClock
 from xipvm.console import Console
 from xipvm.cpu import core
 from xipvm.cpu.arm64 import Arm64
-from xipvm.cpu.clock import EventClock
 from xipvm.cpu.riscv64 import Riscv64
 from xipvm.cpu.vcpu import Leave, Vcpu
 from xipvm.devices.bus import Bus

@@ -14,8 +14,8 @@ import pytest
 
 from xipvm import boards
 from xipvm.boards import virt_arm64, virt_riscv64
+from xipvm.clock import EventClock
 from xipvm.console import Console
-from xipvm.cpu.clock import EventClock
 from xipvm.devices import clint, gic, ns16550, pl011, plic, psci
 from xipvm.devices.bus import Bus
 from xipvm.errors import BoardError

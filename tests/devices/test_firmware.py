@@ -6,8 +6,8 @@ import io
 
 import pytest
 
+from xipvm.clock import EventClock
 from xipvm.console import Console
-from xipvm.cpu.clock import EventClock
 from xipvm.devices import psci as p
 from xipvm.devices.htif import Htif
 from xipvm.devices.psci import Psci

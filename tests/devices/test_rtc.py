@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from xipvm.cpu.clock import EventClock
+from xipvm.clock import EventClock
 from xipvm.devices import goldfish_rtc as gf
 from xipvm.devices import pl031
 from xipvm.devices.goldfish_rtc import GoldfishRtc

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from xipvm.cpu.clock import EventClock
+from xipvm.clock import EventClock
 from xipvm.devices import clint as c
 from xipvm.devices.arch_timer import ArchTimer
 from xipvm.devices.clint import Clint

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from xipvm.cpu.clock import EventClock
+from xipvm.clock import EventClock
 from xipvm.devices.flash.cfi01 import PflashCfi01
 from xipvm.devices.flash.image import FlashImage
 from xipvm.trace.events import Event

@@ -13,7 +13,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from xipvm.cpu.clock import EventClock
+from xipvm.clock import EventClock
 from xipvm.devices.flash.cfi01 import PflashCfi01
 from xipvm.devices.flash.geometry import INSTANT, TYPICAL
 from xipvm.devices.flash.image import FlashImage

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from xipvm.address import format_size
+from xipvm.clock import EventClock
 from xipvm.console import Console
-from xipvm.cpu.clock import EventClock
 from xipvm.devices.arch_timer import ArchTimer
 from xipvm.devices.bus import Bus
 from xipvm.devices.clint import Clint

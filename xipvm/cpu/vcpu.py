@@ -171,17 +171,18 @@ class Vcpu:
             self.stop_at = stop_at
             self.engine.stop_at = min(stop_at, self.engine.stop_at)
 
-    def run_slice(self, attention: Callable[[], bool]) -> Leave:
+    def run_slice(self, attention: Callable[[], bool], signalled: Callable[[], bool] = lambda: False) -> Leave:
         """Run until the engine's ticks reach ``stop_at`` (None: no limit) or something else ends the slice.
 
-        ``attention()`` says whether the machine wants control back after an exit. Raises GuestError.
+        ``attention()`` says whether the machine wants control back after an exit, ``signalled()`` whether a signal
+        came while no engine ran: none was kicked then. Raises GuestError.
         """
         engine = self.engine
         isa = self.isa
         self.trace.actor = self.name
         try:
             while True:
-                if engine.kick & core.KICK_SIGNAL:
+                if engine.kick & core.KICK_SIGNAL or signalled():
                     # It came while an exception was being delivered, and must not wait for the guest's next block.
                     engine.kick &= ~core.KICK_SIGNAL
                     return Leave.KICK

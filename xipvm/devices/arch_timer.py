@@ -8,7 +8,7 @@ names (``CNTV_CTL_EL0``).
 
 from __future__ import annotations
 
-from xipvm.cpu.clock import Call, EventClock
+from xipvm.clock import Call, EventClock
 from xipvm.devices.device import IrqLine
 
 FREQUENCY = 62_500_000

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from xipvm.cpu.clock import Call, EventClock
+from xipvm.clock import Call, EventClock
 from xipvm.devices.device import IrqLine
 
 MSIP = 0x0000

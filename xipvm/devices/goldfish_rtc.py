@@ -6,7 +6,7 @@ TIME_HIGH, so the pair is one instant; writes take the upper half first, likewis
 
 from __future__ import annotations
 
-from xipvm.cpu.clock import Call, EventClock
+from xipvm.clock import Call, EventClock
 from xipvm.devices.device import IrqLine, no_line
 from xipvm.devices.pl031 import EPOCH, SECOND
 

@@ -16,8 +16,8 @@ import errno
 from collections.abc import Callable
 from typing import Protocol
 
+from xipvm.clock import Call, EventClock
 from xipvm.console import Console
-from xipvm.cpu.clock import Call, EventClock
 
 _PATIENCE = 1000  # ns
 _LONG = 0xFFFF_FFFF_FFFF_FFFF

@@ -6,7 +6,7 @@ The alarm fires when the counter equals the match register, and stays raised unt
 
 from __future__ import annotations
 
-from xipvm.cpu.clock import Call, EventClock
+from xipvm.clock import Call, EventClock
 from xipvm.devices.device import IrqLine, no_line
 
 DR = 0x00
