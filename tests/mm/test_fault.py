@@ -11,7 +11,7 @@ from xipvm.errors import MmError
 from xipvm.mmu.frames import HostMemory
 from xipvm.mmu.madvise import MADV_DONTNEED
 from xipvm.mmu.mm import Mm
-from xipvm.mmu.pte import ACCESSED, ANON, DIRTY, EXCLUSIVE, EXEC, PRESENT, SPECIAL, WRITE
+from xipvm.mmu.pte import ACCESSED, ANON, DIRTY, EXCLUSIVE, EXEC, PRESENT, SOFT_DIRTY, SPECIAL, WRITE
 from xipvm.mmu.tables import GupPage
 from xipvm.mmu.verify import verify
 from xipvm.mmu.vma import MAP_ANONYMOUS, MAP_SHARED
@@ -30,7 +30,7 @@ def test_write_maps_a_new_frame(mm: Mm) -> None:
     start = mm.mmap(PAGE, RW)
     assert mm.get_user_pages(start, write=True) == GupPage(1, True)
     assert mm.get_user_pages(start + 5, write=False) == GupPage(1, True)
-    assert flags(mm, start) == PRESENT | WRITE | ACCESSED | DIRTY | ANON | EXCLUSIVE
+    assert flags(mm, start) == PRESENT | WRITE | ACCESSED | DIRTY | SOFT_DIRTY | ANON | EXCLUSIVE
 
 
 def test_read_maps_the_zero_page(mm: Mm) -> None:

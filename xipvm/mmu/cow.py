@@ -18,7 +18,7 @@ from xipvm.address import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE
 from xipvm.mmu.file import VmFault
 from xipvm.mmu.frames import PG_ANON, PG_SWAPBACKED, ZERO_PFN
 from xipvm.mmu.mapping import anon_vma_prepare
-from xipvm.mmu.pte import ACCESSED, ANON, DIRTY, EXCLUSIVE, PFN_SHIFT, SPECIAL, WRITE, pte_pfn
+from xipvm.mmu.pte import ACCESSED, ANON, DIRTY, EXCLUSIVE, PFN_SHIFT, SOFT_DIRTY, SPECIAL, WRITE, pte_pfn
 from xipvm.mmu.vma import Vma
 from xipvm.notifier import RangeEvent
 
@@ -27,7 +27,10 @@ if TYPE_CHECKING:
 
 
 def do_wp_page(mm: Mm, area: Vma, hva: int, entry: int) -> tuple[VmFault, str]:
-    """``entry`` maps ``hva`` without WRITE, and the area allows writing. Raises OutOfFrames, having changed nothing."""
+    """``entry`` maps ``hva`` without WRITE; the area allows writing, or it is forced.
+
+    Raises OutOfFrames, having changed nothing.
+    """
     if area.shared:
         return _wp_page_shared(mm, area, hva, entry)
     if entry & ANON and (entry & EXCLUSIVE or mm.host.refcount(pte_pfn(entry)) == 1):
@@ -45,14 +48,14 @@ def _wp_page_shared(mm: Mm, area: Vma, hva: int, entry: int) -> tuple[VmFault, s
         return fault, fault.name.lower()
     if fault or mm.pgd.get(hva >> PAGE_SHIFT) != entry:
         return VmFault.OK, "retry"
-    mm.set_pte(hva, entry | WRITE | DIRTY | ACCESSED)
+    mm.set_pte(hva, entry | WRITE | DIRTY | SOFT_DIRTY | ACCESSED)
     return VmFault.OK, "mkwrite"
 
 
 def _reuse(mm: Mm, area: Vma, hva: int, entry: int) -> None:
     """The page is ours alone from now on, also in the reverse map: the mms it was shared with need not be searched."""
     mm.host.set_rmap(pte_pfn(entry), anon_vma_prepare(area).id, area.page_offset(hva))
-    mm.set_pte(hva, entry | WRITE | DIRTY | ACCESSED | EXCLUSIVE)
+    mm.set_pte(hva, entry | area.new_anon | EXCLUSIVE)
 
 
 def wp_page_copy(mm: Mm, area: Vma, hva: int, entry: int) -> bool:
@@ -93,4 +96,4 @@ def map_new_anon(mm: Mm, area: Vma, hva: int, pfn: int) -> None:
     host.set_flags(pfn, PG_ANON | PG_SWAPBACKED)
     host.set_rmap(pfn, anon_vma_prepare(area).id, area.page_offset(hva))
     host.add_mapcount(pfn, 1)
-    mm.set_pte(hva, pfn << PFN_SHIFT | area.rights | WRITE | DIRTY | ACCESSED | ANON | EXCLUSIVE)
+    mm.set_pte(hva, pfn << PFN_SHIFT | area.new_anon | ANON | EXCLUSIVE)

@@ -16,7 +16,7 @@ from xipvm.mmu.cow import do_wp_page, map_new_anon
 from xipvm.mmu.file import FaultResult, VmFault
 from xipvm.mmu.frames import ZERO_PFN
 from xipvm.mmu.mapping import anon_vma_prepare
-from xipvm.mmu.pte import ACCESSED, DIRTY, GUARD, PFN_SHIFT, SPECIAL, WRITE
+from xipvm.mmu.pte import ACCESSED, DIRTY, GUARD, PFN_SHIFT, SOFT_DIRTY, SPECIAL, WRITE
 from xipvm.mmu.vma import PROT_WRITE, VM_SHARED, Vma
 
 if TYPE_CHECKING:
@@ -27,15 +27,19 @@ FAULT_AROUND_PAGES: Final = 16
 _OK: Final = VmFault.OK  # attributes of enumerations are slow
 
 
-def handle_mm_fault(mm: Mm, hva: int, write: bool) -> VmFault:
-    """Makes the entry of ``hva`` allow the access, as far as the areas do."""
+def handle_mm_fault(mm: Mm, hva: int, write: bool, force: bool = False) -> VmFault:
+    """Makes the entry of ``hva`` allow the access, as far as the areas do.
+
+    ``force``, for writes: a private area gets a page of its own to write to whatever its protection says (FOLL_FORCE),
+    but no entry that allows it.
+    """
     point("mm.fault")
     if mm.mmap_lock.writer:
         mm.mmap_lock.wait_for_writer()
     area = mm.cached_vma
     if area is None or not area.start <= hva < area.end:
         area = mm.find_vma(hva)
-    if area is None or not area.prot or (write and not area.prot & PROT_WRITE):
+    if area is None or ((not area.prot or (write and not area.prot & PROT_WRITE)) and (not force or area.shared)):
         result, how = VmFault.SIGSEGV, "sigsegv"
     else:
         try:
@@ -70,8 +74,7 @@ def _do_anonymous_page(mm: Mm, area: Vma, hva: int, write: bool) -> tuple[VmFaul
     page = hva >> PAGE_SHIFT
     if write:
         root = area.anon_vma or anon_vma_prepare(area)
-        flags = area.rights | WRITE | DIRTY | ACCESSED
-        pfn = mm.pgd.map_anon(page, flags, mm.host, root.id, area.pgoff + page - (area.start >> PAGE_SHIFT))
+        pfn = mm.pgd.map_anon(page, area.new_anon, mm.host, root.id, area.pgoff + page - (area.start >> PAGE_SHIFT))
         if mm.trace.on:
             mm.trace.emit("page_alloc", pfn=pfn)
             mm.emit_pte_set(hva, mm.pgd.get(page))
@@ -118,7 +121,7 @@ def _do_shared_fault(mm: Mm, area: Vma, file: AddressSpace, hva: int) -> tuple[V
     with mm.mmap_lock.read:
         fault = file.page_mkwrite(pgoff, pfn)
     if not fault and mm.still_writable(area, hva) and not mm.pgd.get(page):
-        _map_file_page(mm, area, page, pfn, area.rights | WRITE | DIRTY | ACCESSED)
+        _map_file_page(mm, area, page, pfn, area.rights | WRITE | DIRTY | SOFT_DIRTY | ACCESSED)
         return _OK, "file"
     mm.put_frame(pfn)
     if fault in (_OK, VmFault.NOPAGE):
@@ -138,7 +141,7 @@ def _do_cow_fault(mm: Mm, area: Vma, file: AddressSpace, hva: int) -> tuple[VmFa
     if not fault:
         mm.host.copy(pfn, new)
         mm.put_frame(pfn)
-        if mm.still_writable(area, hva) and not mm.pgd.get(page):
+        if mm.find_vma(hva) is area and not mm.pgd.get(page):
             map_new_anon(mm, area, hva, new)
             return _OK, "cow"
     mm.put_frame(new)

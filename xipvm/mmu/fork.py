@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from xipvm.actors import point
 from xipvm.address import PAGE_SHIFT
 from xipvm.mmu.mapping import insert
-from xipvm.mmu.vma import TASK_SIZE, VM_DONTCOPY, VM_MIXEDMAP, Vma
+from xipvm.mmu.vma import TASK_SIZE, VM_DONTCOPY, VM_LOCKED, VM_MIXEDMAP, Vma
 from xipvm.notifier import RangeEvent
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ def fork(mm: Mm, name: str | None) -> Mm:
     mm.check_alive("fork")
     mm.children += 1
     child = type(mm)(mm.host, mm.trace, name=name or f"{mm.name}.{mm.children}")
+    child.start_brk, child.end_brk = mm.start_brk, mm.end_brk
     with mm.because("mm_fork", child=child.name):
         for area in tuple(mm.vmas):
             if not area.flags & VM_DONTCOPY:
@@ -37,7 +38,7 @@ def fork(mm: Mm, name: str | None) -> Mm:
 
 
 def _dup_area(mm: Mm, child: Mm, area: Vma) -> None:
-    twin = Vma(child, area.start, area.end, area.prot, area.flags, area.file, area.pgoff)
+    twin = Vma(child, area.start, area.end, area.prot, area.flags & ~VM_LOCKED, area.file, area.pgoff)
     mm.rmap.fork(area, twin)
     insert(child, twin)
     if mm.trace.on:

@@ -13,6 +13,7 @@ from xipvm.address import PAGE_SHIFT, PAGE_SIZE
 from xipvm.errors import MmError
 from xipvm.mmu.fault import handle_mm_fault
 from xipvm.mmu.file import VmFault
+from xipvm.mmu.pte import ACCESSED, ANON, DIRTY, EXCLUSIVE, MAPPED, SOFT_DIRTY, WRITE, pte_pfn
 
 if TYPE_CHECKING:
     from xipvm.mmu.mm import Mm
@@ -54,6 +55,35 @@ def copy_from_user(mm: Mm, hva: int, size: int) -> bytes:
     for address, offset, length in pieces(hva, size):
         parts.append(mm.host.read(mm.get_user_pages(address, write=False).pfn, offset, length))
     return b"".join(parts)
+
+
+def access_remote_vm(mm: Mm, hva: int, data: bytes, force: bool) -> int:
+    """See :meth:`Mm.access_remote_vm` (``force``) and :meth:`Mm.process_vm_writev`."""
+    mm.check_alive("access_remote_vm" if force else "process_vm_writev")
+    done = 0
+    for address, offset, length in pieces(hva, len(data)):
+        try:
+            pfn = _get_forced(mm, address) if force else mm.get_user_pages(address, write=True).pfn
+        except MmError as error:
+            if not done:
+                raise MmError(errno.EIO if force else errno.EFAULT, error.what) from None
+            break
+        mm.host.write(pfn, offset, data[done : done + length])
+        done += length
+    return done
+
+
+def _get_forced(mm: Mm, hva: int) -> int:
+    """The frame to write to: the process's own, also behind an entry that does not allow it. Raises EFAULT, ENOMEM."""
+    own = ANON | EXCLUSIVE | SOFT_DIRTY
+    while True:
+        entry = mm.pgd.get(hva >> PAGE_SHIFT)
+        if entry & WRITE or (entry & MAPPED and entry & own == own):
+            mm.pgd.set(hva >> PAGE_SHIFT, entry | ACCESSED | DIRTY)
+            return pte_pfn(entry)
+        fault = handle_mm_fault(mm, hva, True, True)
+        if fault:
+            raise MmError(errno.EFAULT, f"write to {hva:#x} in {mm.name}: {fault.name}")
 
 
 def copy_to_user(mm: Mm, hva: int, data: bytes | bytearray | memoryview) -> None:

@@ -21,10 +21,12 @@ from xipvm.mmu.vma import (
     MAP_PRIVATE,
     MAP_SHARED,
     PROT_ALL,
+    PROT_READ,
     PROT_WRITE,
     TASK_SIZE,
     VM_MIXEDMAP,
     VM_SHARED,
+    VM_SOFTDIRTY,
     Vma,
 )
 from xipvm.mmu.zap import unmap_vmas
@@ -53,7 +55,11 @@ def mmap(mm: Mm, length: int, prot: int, flags: int, addr: int | None, file: Add
         pgoff = start >> PAGE_SHIFT
     if flags & MAP_FIXED and mm.areas_in(start, start + size):
         munmap(mm, start, size)
-    vm_flags = (VM_SHARED if flags & MAP_SHARED else 0) | (VM_MIXEDMAP if file is not None and file.mixed else 0)
+    vm_flags = (
+        VM_SOFTDIRTY
+        | (VM_SHARED if flags & MAP_SHARED else 0)
+        | (VM_MIXEDMAP if file is not None and file.mixed else 0)
+    )
     area = Vma(mm, start, start + size, prot, vm_flags, file, pgoff)
     insert(mm, area)
     if mm.trace.on:
@@ -138,6 +144,20 @@ def munmap(mm: Mm, addr: int, length: int, *, downgrade: bool = False) -> None:
         unmap_vmas(mm, areas, start, end)
 
 
+def brk(mm: Mm, addr: int) -> Hva:
+    """See :meth:`Mm.brk`."""
+    mm.check_alive("brk")
+    old, new = page_up(mm.end_brk), page_up(addr)
+    if addr < mm.start_brk or new > TASK_SIZE or (new > old and mm.areas_in(old, new)):
+        return Hva(mm.end_brk)
+    if new > old:
+        mmap(mm, new - old, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, old, None, 0)
+    elif new < old:
+        munmap(mm, new, old - new, downgrade=True)
+    mm.end_brk = addr
+    return Hva(addr)
+
+
 # ---- the list of areas
 
 
@@ -172,6 +192,9 @@ def merge(mm: Mm, start: int, end: int) -> None:
         if lower.prot == upper.prot and _adjoin(lower, upper) and _compatible(lower, upper):
             remove(mm, upper)
             lower.end = upper.end
+            if lower.flags != upper.flags:
+                lower.flags |= VM_SOFTDIRTY
+                lower.set_prot(lower.prot)
             if lower.anon_vma is None:
                 mm.rmap.clone(upper, lower)
             mm.rmap.leave(upper)
@@ -183,7 +206,7 @@ def _adjoin(lower: Vma, upper: Vma) -> bool:
     """They would be one area but for the protection and the roots of their pages."""
     return (
         lower.end == upper.start
-        and lower.flags == upper.flags
+        and not (lower.flags ^ upper.flags) & ~VM_SOFTDIRTY
         and lower.file is upper.file
         and lower.page_offset(lower.end) == upper.pgoff
     )

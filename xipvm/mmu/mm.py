@@ -7,6 +7,8 @@ mapping.py              mmap, munmap, splitting and merging of areas
 mremap.py               mremap
 protect.py              mprotect
 madvise.py              madvise
+mlock.py                mlock, munlock
+clear_refs.py           young and soft-dirty bits
 zap.py                  taking entries away: the gather, truncation, exit
 fault.py, cow.py        what a missing or a read-only entry leads to
 gup.py                  get_user_pages, and copies to and from the address space
@@ -24,13 +26,13 @@ from __future__ import annotations
 import errno
 from bisect import bisect_right
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from xipvm.address import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE, Hva, Pfn, page_up
 from xipvm.errors import MmError
-from xipvm.mmu import fork, gup, madvise, mapping, mremap, protect, zap
+from xipvm.mmu import clear_refs, fork, gup, madvise, mapping, mlock, mremap, protect, zap
 from xipvm.mmu.all_locks import AllLocks
 from xipvm.mmu.frames import HostMemory
 from xipvm.mmu.locks import RwLock
@@ -38,7 +40,7 @@ from xipvm.mmu.page_cache import ShmemFile
 from xipvm.mmu.pte import FLAGS, PFN_SHIFT, pte_pfn
 from xipvm.mmu.rmap import reverse_map
 from xipvm.mmu.tables import GupPage, PageTable
-from xipvm.mmu.vma import MAP_ANONYMOUS, MAP_PRIVATE, MAP_SHARED, PROT_WRITE, Vma
+from xipvm.mmu.vma import MAP_ANONYMOUS, MAP_PRIVATE, MAP_SHARED, PROT_WRITE, VM_LOCKED, Vma
 from xipvm.notifier import MmuNotifiers
 
 if TYPE_CHECKING:
@@ -47,6 +49,9 @@ if TYPE_CHECKING:
     from xipvm.trace.funnel import Trace
 
 _end = attrgetter("end")
+
+START_BRK: Final = 0x5555_5600_0000
+"""Where the heap begins."""
 
 
 class Mm:
@@ -63,12 +68,14 @@ class Mm:
         "cached_vma",
         "children",
         "dead",
+        "end_brk",
         "host",
         "mmap_lock",
         "name",
         "notifiers",
         "pgd",
         "rmap",
+        "start_brk",
         "threads",
         "trace",
         "vmas",
@@ -88,6 +95,7 @@ class Mm:
         self.mmap_lock = RwLock(f"mmap_lock of {name}")
         self.dead = False
         self.children = 0
+        self.start_brk = self.end_brk = START_BRK
         self.cached_vma: Vma | None = None
         self._gup_fast = self.pgd.gup
 
@@ -133,7 +141,20 @@ class Mm:
         Errors: EINVAL, EFAULT (not one area), ENOMEM (no room, or it may not move).
         """
         with self.mmap_lock.write:
-            return mremap.mremap(self, addr, old_len, new_len, flags, new_addr)
+            place = mremap.mremap(self, addr, old_len, new_len, flags, new_addr)
+            area = self.find_vma(place)
+        if area is not None and area.flags & VM_LOCKED and new_len > old_len:
+            with suppress(MmError):  # as in Linux, who will notice when it is used
+                mlock.populate(self, place + page_up(old_len), place + page_up(new_len))
+        return place
+
+    def brk(self, addr: int = 0) -> Hva:
+        """Moves the end of the heap to ``addr``. Returns where it is then: where it was, if it cannot be moved there.
+
+        The heap is private anonymous memory from ``start_brk`` on. Errors: none.
+        """
+        with self.mmap_lock.write:
+            return mapping.brk(self, addr)
 
     def mprotect(self, addr: int, length: int, prot: int) -> None:
         """Changes the protection. Errors: EINVAL, ENOMEM (a hole), EACCES (shared, and the file is not writable)."""
@@ -147,6 +168,30 @@ class Mm:
         (POPULATE: no page to be had; those before it stay).
         """
         madvise.madvise(self, addr, length, advice)
+
+    def mlock(self, addr: int, length: int) -> None:
+        """Faults the range in and keeps its pages. Pages that ``addr`` and the end lie in count whole.
+
+        Errors: EINVAL, ENOMEM for a hole; ENOMEM for a page that cannot be had and EAGAIN without a frame for it: as in
+        Linux the range is locked nevertheless.
+        """
+        mlock.mlock(self, addr, length, True)
+
+    def munlock(self, addr: int, length: int) -> None:
+        """Takes :meth:`mlock` back. Errors: EINVAL, ENOMEM for a hole."""
+        mlock.mlock(self, addr, length, False)
+
+    def clear_refs(self, mode: int) -> None:
+        """Forgets what was used (1: all, 2: anonymous, 3: file mappings), or what was written (4: soft-dirty bits).
+
+        Errors: EINVAL.
+        """
+        with self.mmap_lock.write:
+            clear_refs.clear_refs(self, mode)
+
+    def soft_dirty(self, start: int, end: int) -> list[tuple[int, int]]:
+        """What of ``[start, end)`` was written or mapped since the last ``clear_refs(4)``, in bytes, ascending."""
+        return clear_refs.soft_dirty(self, start, end)
 
     def msync(self, addr: int, length: int) -> None:
         """Writes back the dirty pages of the shared file mappings in the range (MS_SYNC). Errors: EINVAL, ENOMEM."""
@@ -197,6 +242,17 @@ class Mm:
     def write(self, hva: int, data: bytes | bytearray | memoryview) -> None:
         """Copies ``data`` to the address space, as copy_to_user does. Errors: EFAULT; nothing is written then."""
         gup.copy_to_user(self, hva, data)
+
+    def access_remote_vm(self, addr: int, data: bytes) -> int:
+        """Writes as through /proc/pid/mem (FOLL_FORCE): also to private memory without PROT_WRITE.
+
+        Returns how many bytes were written, fewer when it comes to a page that cannot be. Errors: EIO when none was.
+        """
+        return gup.access_remote_vm(self, addr, data, True)
+
+    def process_vm_writev(self, addr: int, data: bytes) -> int:
+        """Writes as another process does. Returns as :meth:`access_remote_vm`. Errors: EFAULT when nothing was."""
+        return gup.access_remote_vm(self, addr, data, False)
 
     def alloc_frame(self, zero: bool) -> Pfn:
         """A new frame. Raises OutOfFrames."""

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Final
 from xipvm.address import PAGE_MASK, PAGE_SHIFT, Hva, page_up
 from xipvm.errors import MmError
 from xipvm.mmu.mapping import insert, merge, munmap, unmapped_area
-from xipvm.mmu.pte import MAPPED, pte_pfn
-from xipvm.mmu.vma import TASK_SIZE, Vma
+from xipvm.mmu.pte import MAPPED, SOFT_DIRTY, pte_pfn
+from xipvm.mmu.vma import TASK_SIZE, VM_LOCKED, Vma
 from xipvm.notifier import RangeEvent
 
 if TYPE_CHECKING:
@@ -114,8 +114,10 @@ def _move(mm: Mm, addr: int, length: int, new_addr: int, new_len: int, keep: boo
             _move_page_tables(mm, addr, length, new_addr)
         if not keep:
             munmap(mm, addr, length)
-        elif (area.start, area.end) == (addr, addr + length):
-            mm.rmap.leave_anon(area)  # none of its pages is left
+        else:
+            area.flags &= ~VM_LOCKED
+            if (area.start, area.end) == (addr, addr + length):
+                mm.rmap.leave_anon(area)  # none of its pages is left
     merge(mm, new_addr, new_addr + new_len)
     return Hva(new_addr)
 
@@ -125,7 +127,7 @@ def _move_page_tables(mm: Mm, addr: int, length: int, new_addr: int) -> None:
     moved = pgd.entries(addr >> PAGE_SHIFT, (addr + length) >> PAGE_SHIFT)
     for page, entry in moved:
         pgd.set(page, 0)
-        pgd.set(page + shift, entry)
+        pgd.set(page + shift, entry | SOFT_DIRTY if entry & MAPPED else entry)
     if not moved:
         return
     trace = mm.trace

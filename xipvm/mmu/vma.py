@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from xipvm.address import PAGE_SHIFT, PAGE_SIZE
-from xipvm.mmu.pte import ANON, DIRTY, EXCLUSIVE, EXEC, PRESENT, PROTNONE, WRITE
+from xipvm.mmu.pte import ACCESSED, ANON, DIRTY, EXCLUSIVE, EXEC, PRESENT, PROTNONE, SOFT_DIRTY, WRITE
 
 if TYPE_CHECKING:
     from xipvm.mmu.file import AddressSpace
@@ -38,12 +38,14 @@ VM_LOCKED: Final = 0x2000
 """Its pages are not to be taken away (mlock)."""
 VM_DONTCOPY: Final = 0x20000
 """fork leaves the area out (MADV_DONTFORK)."""
+VM_SOFTDIRTY: Final = 0x08000000
+"""Newer than the last clear_refs of soft-dirty bits: all of it counts as written."""
 VM_MIXEDMAP: Final = 0x10000000
 """Maps frames that have no reference count."""
 
 
 class Vma:
-    """``[start, end)`` of ``mm``. Only mmap.py, protect.py and fork.py change one."""
+    """``[start, end)`` of ``mm``. Operations change one under mmap_lock."""
 
     __slots__ = (
         "anon_chain",
@@ -52,6 +54,7 @@ class Vma:
         "file",
         "flags",
         "mm",
+        "new_anon",
         "page_prot",
         "pgoff",
         "prot",
@@ -81,16 +84,23 @@ class Vma:
         self.rights = PROTNONE if prot == PROT_NONE else PRESENT | (EXEC if prot & PROT_EXEC else 0)
         """The permission bits of an entry here, without WRITE."""
         shared, tracked = bool(self.flags & VM_SHARED), self.file is not None and self.file.tracks_writes
-        self.page_prot = self.rights | (WRITE if prot & PROT_WRITE and shared and not tracked else 0)
+        untouched = bool(self.flags & VM_SOFTDIRTY)
+        writable = WRITE if prot & PROT_WRITE else 0
+        self.new_anon = self.rights | writable | DIRTY | SOFT_DIRTY | ACCESSED
+        """The flags of an entry whose private page was just written or is about to be, but for ANON and EXCLUSIVE.
+
+        Without WRITE for a page that was forced upon an area without PROT_WRITE.
+        """
+        self.page_prot = self.rights | (writable if shared and untouched and not tracked else 0)
         """The permission bits that every new entry gets: WRITE only where nobody has to notice the first write."""
         self.upgrade = 0
         """The bits that earn an entry WRITE without a fault, 0 if nothing does.
 
         A private page has them when this entry is its only one; a page of a file that tracks writes when its first
-        write was announced, which left it dirty.
+        write was announced, which left it dirty. Where soft-dirty bits are collected, the page has to have its own.
         """
         if prot & PROT_WRITE:
-            self.upgrade = DIRTY if shared else ANON | EXCLUSIVE
+            self.upgrade = (DIRTY if shared else ANON | EXCLUSIVE) | (0 if untouched else SOFT_DIRTY)
 
     @property
     def shared(self) -> bool:
