@@ -266,6 +266,18 @@ def test_a_set_up_step_cannot_fail() -> None:
     assert run(scenario(steps)).steps[0].differences[0].got == "mmio"
 
 
+def test_what_could_not_be_made_is_not_there() -> None:
+    """After the exit of the process a VM or a child cannot be made; what uses them fails, too."""
+    steps = [
+        {"op": "exit", "setup": True},
+        {"op": "vm_create", "vm": "vm1", "guest_pages": "4k", "expect": {"rc": -1, "errno": "ESRCH"}},
+        {"op": "fork", "child": "c1", "expect": {"rc": -1}},
+        {"op": "child_exit", "child": "c1", "expect": {"rc": 0}},
+        {"op": "guest_read", "gfn": 4, "expect": {"exit": "ok", "spte": SPTE, "primary": {}}},
+    ]
+    assert fields(run(scenario(steps))) == ["rc", "exit", "spte"]
+
+
 def test_an_error_is_compared() -> None:
     step = {"op": "mprotect", "space": "slot", "start": 20, "end": 21, "prot": "r"}
     good = {"rc": -1, "errno": "ENOMEM"}

@@ -66,6 +66,10 @@ BROKEN: list[tuple[Callable[[dict[str, Any]], object], str]] = [
     (last(op="host_write", space="slot", page=4, value="0x1", offset=1), "offset and bytes belong together"),
     (last(op="host_write", space="slot", page=4, value="0x1", offset=4092, bytes=8), "leaves the page"),
     (last(op="host_write", space="slot", page=4, value="65"), "value cannot be 65"),
+    (
+        last(op="file_create", file="F", fs="shmem", pages=1 << 17, contents=None, page_cache="none"),
+        "pages cannot be 131072",
+    ),
     (last(op="fsync", file="F"), "no earlier step made file 'F'"),
     (last(op="child_exit", child="c"), "no earlier step made child 'c'"),
     (last(op="memslot_delete", vm="vm1", slot=3), "no earlier step made memslot 3"),

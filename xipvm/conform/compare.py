@@ -126,7 +126,7 @@ def show(value: Any) -> str:
 
 
 def _vm(world: World, taken: Taken) -> Vm:
-    return world.vms[taken.step.args.get("vm", "vm1")]
+    return world.vm(taken.step.args.get("vm", "vm1"))
 
 
 def _about(taken: Taken, *, page: int | None = None, gfn: int | None = None) -> str:
@@ -243,7 +243,8 @@ def touched_page(world: World, step: Step) -> int | None:
     """The page of space ``slot`` that a touch is about; None when it is elsewhere, ANY when there are several."""
     args = step.args
     if "gfn" in args and step.op in ("guest_read", "guest_write"):
-        where = world.vms[args.get("vm", "vm1")].page_of(args["gfn"])
+        vm = world.vms.get(args.get("vm", "vm1"))
+        where = vm.page_of(args["gfn"]) if vm is not None else None
         return where[1] if where is not None and where[0] == "slot" else None
     if "page" in args and step.op in ("host_read", "host_write"):
         page: int = args["page"]
@@ -286,6 +287,9 @@ def _page_number(page: int) -> int:
 
 def _spte(world: World, names: Names, taken: Taken) -> Iterator[Difference]:
     gfn, expected = taken.step.args["gfn"], taken.step.expect["spte"]
+    if "exit" not in taken.observed:
+        yield Difference("spte", show(expected), "nothing", taken.failure)
+        return
     vm = _vm(world, taken)
     spte = vm.kvm.sptes.get(gfn)
     if not spte & SPTE_PRESENT:

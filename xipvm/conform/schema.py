@@ -16,6 +16,8 @@ SPACES: Final = ("slot", "alt")
 """The stretches of addresses that steps name."""
 LIMIT: Final = 1 << 24
 """Page numbers and counts are below it."""
+FILE_LIMIT: Final = 1 << 16
+"""Files have at most so many pages: their contents are made in memory."""
 
 Check = Callable[[Any], bool]
 
@@ -41,8 +43,9 @@ def _signed(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _number(value: Any) -> bool:
-    return isinstance(value, float | int) and not isinstance(value, bool) and 0 <= value < LIMIT
+def _file_pages(value: Any) -> bool:
+    """The size of a file, which may be in the middle of a page."""
+    return isinstance(value, float | int) and not isinstance(value, bool) and 0 <= value <= FILE_LIMIT
 
 
 def _flag(value: Any) -> bool:
@@ -178,11 +181,11 @@ OPS: Final[dict[str, dict[str, Check]]] = {
     "file_create": {
         "file": _text,
         "fs": _one_of("shmem", "ext4"),
-        "pages": _integer,
+        "pages": _file_pages,
         "contents": _either(_fill, _one_of(None)),
         "page_cache": _one_of("none", "clean", "dirty"),
     },
-    "ftruncate": {"file": _text, "pages": _number},
+    "ftruncate": {"file": _text, "pages": _file_pages},
     "fallocate": {"file": _text, "mode": _one_of("punch_hole"), "start": _integer, "end": _integer},
     "pwrite": {"file": _text, "page": _integer, "value": _hex, "direct": _flag},
     "pread": {"file": _text, "page": _integer},

@@ -289,7 +289,7 @@ def _fork(world: World, args: Args) -> Observed:
 
 
 def _child_write(world: World, args: Args) -> Observed:
-    world.children[args["child"]].write(hva(args["space"], args["page"]), _word(int(args["value"], 16)))
+    world.child(args["child"]).write(hva(args["space"], args["page"]), _word(int(args["value"], 16)))
     return _DONE
 
 
@@ -299,7 +299,7 @@ def _child_remote_write(world: World, args: Args) -> Observed:
 
 
 def _child_exit(world: World, args: Args) -> Observed:
-    world.children[args["child"]].exit()
+    world.child(args["child"]).exit()
     return _DONE
 
 
@@ -384,7 +384,7 @@ def _vm_create(world: World, args: Args) -> Observed:
 
 
 def _vm(world: World, args: Args) -> Vm:
-    return world.vms[args.get("vm", "vm1")]
+    return world.vm(args.get("vm", "vm1"))
 
 
 def _vm_close(world: World, args: Args) -> Observed:

@@ -9,15 +9,17 @@ same number one after the other are different :class:`Frame` values.
 
 from __future__ import annotations
 
+import errno
 import tempfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeVar
 
 from xipvm.actors import on_point
 from xipvm.address import PAGE_SHIFT, PAGE_SIZE
 from xipvm.conform.guest import Vcpu
 from xipvm.conform.schema import LIMIT, SPACES
+from xipvm.errors import MmError
 from xipvm.mmu.frames import PG_ANON, ZERO_PFN, HostMemory
 from xipvm.mmu.host_thread import HostThread
 from xipvm.mmu.locks import on_wait
@@ -36,6 +38,9 @@ HUGE_PAGES: Final = 512
 
 BASE: Final = {name: (number + 1) * (LIMIT << PAGE_SHIFT) for number, name in enumerate(SPACES)}
 """Where each space begins, in bytes: 64 GiB apart."""
+
+
+T = TypeVar("T")
 
 
 class UnsupportedError(Exception):
@@ -204,6 +209,14 @@ class World:
             self._folder = self._resources.enter_context(tempfile.TemporaryDirectory(prefix="xipvm-conform-"))
         return self._folder
 
+    def vm(self, name: str) -> Vm:
+        """The VM of that name. Raises MmError ESRCH when making it failed."""
+        return _made("VM", self.vms, name)
+
+    def child(self, name: str) -> Mm:
+        """The child of that name. Raises MmError ESRCH when the fork failed."""
+        return _made("child", self.children, name)
+
     # ---- observation
 
     def _observe(self, event: Event) -> None:
@@ -281,6 +294,13 @@ class World:
 
     def __repr__(self) -> str:
         return f"<world of {self.mm!r}, VMs {', '.join(self.vms) or 'none'}>"
+
+
+def _made(what: str, things: dict[str, T], name: str) -> T:
+    found = things.get(name)
+    if found is None:
+        raise MmError(errno.ESRCH, f"there is no {what} {name}")
+    return found
 
 
 def hva(space: str, page: int) -> int:
