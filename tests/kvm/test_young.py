@@ -9,6 +9,7 @@ import pytest
 from xipvm.mmu.secondary.base import FETCH, READ, WRITE
 from xipvm.mmu.secondary.memslot import MEM_LOG_DIRTY_PAGES
 from xipvm.mmu.secondary.spte import SPTE_AGED, SPTE_PRESENT, describe_spte
+from xipvm.notifier import RangeEvent
 
 PAGE = 4096
 
@@ -66,7 +67,7 @@ def test_an_old_entry_gives_no_right_and_names_its_frame(world: Any) -> None:
 
 
 def test_with_a_flush_and_without(world: Any) -> None:
-    hva = world.slot(1)
+    hva = world.slot(2)
     world.write(0, b"x")
     with world.watching("spte_age", "mmu_notifier_clear_flush_young") as log:
         world.mm.notifiers.clear_flush_young(hva, hva + PAGE)
@@ -78,6 +79,9 @@ def test_with_a_flush_and_without(world: Any) -> None:
         world.mm.notifiers.clear_young(hva, hva + PAGE)
     assert log == ["spte_age", "mmu_notifier_clear_young"]
     assert 0 in world.vcpu.tlb
+    with world.watching() as log, world.mm.notifiers.invalidate_range(hva + PAGE, hva + 2 * PAGE, RangeEvent.CLEAR):
+        pass
+    assert log == []  # nor with the next range that has nothing to remove
 
 
 def test_nothing_young_nothing_flushed(world: Any) -> None:

@@ -9,7 +9,15 @@ from hypothesis import strategies as st
 from tests.notifier.world import World
 from xipvm.actors import point
 from xipvm.errors import InternalError
-from xipvm.notifier import ULONG_MAX, MmuNotifier, atomic, might_sleep
+from xipvm.notifier import (
+    ULONG_MAX,
+    MmuIntervalNotifier,
+    MmuNotifier,
+    MmuNotifierRange,
+    RangeEvent,
+    atomic,
+    might_sleep,
+)
 from xipvm.trace import Event
 
 HOOKS = ["clear_flush_young", "clear_young", "test_young"]
@@ -131,12 +139,38 @@ def test_none_may_sleep(hook: str) -> None:
     mm.notifiers.register(MmuNotifier())  # and nothing is thought to run
 
 
+@pytest.mark.parametrize("blockable", [True, False])
+def test_a_range_that_may_not_block(blockable: bool) -> None:
+    class Blocking(MmuNotifier):
+        def invalidate_range_start(self, range: MmuNotifierRange) -> int:
+            might_sleep("mutex_lock")
+            return 0
+
+    class Watcher(MmuIntervalNotifier):
+        def invalidate(self, range: MmuNotifierRange, cur_seq: int) -> bool:
+            might_sleep("down_read")
+            return super().invalidate(range, cur_seq)
+
+    for sleeper, what in ((Blocking(), "mutex_lock"), (Watcher(), "down_read")):
+        mm = World()
+        if isinstance(sleeper, Watcher):
+            mm.notifiers.insert_interval(sleeper, 0, 0x1000)
+        else:
+            mm.notifiers.register(sleeper)
+        range = mm.notifiers.invalidate_range(0, 0x1000, RangeEvent.UNMAP, blockable=blockable)
+        if blockable:
+            with range:
+                pass
+        else:
+            with pytest.raises(InternalError, match=f"{what} may sleep, and was called in a range that may not"), range:
+                pass
+        assert mm.notifiers.open_ranges == ()
+
+
 @pytest.mark.parametrize(
     "call", ["register", "unregister", "get", "synchronize", "release", "insert", "remove", "start", "read_begin"]
 )
 def test_what_sleeps_is_refused_in_atomic_context(call: str) -> None:
-    from xipvm.notifier import MmuIntervalNotifier, RangeEvent
-
     mm, linked, watcher = World(), MmuNotifier(), MmuIntervalNotifier()
     mm.notifiers.register(linked)
     mm.notifiers.insert_interval(watcher, 0, 0x1000)

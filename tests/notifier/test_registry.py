@@ -280,6 +280,7 @@ class TestLeaving:
         mm.notifiers.register(b)
         a.inside = lambda call: calls.append(f"linked {a in tuple(mm.notifiers)}")
         mm.notifiers.unregister(a)
+        assert a.users == 0
         with mm.notifiers.invalidate_range(0x1000, 0x2000, CLEAR):
             pass
         assert calls == ["a release", "linked True", "b S1", "b E1"]
@@ -402,14 +403,15 @@ class TestDeathOfTheMm:
             mm.notifiers.release()
         assert calls == ["b release", "a release"]
 
-    def test_nothing_runs_any_more_when_unregister_returns(self, mm: World, calls: list[str]) -> None:
+    @pytest.mark.parametrize("how", ["unregister", "release"])
+    def test_nothing_runs_any_more_afterwards(self, mm: World, calls: list[str], how: str) -> None:
         """A walk that had begun when the notifier was unlinked is waited for."""
         a = Spy("a", calls)
         mm.notifiers.register(a)
         walks: list[int] = []
 
         def others(label: str) -> None:
-            if label == "notifier.unregister.released":
+            if label in ("notifier.unregister.released", "notifier.release.called"):
                 walks.append(mm.notifiers._srcu.read_lock())
             elif label == "notifier.synchronize":
                 assert list(mm.notifiers) == []
@@ -417,7 +419,10 @@ class TestDeathOfTheMm:
                 mm.notifiers._srcu.read_unlock(walks.pop())
 
         with on_point(others):
-            mm.notifiers.unregister(a)
+            if how == "unregister":
+                mm.notifiers.unregister(a)
+            else:
+                mm.notifiers.release()
         assert calls == ["a release", "walk ends"]
 
     def test_not_inside_a_callback(self, mm: World, calls: list[str]) -> None:

@@ -241,16 +241,16 @@ class Kvm(SecondaryMmu, MmuNotifier):
         return young
 
     def clear_young(self, start: int, end: int) -> bool:
-        """As :meth:`clear_flush_young`, but a vCPU goes unnoticed as long as its TLB has the page."""
-        young = self._age(start, end)
-        if young:
-            self.tlbs_dirty = True  # whoever needs TLBs to agree with the entries has to flush
-        return young
+        """As :meth:`clear_flush_young`, but a vCPU goes unnoticed as long as its TLB has the page.
+
+        An old entry is still an entry: removing it flushes, so no TLB is left behind by that.
+        """
+        return self._age(start, end)
 
     def _age(self, start: int, end: int) -> bool:
         young = False
         for first, last in self.memslots.in_hva_range(start, end):
-            if self.sptes.clear_bits(first, last, SPTE_AGED, SPTE_PRESENT | SPTE_ACCESSED):
+            if self.sptes.clear_bits(first, last, SPTE_AGED, SPTE_PRESENT):
                 young = True
                 if self.trace.on:
                     self.trace.emit("spte_age", vm=self.name, start=first, end=last)
