@@ -423,6 +423,39 @@ class TestNonBlockable:
         assert (tree_of(mm).seq, tree_of(mm).active, mm.notifiers.open_ranges) == (4, 0, ())
 
 
+class TestTwoPasses:
+    class Device(Watcher):
+        """Is told to begin, and waited for later."""
+
+        def invalidate_start(self, range: MmuNotifierRange, cur_seq: int) -> bool | Callable[[], object]:
+            done = self.invalidate(range, cur_seq)
+            return (lambda: self.calls.append(f"{self.name} waits")) if done else False
+
+    @pytest.fixture
+    def calls(self, mm: World) -> list[str]:
+        calls: list[str] = []
+        mm.notifiers.register(Listener(calls))
+        for name in "abc":
+            kind = Watcher if name == "b" else self.Device
+            self.last = kind(name, calls)
+            mm.notifiers.insert_interval(self.last, 0, 0x1000)
+        return calls
+
+    def test_all_begin_before_the_first_is_waited_for(self, mm: World, calls: list[str]) -> None:
+        begin(mm, 0, 0x1000)
+        assert calls == ["a 0x0 3", "b 0x0 3", "c 0x0 3", "c waits", "a waits", "S"]
+
+    @pytest.mark.parametrize("raises", [False, True])
+    def test_what_was_begun_is_finished_when_a_later_one_fails(self, mm: World, calls: list[str], raises: bool) -> None:
+        self.last.declines = True
+        if raises:
+            self.last.inside = lambda: {}["missing"]
+        with pytest.raises(KeyError if raises else MmError):
+            begin(mm, 0, 0x1000, blockable=False)
+        assert calls == ["a 0x0 3", "b 0x0 3", "c 0x0 3", "a waits"]
+        assert (tree_of(mm).seq, tree_of(mm).active, mm.notifiers.open_ranges) == (4, 0, ())
+
+
 class TestDeathOfTheMm:
     def test_one_range_over_everything_then_the_list(self, mm: World) -> None:
         calls: list[str] = []

@@ -33,7 +33,8 @@ from __future__ import annotations
 
 import errno
 from bisect import insort_right
-from typing import TYPE_CHECKING
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, TypeAlias
 
 from xipvm.errors import InternalError, MmError
 from xipvm.notifier.sleep import might_sleep, wait_until
@@ -44,6 +45,9 @@ if TYPE_CHECKING:
     from xipvm.notifier.range import MmuNotifierRange
 
 ULONG_MAX = (1 << 64) - 1
+
+Finish: TypeAlias = "Callable[[], object]"
+"""The second pass of an invalidation: waits until the hardware has done what the first one told it."""
 
 
 class MmuIntervalNotifier:
@@ -71,6 +75,14 @@ class MmuIntervalNotifier:
         """
         self.set_seq(cur_seq)
         return True
+
+    def invalidate_start(self, range: MmuNotifierRange, cur_seq: int) -> bool | Finish:
+        """The first of two passes, for users whose hardware takes a while: have it begin to give up ``range``.
+
+        All that a range touches are told to begin, then what they returned is called, which waits until it is done.
+        Whoever returns True has done everything; that, by ``invalidate``, is the default. Otherwise as ``invalidate``.
+        """
+        return self.invalidate(range, cur_seq)
 
     def read_begin(self) -> int:
         """Begins a lookup. Waits while the notifier is being invalidated. What it returns goes to ``read_retry``.
@@ -183,19 +195,25 @@ class IntervalTree:
         if not hit:
             return True
         self.seq |= 1
-        seq = self.seq
+        declined = False
         try:
-            for notifier in hit:
-                tell(notifier, seq)
-                if not notifier.invalidate(range, seq):
-                    if range.blockable:
-                        raise InternalError(f"{notifier.name} declined {range!r}, which may block")
-                    self.end()
-                    return False
+            with ExitStack() as begun:  # what was begun is finished, whatever happens to the others
+                for notifier in hit:
+                    tell(notifier, self.seq)
+                    answer = notifier.invalidate_start(range, self.seq)
+                    if callable(answer):
+                        begun.callback(answer)
+                    elif not answer:
+                        if range.blockable:
+                            raise InternalError(f"{notifier.name} declined {range!r}, which may block")
+                        declined = True
+                        break
         except BaseException:
             self.end()
             raise
-        return True
+        if declined:
+            self.end()
+        return not declined
 
     def end(self) -> None:
         """A range ends."""
