@@ -24,6 +24,7 @@ WORDS = {
     "pte_protect": "protect",
     "pte_copy": "copy",
     "pte_move": "move",
+    "pte_nonpresent": "nonpresent",
     "pte_guard": "guard",
     "mmu_notifier_release": "release",
 }

@@ -82,12 +82,14 @@ def test_breakage_is_found(breakage: Callable[[World], object], message: str) ->
 
 def test_native_bits_are_the_same() -> None:
     text = (Path(xipvm.mmu.__path__[0]) / "pte.pxd").read_text()
-    native = {name: 1 << int(bit) for name, bit in re.findall(r"PTE_(\w+) = 1 << (\d+)", text)}
+    native = {name: 1 << int(bit) for name, bit in re.findall(r"PTE_(\w+) (?:= 1|\(1ULL) << (\d+)", text)}
     assert native == {name: getattr(pte, name) for name in native}
-    assert len(native) == 11
+    assert len(native) == 13
 
 
 def test_describe() -> None:
     assert pte.describe(0) == "empty"
     assert pte.describe(0x12 << 12 | pte.PRESENT | pte.WRITE | pte.ANON | pte.EXCLUSIVE) == "0x12 rw- anon exclusive"
+    assert pte.describe(0x12 << 12 | pte.SWAP | pte.EXCLUSIVE) == "swap 0x12"
+    assert pte.describe(0x12 << 12 | pte.MIGRATION | pte.WRITE) == "migration 0x12"
     assert pte.describe(pte.PRESENT | pte.SPECIAL | pte.EXEC) == "0x0 r-x special"

@@ -16,7 +16,8 @@ from xipvm.mmu.cow import do_wp_page, map_new_anon
 from xipvm.mmu.file import FaultResult, VmFault
 from xipvm.mmu.frames import ZERO_PFN
 from xipvm.mmu.mapping import anon_vma_prepare
-from xipvm.mmu.pte import ACCESSED, DIRTY, GUARD, PFN_SHIFT, SOFT_DIRTY, SPECIAL, WRITE
+from xipvm.mmu.pte import ACCESSED, DIRTY, GUARD, MAPPED, PFN_SHIFT, SOFT_DIRTY, SPECIAL, WRITE
+from xipvm.mmu.unmap import migration_entry_wait
 from xipvm.mmu.vma import PROT_WRITE, VM_SHARED, Vma
 
 if TYPE_CHECKING:
@@ -55,8 +56,8 @@ def _fault(mm: Mm, area: Vma, hva: int, write: bool) -> tuple[VmFault, str]:
     """By what is there: how it went, and the word for it in the trace. Raises OutOfFrames, having changed nothing."""
     entry = mm.pgd.get(hva >> PAGE_SHIFT)
     if entry:
-        if entry & GUARD:
-            return VmFault.SIGSEGV, "guard"
+        if not entry & MAPPED:
+            return _do_nonpresent(mm, hva, entry)
         if write and not entry & WRITE:
             return do_wp_page(mm, area, hva, entry)
         return _OK, "spurious"
@@ -67,6 +68,14 @@ def _fault(mm: Mm, area: Vma, hva: int, write: bool) -> tuple[VmFault, str]:
     if area.flags & VM_SHARED:
         return _do_shared_fault(mm, area, area.file, hva)
     return _do_cow_fault(mm, area, area.file, hva)
+
+
+def _do_nonpresent(mm: Mm, hva: int, entry: int) -> tuple[VmFault, str]:
+    """``entry`` maps nothing and says why."""
+    if entry & GUARD:
+        return VmFault.SIGSEGV, "guard"
+    migration_entry_wait(mm, hva, entry)
+    return _OK, "migration"
 
 
 def _do_anonymous_page(mm: Mm, area: Vma, hva: int, write: bool) -> tuple[VmFault, str]:

@@ -23,7 +23,7 @@ from xipvm.errors import BadInput, MmError
 from xipvm.mmu.file import VmFault
 from xipvm.mmu.frames import PG_DIRTY
 from xipvm.mmu.page_cache import PageCache
-from xipvm.mmu.pte import DIRTY, WRITE, pte_pfn
+from xipvm.mmu.pte import DIRTY, MAPPED, WRITE, pte_pfn
 from xipvm.mmu.zap import unmap_mapping_range
 from xipvm.notifier import RangeEvent
 
@@ -82,11 +82,15 @@ class HostFile(PageCache):
         for near in sorted(near for near in self.pages if pgoff <= near < end):
             pfn = self.pages.get(near)
             if pfn is not None and self.host.flags(pfn) & PG_DIRTY:
-                self.host.clear_flags(pfn, PG_DIRTY)
-                self._page_mkclean(near, pfn)
-                used = min(self.size - (near << PAGE_SHIFT), PAGE_SIZE)
-                if used > 0:
-                    os.pwrite(self._fd, self.host.read(pfn, 0, used), near << PAGE_SHIFT)
+                self.host.get(pfn)  # it may leave the cache meanwhile
+                try:
+                    self.host.clear_flags(pfn, PG_DIRTY)
+                    self._page_mkclean(near, pfn)
+                    used = min(self.size - (near << PAGE_SHIFT), PAGE_SIZE)
+                    if used > 0:
+                        os.pwrite(self._fd, self.host.read(pfn, 0, used), near << PAGE_SHIFT)
+                finally:
+                    self._put(pfn)
                 written += 1
         return written
 
@@ -100,7 +104,7 @@ class HostFile(PageCache):
         mm = area.mm
         with mm.notifiers.invalidate_range(hva, hva + PAGE_SIZE, RangeEvent.PROTECTION_PAGE):
             entry = mm.pgd.get(hva >> PAGE_SHIFT)
-            if not entry & (WRITE | DIRTY) or pte_pfn(entry) != pfn:
+            if not entry & MAPPED or not entry & (WRITE | DIRTY) or pte_pfn(entry) != pfn:
                 return
             mm.clear_flush(hva)
             mm.set_pte(hva, entry & ~(WRITE | DIRTY))

@@ -25,7 +25,7 @@ from xipvm.mmu.fault import handle_mm_fault
 from xipvm.mmu.file import VmFault
 from xipvm.mmu.frames import PG_DIRTY, PG_REFERENCED, PG_SWAPBACKED
 from xipvm.mmu.mapping import anon_vma_prepare, merge, split
-from xipvm.mmu.pte import ACCESSED, DIRTY, GUARD, MAPPED, PRESENT, SPECIAL, WRITE, pte_pfn
+from xipvm.mmu.pte import ACCESSED, DIRTY, GUARD, PRESENT, SPECIAL, WRITE, pte_pfn
 from xipvm.mmu.vma import PROT_WRITE, VM_DONTCOPY, VM_LOCKED, VM_MIXEDMAP, Vma
 from xipvm.mmu.zap import MmuGather
 from xipvm.notifier import RangeEvent
@@ -122,7 +122,7 @@ def _cold(mm: Mm, gather: MmuGather, area: Vma, start: int, end: int) -> None:
 def _guard_install(mm: Mm, gather: MmuGather, area: Vma, start: int, end: int) -> None:
     pgd, first, last = mm.pgd, start >> PAGE_SHIFT, end >> PAGE_SHIFT
     anon_vma_prepare(area)  # so that fork copies the markers
-    while any(entry & MAPPED for _, entry in pgd.entries(first, last)):
+    while any(entry != GUARD for _, entry in pgd.entries(first, last)):
         with mm.notifiers.invalidate_range(start, end, RangeEvent.CLEAR):
             gather.zap(start, end, keep_markers=True)
     for page in range(first, last):

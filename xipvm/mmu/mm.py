@@ -12,6 +12,7 @@ clear_refs.py           young and soft-dirty bits
 zap.py                  taking entries away: the gather, truncation, exit
 fault.py, cow.py        what a missing or a read-only entry leads to
 gup.py                  get_user_pages, and copies to and from the address space
+unmap.py, migrate.py    a page out of all its entries; to another frame
 fork.py                 a child that shares pages until somebody writes
 locks.py                mmap_lock: which operations exclude each other
 ======================  ==========================================================
@@ -32,7 +33,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from xipvm.address import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE, Hva, Pfn, page_up
 from xipvm.errors import MmError
-from xipvm.mmu import clear_refs, fork, gup, madvise, mapping, mlock, mremap, protect, zap
+from xipvm.mmu import clear_refs, fork, gup, madvise, mapping, migrate, mlock, mremap, protect, zap
 from xipvm.mmu.all_locks import AllLocks
 from xipvm.mmu.frames import HostMemory
 from xipvm.mmu.locks import RwLock
@@ -224,6 +225,17 @@ class Mm:
         while last < len(self.vmas) and self.vmas[last].start < end:
             last += 1
         return self.vmas[first:last]
+
+    def move_pages(self, addr: int, length: int, node: int) -> list[int]:
+        """Moves the pages of the range to a NUMA node; a status a page: 0, or a negative errno.
+
+        There is one node, number 0, so every page that is mapped is there: nothing happens. Errors: EINVAL, ENODEV.
+        """
+        return migrate.move_pages(self, addr, length, node)
+
+    def mbind(self, addr: int, length: int, node: int) -> None:
+        """Lets the pages of the range be on one NUMA node (MPOL_BIND). Errors: EINVAL (also the node), EFAULT."""
+        migrate.mbind(self, addr, length, node)
 
     # ---- pages
 

@@ -12,3 +12,11 @@ cdef enum:
     PTE_SOFT_DIRTY = 1 << 8
     PTE_ANON = 1 << 9
     PTE_EXCLUSIVE = 1 << 10
+
+cdef extern from *:
+    """
+    #define PTE_SWAP (1ULL << 52)
+    #define PTE_MIGRATION (1ULL << 53)
+    """
+    const unsigned long long PTE_SWAP
+    const unsigned long long PTE_MIGRATION

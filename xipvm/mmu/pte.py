@@ -1,8 +1,18 @@
 """Bits of a primary page-table entry; pte.pxd has the same numbers for native code.
 
 An entry is empty (0), mapped (``PRESENT``), mapped without any access (``PROTNONE``: PROT_NONE over a page that stays),
-or a marker, which maps nothing (``GUARD``). ``ANON`` and ``EXCLUSIVE`` are the page's facts as this entry sees them:
-EXCLUSIVE says that this is the only entry that maps the anonymous page, so it may be written in place.
+or it maps nothing and says why:
+
+=========  ====================  ======================================================================================
+marker     ``GUARD``, alone      nothing will be mapped here
+swap       ``SWAP``              a slot in place of the pfn (swap.py); EXCLUSIVE and SOFT_DIRTY as they were
+migration  ``MIGRATION``         the pfn of the page that is being moved (migrate.py); flags as they were but MAPPED.
+                                 It counts neither as a mapping nor as a reference: the mover has one
+=========  ====================  ======================================================================================
+
+Where entries may map nothing, ask for MAPPED before anything else. ``ANON`` and ``EXCLUSIVE`` are the page's facts as
+the entry sees them: EXCLUSIVE says that this is the only entry that maps the anonymous page, so it may be written in
+place.
 """
 
 from __future__ import annotations
@@ -25,6 +35,9 @@ EXCLUSIVE: Final = 1 << 10
 GUARD: Final = 1 << 11
 """Alone in an entry: nothing is mapped, and nothing will be (MADV_GUARD_INSTALL)."""
 
+SWAP: Final = 1 << 52
+MIGRATION: Final = 1 << 53
+
 MAPPED: Final = PRESENT | PROTNONE
 FLAGS: Final = 0xFFF
 STABLE: Final = FLAGS & ~(ACCESSED | DIRTY)
@@ -45,6 +58,8 @@ def describe(entry: int) -> str:
         return "empty"
     if entry & GUARD:
         return "guard"
+    if entry & (SWAP | MIGRATION):
+        return f"{'swap' if entry & SWAP else 'migration'} {pte_pfn(entry):#x}"
     rights = "".join(letter if entry & bit else "-" for letter, bit in (("r", PRESENT), ("w", WRITE), ("x", EXEC)))
     names = (("protnone", PROTNONE), ("special", SPECIAL), ("anon", ANON), ("exclusive", EXCLUSIVE), ("dirty", DIRTY))
     return " ".join([f"{pte_pfn(entry):#x}", rights, *(name for name, bit in names if entry & bit)])

@@ -58,6 +58,10 @@ class ReverseMap:
         self._files[self._last_id] = file
         return self._last_id
 
+    def file(self, root: int) -> AddressSpace | None:
+        """The address space with the id ``root``, None if it is none."""
+        return self._files.get(root)
+
     def files(self) -> list[AddressSpace]:
         """Every address space that still exists, oldest first."""
         return [self._files[id] for id in sorted(self._files)]
@@ -114,15 +118,20 @@ class ReverseMap:
 
     # ---- from a frame to its entries
 
-    def walk(self, host: HostMemory, pfn: int) -> Iterator[tuple[Vma, int]]:
-        """(area, hva) of every entry that maps ``pfn`` now."""
+    def places(self, host: HostMemory, pfn: int) -> Iterator[tuple[Vma, int]]:
+        """(area, hva) wherever ``pfn`` may be mapped, whether it is or not."""
         index = host.index(pfn)
         for area in self.areas(host.mapping(pfn)):
             hva = area.address_of(index)
             if hva is not None:
-                entry = area.mm.pgd.get(hva >> PAGE_SHIFT)
-                if entry & MAPPED and pte_pfn(entry) == pfn:
-                    yield area, hva
+                yield area, hva
+
+    def walk(self, host: HostMemory, pfn: int) -> Iterator[tuple[Vma, int]]:
+        """(area, hva) of every entry that maps ``pfn`` now."""
+        for area, hva in self.places(host, pfn):
+            entry = area.mm.pgd.get(hva >> PAGE_SHIFT)
+            if entry & MAPPED and pte_pfn(entry) == pfn:
+                yield area, hva
 
 
 def reverse_map(host: HostMemory) -> ReverseMap:

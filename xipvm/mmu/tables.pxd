@@ -22,4 +22,5 @@ cdef class Gather:
     cdef uint64_t *pfns
     cdef readonly uint64_t count
     cdef uint64_t capacity
+    cdef public list swaps      # swap slots that lost an entry, None as long as there are none
     cdef int add(self, uint64_t pfn) except -1

@@ -72,10 +72,18 @@ class PageTable:
         """
 
     def copy_to(
-        self, child: PageTable, start: int, end: int, host: HostMemory, cow: bool, segments: bool = False
+        self,
+        child: PageTable,
+        start: int,
+        end: int,
+        host: HostMemory,
+        cow: bool,
+        segments: bool = False,
+        swaps: list[int] | None = None,
     ) -> list[tuple[int, int, int]]:
         """Copies the primary PTEs, mapped ones with a reference and a mapcount; ``cow`` takes WRITE and EXCLUSIVE.
 
+        The slots of swap entries are appended to ``swaps``: each has one entry more now.
         Returns segments of this table, as ``protect`` does.
         """
 
@@ -91,8 +99,8 @@ class PageTable:
         """Clears the primary PTEs of [start, end); how many mapped a page, and runs of the pfns, [] unless ``runs``.
 
         Each counted frame loses a mapcount, takes over the dirty and accessed bits (file pages) and goes into
-        ``gather``. ``keep_anon`` leaves private copies alone, ``keep_markers`` entries that map nothing. No huge entry
-        may be in the range.
+        ``gather``. ``keep_anon`` leaves private copies alone, ``keep_markers`` markers. Swap and migration entries go,
+        too; the slots of the former are left in ``gather.swaps``. No huge entry may be in the range.
         """
 
 class GupPage:
@@ -108,6 +116,7 @@ class Gather:
     """Frames whose last reference is dropped only after the primary TLB flush."""
 
     count: int
+    swaps: list[int] | None
     def __init__(self, host: HostMemory) -> None: ...
     def add_page(self, pfn: int) -> None: ...
     def pages(self) -> list[int]: ...

@@ -26,9 +26,11 @@ from xipvm.mmu.pte cimport (
     PTE_ANON,
     PTE_DIRTY,
     PTE_EXCLUSIVE,
+    PTE_MIGRATION,
     PTE_PRESENT,
     PTE_PROTNONE,
     PTE_SPECIAL,
+    PTE_SWAP,
     PTE_WRITE,
     PTE_EXEC,
 )
@@ -498,10 +500,11 @@ cdef class PageTable:
         return todo.flushes, parts.take() if segments and todo.changed else []
 
     def copy_to(self, PageTable child not None, uint64_t start, uint64_t end, HostMemory host not None, bint cow,
-                bint segments=False):
+                bint segments=False, list swaps=None):
         cdef Pass todo
         cdef Segments parts = Segments() if segments else None
         cdef Gather frames = Gather(host)
+        frames.swaps = swaps
         memset(&todo, 0, sizeof(todo))
         todo.verb, todo.start, todo.end, todo.cow = COPY, start, end, cow
         run_pass(self, &todo, frames, child, parts)
@@ -571,6 +574,8 @@ cdef inline int leaf(PageTable tree, uint64_t *table, uint64_t i, int level, uin
         raise InternalError(f"page {page:#x}: a huge entry is not worked on page by page, split it first")
     if todo.verb == PROTECT:
         if not entry & (PTE_PRESENT | PTE_PROTNONE):
+            if entry & PTE_MIGRATION:  # a fault will raise what it may
+                table[i] = entry & ~<uint64_t>PTE_WRITE
             return 0
         new = (entry & todo.keep) | todo.add
         if todo.upgrade and new & todo.upgrade == todo.upgrade:
@@ -585,6 +590,10 @@ cdef inline int leaf(PageTable tree, uint64_t *table, uint64_t i, int level, uin
         return 0
     if todo.verb == COPY:
         if not entry & (PTE_PRESENT | PTE_PROTNONE):
+            if entry & (PTE_SWAP | PTE_MIGRATION) and todo.cow:
+                table[i] = entry = entry & ~<uint64_t>(PTE_WRITE | PTE_EXCLUSIVE)
+            if entry & PTE_SWAP and gather.swaps is not None:
+                gather.swaps.append(pfn)
             child.store(page, entry)
             return 0
         if todo.cow:
@@ -602,10 +611,17 @@ cdef inline int leaf(PageTable tree, uint64_t *table, uint64_t i, int level, uin
         return 0
     if todo.verb == ZAP_MAPPED:
         if not entry & (PTE_PRESENT | PTE_PROTNONE):
-            if not todo.keep_markers:
-                table[i] = 0
-                fill_of(table)[0] -= 1
-                tree.present -= 1
+            if todo.keep_markers and not entry & (PTE_SWAP | PTE_MIGRATION):
+                return 0
+            if todo.keep_anon and entry & (PTE_SWAP | PTE_ANON):
+                return 0
+            if entry & PTE_SWAP:
+                if gather.swaps is None:
+                    gather.swaps = []
+                gather.swaps.append(pfn)
+            table[i] = 0
+            fill_of(table)[0] -= 1
+            tree.present -= 1
             return 0
         if todo.keep_anon and entry & PTE_ANON:
             return 0

@@ -77,9 +77,9 @@ def _entries(mm: Mm, mappings: defaultdict[int, set[tuple[Vma, int]]]) -> list[s
         if area is None:
             wrong.append(f"{mm.name}: entry at {hva:#x} ({describe(entry)}) lies in no area")
             continue
-        if entry & GUARD:
+        if not entry & MAPPED:
             if entry != GUARD:
-                wrong.append(f"{mm.name}: marker at {hva:#x} is {entry:#x}")
+                wrong.append(f"{mm.name}: entry at {hva:#x} ({describe(entry)}) is none that stays")
             continue
         pfn = pte_pfn(entry)
         if not entry & SPECIAL:

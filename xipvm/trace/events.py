@@ -156,6 +156,8 @@ define(
     "the entries of the range are at `to` now; pages are what they map",
 )
 define("pte_copy", "mm:str child:str start:hva end:hva", "the child got the parent's mapped entries of the range")
+define("pte_nonpresent", "mm:str hva:hva entry:str value:hex", "an entry says where its page is: swap, migration")
+define("page_migrate", "old:pfn new:pfn moved:bool", "a page was to move to another frame, and did unless it was in use")
 define("mm_fault", "mm:str hva:hva access:str result:str", "the host's fault handler ran; access: read, write, fetch")
 define("primary_tlb_flush", "mm:str start:hva end:hva", "host CPUs lost their translations of the range")
 define("vma_map", "mm:str start:hva end:hva prot:prot kind:str", "a VMA appeared")

@@ -1,0 +1,104 @@
+"""Taking a page out of every entry that maps it, wherever that is: what migration and reclaim begin with.
+
+For each entry that the reverse map finds::
+
+    range start (CLEAR, the one page) → entry cleared → TLB flush → entry that says where the page is → mapcount and
+    reference of the entry dropped → range end
+
+The caller holds a reference of its own, so the frame outlives its last entry, and it names what takes the place of an
+entry. Nothing is assumed across a range start, which is a schedule point: the entry is looked at again behind it, and
+the walk begins anew after every entry. While it goes on, a fault may map the page again only by way of the entry that
+was left; a caller that must know that nobody has the page any more compares the reference count afterwards.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Final
+
+from xipvm.address import PAGE_SHIFT, PAGE_SIZE
+from xipvm.errors import MmError
+from xipvm.mmu.frames import PG_DIRTY, PG_REFERENCED, HostMemory
+from xipvm.mmu.pte import (
+    ACCESSED,
+    ANON,
+    DIRTY,
+    EXCLUSIVE,
+    MAPPED,
+    MIGRATION,
+    PFN_SHIFT,
+    SOFT_DIRTY,
+    SWAP,
+    WRITE,
+    pte_pfn,
+)
+from xipvm.mmu.rmap import reverse_map
+from xipvm.notifier import RangeEvent
+from xipvm.notifier.sleep import wait_until
+
+if TYPE_CHECKING:
+    from xipvm.mmu.mm import Mm
+    from xipvm.mmu.vma import Vma
+
+Replacement = Callable[["Vma", int], int]
+"""What takes the place of an entry of an area; 0 for an empty one."""
+
+_MOVES: Final = WRITE | ACCESSED | DIRTY | SOFT_DIRTY | ANON | EXCLUSIVE
+
+
+def migration_entry(area: Vma, entry: int) -> int:
+    """What stands for ``entry`` while its page is moved."""
+    return MIGRATION | pte_pfn(entry) << PFN_SHIFT | entry & _MOVES
+
+
+def try_to_migrate(host: HostMemory, pfn: int) -> bool:
+    """Replaces all entries of ``pfn`` by migration entries; whether none maps it now. The caller holds a reference."""
+    return unmap_all(host, pfn, migration_entry)
+
+
+def unmap_all(host: HostMemory, pfn: int, replacement: Replacement, *, skip: int = 0) -> bool:
+    """Replaces all entries of ``pfn``, but those of areas with a flag of ``skip``; whether none maps it now.
+
+    The caller holds a reference.
+    """
+    rmap = reverse_map(host)
+    while True:
+        found = next((place for place in rmap.walk(host, pfn) if not place[0].flags & skip), None)
+        if found is None:
+            return host.mapcount(pfn) == 0
+        _unmap_one(*found, pfn, replacement)
+
+
+def _unmap_one(area: Vma, hva: int, pfn: int, replacement: Replacement) -> None:
+    mm = area.mm
+    host, page = mm.host, hva >> PAGE_SHIFT
+    with mm.notifiers.invalidate_range(hva, hva + PAGE_SIZE, RangeEvent.CLEAR):
+        entry = mm.pgd.get(page)
+        if not entry & MAPPED or pte_pfn(entry) != pfn:
+            return
+        mm.clear_flush(hva)
+        if entry & DIRTY:
+            host.set_flags(pfn, PG_DIRTY)
+        if entry & ACCESSED:
+            host.set_flags(pfn, PG_REFERENCED)
+        new = replacement(area, entry)
+        if new:
+            set_nonpresent(mm, hva, new)
+        host.add_mapcount(pfn, -1)
+        host.put(pfn)
+
+
+def set_nonpresent(mm: Mm, hva: int, entry: int) -> None:
+    """Writes a swap or migration entry."""
+    mm.pgd.set(hva >> PAGE_SHIFT, entry)
+    if mm.trace.on:
+        kind = "swap" if entry & SWAP else "migration"
+        mm.trace.emit("pte_nonpresent", mm=mm.name, hva=hva, entry=kind, value=pte_pfn(entry))
+
+
+def migration_entry_wait(mm: Mm, hva: int, entry: int) -> None:
+    """Returns when ``entry``, a migration entry, is not there any more. Raises MmError EDEADLK."""
+    page = hva >> PAGE_SHIFT
+    if not wait_until(lambda: mm.pgd.get(page) != entry, "mm.migration_entry_wait"):
+        raise MmError(errno.EDEADLK, f"the page at {hva:#x} in {mm.name} is being migrated, and nobody goes on with it")
