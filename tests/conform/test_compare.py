@@ -8,6 +8,7 @@ import pytest
 
 from tests.conform.scenarios import fields, recorded, run, scenario, vm
 from xipvm.conform.report import DIFFERS, PASS, UNSUPPORTED, VARIES
+from xipvm.mmu.secondary import kvm
 
 
 def cut(number: int) -> dict[str, Any]:
@@ -334,6 +335,18 @@ def test_a_scenario_that_depends_on_timing_varies() -> None:
     steps = [*vm(), {"op": "guest_read", "gfn": 4, "expect": {"exit": "mmio"}}]
     assert run(scenario(steps)).verdict == DIFFERS
     assert run(scenario(steps, stable=["It depends."])).verdict == VARIES
+
+
+def test_a_defect_of_the_model_is_a_difference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here the zero page is handed out for writing."""
+    monkeypatch.setattr(kvm, "SPTE_READ_ONLY", kvm.SPTE_WRITABLE)
+    content = recorded("zero_read_host_write")
+    content["steps"].append({"op": "guest_write", "gfn": 9, "value": "0x1", "expect": {"exit": "mmio"}})
+    content["steps"][-1:-1] = [{"op": "guest_read", "gfn": 9, "expect": {"exit": "ok"}}]
+    report = run(content)
+    assert report.verdict == DIFFERS
+    assert fields(report)[-1] == "model"
+    assert "zero page" in report.steps[-1].differences[-1].cause
 
 
 def test_what_is_not_modelled_ends_the_replay() -> None:

@@ -12,7 +12,7 @@ from xipvm.conform.scenario import Scenario, Step
 from xipvm.conform.schema import SPACES
 from xipvm.conform.steps import execute
 from xipvm.conform.world import Table, UnsupportedError, World
-from xipvm.errors import OutOfFrames
+from xipvm.errors import InternalError, OutOfFrames
 
 PASS: Final = "pass"
 DIFFERS: Final = "differs"
@@ -49,7 +49,10 @@ class Report:
 
 
 def replay(scenario: Scenario, *, detail: bool = False) -> Report:
-    """Does the steps of ``scenario`` in a new world, to the end also when something differs."""
+    """Does the steps of ``scenario`` in a new world, to the end also when something differs.
+
+    A defect of the model ends it, and is a difference.
+    """
     report = Report(scenario)
     with World() as world:
         names: Names | None = None
@@ -61,6 +64,10 @@ def replay(scenario: Scenario, *, detail: bool = False) -> Report:
                 taken = _take(world, step)
             except UnsupportedError as error:
                 report.unsupported = error.op
+                break
+            except InternalError as error:
+                world.broken = True
+                report.steps.append(StepReport(step, [Difference("model", "no defect", "a defect", str(error))], []))
                 break
             found = _setup_failed(taken) if names is None or step.setup else compare(world, names, taken)
             extra = compare_detail(world, names, taken) if detail and names is not None and not step.setup else []

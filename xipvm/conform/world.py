@@ -183,6 +183,8 @@ class World:
         self.vms: dict[str, Vm] = {}
         self.background: Callable[[], None] | None = None
         """What a vCPU that is inside the guest does between any two things that the host does."""
+        self.broken = False
+        """An invariant of the model does not hold any more."""
         self._resources = ExitStack()
         self._folder: str | None = None
 
@@ -193,12 +195,13 @@ class World:
         self.close()
 
     def close(self) -> None:
-        """Ends the process and gives everything back."""
+        """Ends the process and gives everything back; a world that is ``broken`` only what is the real host's."""
         self.background = None
-        for mm in (self.mm, *self.children.values()):
-            mm.exit()
-        for file in self.files.values():
-            file.close()
+        if not self.broken:
+            for mm in (self.mm, *self.children.values()):
+                mm.exit()
+            for file in self.files.values():
+                file.close()
         self._resources.close()
         self.host.close()
 
