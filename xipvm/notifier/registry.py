@@ -448,16 +448,6 @@ class MmuNotifiers:
             return Invalidation(self, start, end, event, blockable, owner)
         return self._nobody
 
-    def _begin_unobserved(self) -> None:
-        self._unobserved += 1
-        if self._intervals is not None:
-            self._intervals.begin()
-
-    def _end_unobserved(self) -> None:
-        self._unobserved -= 1
-        if self._intervals is not None:
-            self._intervals.end()
-
     def invalidate_range_start(
         self, start: int, end: int, event: RangeEvent, *, blockable: bool = True, owner: object = None
     ) -> MmuNotifierRange | None:
@@ -469,7 +459,7 @@ class MmuNotifiers:
         """
         notifiers = self._list
         if not notifiers and not self._intervals:
-            self._begin_unobserved()
+            self._nobody.__enter__()
             return None
         if start >= end:
             raise InternalError(f"empty range {start:#x}..{end:#x} announced for {self._mm.name}")
@@ -533,7 +523,7 @@ class MmuNotifiers:
         if range is None:
             if not self._unobserved:
                 raise InternalError(f"more unobserved ranges of {self._mm.name} ended than began")
-            self._end_unobserved()
+            self._nobody.__exit__(None, None, None)
             return
         if self._open.get(range.id) is not range:
             raise InternalError(f"{range!r} ended, but is not open")
@@ -583,10 +573,16 @@ class Unobserved:
         self._notifiers = notifiers
 
     def __enter__(self) -> None:
-        self._notifiers._begin_unobserved()
+        notifiers = self._notifiers
+        notifiers._unobserved += 1
+        if notifiers._intervals is not None:
+            notifiers._intervals.begin()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self._notifiers._end_unobserved()
+        notifiers = self._notifiers
+        notifiers._unobserved -= 1
+        if notifiers._intervals is not None:
+            notifiers._intervals.end()
 
 
 class Invalidation:
