@@ -21,6 +21,7 @@ from xipvm.errors import MmError
 from xipvm.mmu import madvise, vma
 from xipvm.mmu.host_file import HostFile
 from xipvm.mmu.host_thread import HostAccessError
+from xipvm.mmu.migrate import compact_memory
 from xipvm.mmu.mremap import MREMAP_DONTUNMAP, MREMAP_FIXED, MREMAP_MAYMOVE
 from xipvm.mmu.page_cache import PageCache, ShmemFile
 from xipvm.mmu.secondary.memslot import MEM_LOG_DIRTY_PAGES, MEM_READONLY
@@ -201,8 +202,10 @@ def _pagemap_scan(world: World, args: Args) -> Observed:
 
 
 def _numa_move(world: World, args: Args) -> Observed:
-    method(world.mm, args["via"], f"numa_move by {args['via']}")(*_range(args), args["node"])
-    return _DONE
+    if args["via"] == "mbind":
+        world.mm.mbind(*_range(args), args["node"])
+        return _DONE
+    return {"rc": sum(status < 0 for status in world.mm.move_pages(*_range(args), args["node"]))}
 
 
 def _exit(world: World, args: Args) -> Observed:
@@ -336,7 +339,7 @@ def _memcg_reclaim(world: World, args: Args) -> Observed:
 
 
 def _compact_memory(world: World, args: Args) -> Observed:
-    method(world.host, "compact_memory", "compact_memory")()
+    compact_memory(world.host, world.trace)
     return _DONE
 
 

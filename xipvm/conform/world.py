@@ -25,7 +25,7 @@ from xipvm.mmu.host_thread import HostThread
 from xipvm.mmu.locks import on_wait
 from xipvm.mmu.mm import Mm
 from xipvm.mmu.page_cache import PageCache
-from xipvm.mmu.pte import GUARD, HUGE, MAPPED, SPECIAL, pte_pfn
+from xipvm.mmu.pte import GUARD, HUGE, MAPPED, SPECIAL, SWAP, pte_pfn
 from xipvm.mmu.secondary.kvm import Kvm
 from xipvm.mmu.vma import TASK_SIZE
 from xipvm.notifier import MmuNotifier, MmuNotifierRange
@@ -68,7 +68,7 @@ class Frame(NamedTuple):
 
 
 class Cell(NamedTuple):
-    """What a primary entry holds: ``frame`` (and which), ``zero``, ``hugezero``, ``guard`` or ``none``."""
+    """What a primary entry holds: ``frame`` (and which), ``zero``, ``hugezero``, ``swap``, ``guard``, ``none``."""
 
     word: str
     frame: Frame | None = None
@@ -262,10 +262,8 @@ class World:
         return cells
 
     def _cell(self, entry: int, offset: int) -> Cell:
-        if entry & GUARD:
-            return Cell("guard")
         if not entry & MAPPED:
-            return NOTHING
+            return Cell("swap") if entry & SWAP else Cell("guard") if entry & GUARD else NOTHING
         pfn = pte_pfn(entry)
         if pfn == ZERO_PFN and not entry & HUGE:
             return Cell("zero")
