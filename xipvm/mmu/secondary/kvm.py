@@ -235,25 +235,24 @@ class Kvm(SecondaryMmu, MmuNotifier):
 
     def clear_flush_young(self, start: int, end: int) -> bool:
         """Whether the guest used bytes ``[start, end)`` of the host; its next use of them misses."""
-        young = self._age(start, end)
-        if young:
-            self._flush_and_kick("clear_flush_young")
-        return young
+        return self._age(start, end, "clear_flush_young")
 
     def clear_young(self, start: int, end: int) -> bool:
-        """As :meth:`clear_flush_young`, but a vCPU goes unnoticed as long as its TLB has the page.
+        """As :meth:`clear_flush_young`. It could do without a flush, and KVM does.
 
-        An old entry is still an entry: removing it flushes, so no TLB is left behind by that.
+        Here a vCPU that executes a page by what its TLB still has needs the entry, to count the instructions there.
         """
-        return self._age(start, end)
+        return self._age(start, end, "clear_young")
 
-    def _age(self, start: int, end: int) -> bool:
+    def _age(self, start: int, end: int, reason: str) -> bool:
         young = False
         for first, last in self.memslots.in_hva_range(start, end):
             if self.sptes.clear_bits(first, last, SPTE_AGED, SPTE_PRESENT):
                 young = True
                 if self.trace.on:
                     self.trace.emit("spte_age", vm=self.name, start=first, end=last)
+        if young:
+            self._flush_and_kick(reason)
         return young
 
     def test_young(self, address: int) -> bool:
