@@ -1,4 +1,4 @@
-"""Writing past the page cache, and giving cached pages back."""
+"""Between page cache and disk: writing past the cache, giving cached pages back, msync's flags."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from xipvm.errors import MmError
 from xipvm.mmu.frames import HostMemory
 from xipvm.mmu.host_file import HostFile
 from xipvm.mmu.host_thread import HostThread
-from xipvm.mmu.mm import Mm
+from xipvm.mmu.mm import MS_ASYNC, MS_INVALIDATE, MS_SYNC, Mm
 from xipvm.mmu.vma import MAP_PRIVATE, MAP_SHARED
 from xipvm.trace.funnel import Trace
 
@@ -127,3 +127,25 @@ def test_dontneed_drops_what_nobody_maps(mm: Mm, disk: HostFile, path: Path, ste
     assert steps() == ["free 1"] * 3
     assert list(disk.pages) == [0]
     assert path.read_bytes()[3 * PAGE : 3 * PAGE + 5] == b"dirty"
+
+
+@pytest.mark.parametrize(("flags", "written"), [(MS_SYNC, True), (MS_ASYNC, False), (MS_INVALIDATE, False), (0, False)])
+def test_only_a_synchronous_msync_writes(mm: Mm, disk: HostFile, path: Path, flags: int, written: bool) -> None:
+    start = mm.mmap(4 * PAGE, RW, MAP_SHARED, file=disk)
+    mm.write(start, b"dirty")
+    mm.msync(start, PAGE, flags)
+    assert (path.read_bytes()[:5] == b"dirty") == written
+
+
+def test_errors_of_msync(mm: Mm, disk: HostFile) -> None:
+    start = mm.mmap(4 * PAGE, RW, MAP_SHARED, file=disk)
+    mm.mlock(start, PAGE)
+    for flags, pages, error in (
+        (MS_SYNC | MS_ASYNC, 1, errno.EINVAL),
+        (8, 1, errno.EINVAL),
+        (MS_INVALIDATE, 1, errno.EBUSY),
+        (MS_ASYNC, 5, errno.ENOMEM),
+    ):
+        with pytest.raises(MmError) as caught:
+            mm.msync(start, pages * PAGE, flags)
+        assert caught.value.errno == error

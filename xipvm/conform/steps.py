@@ -22,6 +22,7 @@ from xipvm.mmu import madvise, vma
 from xipvm.mmu.host_file import HostFile
 from xipvm.mmu.host_thread import HostAccessError
 from xipvm.mmu.migrate import compact_memory
+from xipvm.mmu.mm import MS_ASYNC, MS_SYNC
 from xipvm.mmu.mremap import MREMAP_DONTUNMAP, MREMAP_FIXED, MREMAP_MAYMOVE
 from xipvm.mmu.page_cache import PageCache, ShmemFile
 from xipvm.mmu.secondary.memslot import MEM_LOG_DIRTY_PAGES, MEM_READONLY
@@ -150,9 +151,7 @@ def _munlock(world: World, args: Args) -> Observed:
 
 
 def _msync(world: World, args: Args) -> Observed:
-    # MS_ASYNC has nothing to do since Linux 2.6.19: what is dirty is known to the page cache.
-    if args["mode"] == "sync":
-        world.mm.msync(*_range(args))
+    world.mm.msync(*_range(args), MS_SYNC if args["mode"] == "sync" else MS_ASYNC)
     return _DONE
 
 

@@ -51,6 +51,10 @@ if TYPE_CHECKING:
 
 _end = attrgetter("end")
 
+MS_ASYNC: Final = 1
+MS_INVALIDATE: Final = 2
+MS_SYNC: Final = 4
+
 START_BRK: Final = 0x5555_5600_0000
 """Where the heap begins."""
 
@@ -194,11 +198,20 @@ class Mm:
         """What of ``[start, end)`` was written or mapped since the last ``clear_refs(4)``, in bytes, ascending."""
         return clear_refs.soft_dirty(self, start, end)
 
-    def msync(self, addr: int, length: int) -> None:
-        """Writes back the dirty pages of the shared file mappings in the range (MS_SYNC). Errors: EINVAL, ENOMEM."""
+    def msync(self, addr: int, length: int, flags: int = MS_SYNC) -> None:
+        """Writes back the dirty pages of the shared file mappings in the range.
+
+        MS_ASYNC, or none of the two, checks the range and leaves that to whoever writes back anyway; MS_INVALIDATE asks
+        whether caches of the pages could be dropped, and nothing else. Errors: EINVAL, ENOMEM (a hole), EBUSY
+        (MS_INVALIDATE of a locked area).
+        """
         start, end = self.check_range("msync", addr, length)
+        if flags & ~(MS_ASYNC | MS_INVALIDATE | MS_SYNC) or (flags & MS_ASYNC and flags & MS_SYNC):
+            raise MmError(errno.EINVAL, f"msync: flags {flags:#x}")
         for area in self.covered("msync", start, end):
-            if area.file is not None and area.shared:
+            if flags & MS_INVALIDATE and area.flags & VM_LOCKED:
+                raise MmError(errno.EBUSY, f"msync: {area!r} is locked")
+            if flags & MS_SYNC and area.file is not None and area.shared:
                 lo, hi = max(area.start, start), min(area.end, end)
                 area.file.fsync(area.page_offset(lo), (hi - lo) >> PAGE_SHIFT)
 
