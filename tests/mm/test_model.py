@@ -68,8 +68,10 @@ class Mapped:
     pgoff: int = 0
     shared: bool = False
     private: Value | None = None
-
     guard: bool = False
+    locked: bool = False
+    dirty: bool = True
+    """Was written since soft-dirty bits were cleared, and its entry has not gone since."""
 
     @property
     def no_page(self) -> bool:
@@ -83,7 +85,12 @@ class Mapped:
             return self.private
         return self.backing.values.get(self.pgoff, (0, 0)) if self.backing else (0, 0)
 
+    def drop(self) -> None:
+        """Its entry goes, with a private copy."""
+        self.private, self.dirty = None, False
+
     def write(self, slot: int, word: int) -> None:
+        self.dirty = True
         if self.shared:
             assert self.backing is not None
             self.backing.values[self.pgoff] = replaced(self.value, slot, word)
@@ -175,6 +182,9 @@ class World:
             error = errno.EINVAL
         elif area.end < BASE + end * PAGE:
             error = errno.EFAULT
+        if area is not None and not error:
+            low = area.start if to >= end else max(area.start, BASE + (to + count) * PAGE)
+            high = min(area.end, BASE + to * PAGE) if to >= end else area.end
         flags = MREMAP_MAYMOVE | MREMAP_FIXED | (MREMAP_DONTUNMAP if keep else 0)
         arguments = BASE + first * PAGE, count * PAGE, count * PAGE, flags, BASE + to * PAGE
         self.expect(error, mm.mremap, *arguments)
@@ -183,7 +193,10 @@ class World:
         for page in range(count):
             process.pages[to + page] = moved = process.pages.pop(first + page)
             if keep:
-                process.pages[first + page] = Mapped(moved.prot, moved.backing, moved.pgoff, moved.shared)
+                process.pages[first + page] = Mapped(moved.prot, moved.backing, moved.pgoff, moved.shared, dirty=False)
+        for page in range(PAGES) if keep else ():  # Linux unlocks all of the area that stays
+            if low <= BASE + page * PAGE < high and page not in range(to, to + count):
+                process.pages[page].locked = False
 
     def mprotect(self, process: Process, first: int, end: int, choice: int) -> None:
         prot = PROTS[choice % len(PROTS)]
@@ -194,20 +207,22 @@ class World:
                 process.pages[page].prot = prot
 
     def dontneed(self, process: Process, first: int, end: int, choice: int) -> None:
-        hole = any(page not in process.pages for page in range(first, end))
-        arguments = BASE + first * PAGE, (end - first) * PAGE, MADV_DONTNEED
-        self.expect(errno.ENOMEM if hole else 0, process.mm.madvise, *arguments)
-        if not hole:
-            for page in range(first, end):
-                process.pages[page].private = None
+        mapped = [process.pages.get(page) for page in range(first, end)]
+        present = [page for page in mapped if page is not None]
+        error = errno.EINVAL if any(page.locked for page in present) else errno.ENOMEM if None in mapped else 0
+        self.expect(error, process.mm.madvise, BASE + first * PAGE, (end - first) * PAGE, MADV_DONTNEED)
+        for page in present if not error else ():
+            page.drop()
 
     def advise(self, process: Process, first: int, end: int, choice: int) -> None:
         """Advice that keeps what pages hold, and guards, which do not."""
         advice = ADVICE[choice % len(ADVICE)]
         mapped = [process.pages.get(page) for page in range(first, end)]
         present = [page for page in mapped if page is not None]
+        not_anonymous = advice == MADV_FREE and any(page.backing is not None for page in present)
+        takes_pages = advice in (MADV_FREE, MADV_COLD, MADV_GUARD_INSTALL)
         error = 0
-        if advice == MADV_FREE and any(page.backing is not None for page in present):
+        if not_anonymous or (takes_pages and any(page.locked for page in present)):
             error = errno.EINVAL
         elif None in mapped:
             error = errno.ENOMEM
@@ -219,16 +234,55 @@ class World:
         for page in present:
             if not error and advice in (MADV_GUARD_INSTALL, MADV_GUARD_REMOVE):
                 page.guard = advice == MADV_GUARD_INSTALL
-                page.private = None if page.guard else page.private
+                if page.guard:
+                    page.drop()
             elif advice == MADV_POPULATE_WRITE and error in (0, errno.EFAULT):
                 if page.no_page:
                     break
                 if not page.shared:
                     page.private = page.value
 
+    def mlock(self, process: Process, first: int, end: int, choice: int) -> None:
+        on = bool(choice % 3)
+        mapped = [process.pages.get(page) for page in range(first, end)]
+        present = [page for page in mapped if page is not None]
+        hole = None in mapped
+        fails = hole or (on and any(page.no_page or not page.prot for page in present))
+        call = process.mm.mlock if on else process.mm.munlock
+        self.expect(errno.ENOMEM if fails else 0, call, BASE + first * PAGE + choice, (end - first) * PAGE - choice)
+        for page in present if not hole else ():
+            page.locked = on
+        for page in present if on and not hole else ():
+            if page.no_page or not page.prot:
+                break
+            if page.prot & 2 and not page.shared:
+                page.private = page.value
+
+    def clear_refs(self, process: Process, first: int, end: int, choice: int) -> None:
+        mode = (1, 2, 3, 4, 4, 4)[choice % 6]
+        self.expect(0, process.mm.clear_refs, mode)
+        for page in process.pages.values() if mode == 4 else ():
+            page.dirty = False
+
+    def force(self, process: Process, first: int, end: int, choice: int) -> None:
+        """Writes through /proc/pid/mem, a page at a time."""
+        slot = choice & 1
+        for page in range(first, end):
+            mapped = process.pages.get(page)
+            allowed = mapped is not None and not mapped.no_page and (mapped.prot & 2 or not mapped.shared)
+            self.written += 1
+            hva, word = BASE + page * PAGE + OFFSETS[slot], self.written.to_bytes(8, "little")
+            self.expect(0 if allowed else errno.EIO, process.mm.access_remote_vm, hva, word)
+            if allowed and mapped is not None:
+                mapped.write(slot, self.written)
+            self.check_contents(process)
+
     def fork(self, process: Process, first: int, end: int, choice: int) -> None:
         if len(self.processes) < 4:
-            pages = {page: Mapped(**vars(mapped)) for page, mapped in process.pages.items()}
+            pages = {
+                page: Mapped(**{**vars(mapped), "locked": False, "dirty": False})
+                for page, mapped in process.pages.items()
+            }
             self.processes.append(Process(process.mm.fork(), pages))
 
     def exit(self, process: Process, first: int, end: int, choice: int) -> None:
@@ -281,17 +335,23 @@ class World:
         self.file.punch_hole(first, end - first)
         for pgoff in range(first, end):
             self.backing.values.pop(pgoff, None)
+        for mapped in self.mapped():
+            if mapped.private is None and first <= mapped.pgoff < end:
+                mapped.dirty = False
 
     def truncate(self, process: Process, first: int, end: int, choice: int) -> None:
         size = choice % (FILE_PAGES + 1)
         self.file.truncate(size * PAGE)
         if size < self.backing.pages:
             self.backing.values = {pgoff: value for pgoff, value in self.backing.values.items() if pgoff < size}
-            for other in self.processes:
-                for mapped in other.pages.values():
-                    if mapped.backing is self.backing and mapped.pgoff >= size:
-                        mapped.private = None
+            for mapped in self.mapped():
+                if mapped.pgoff >= size:
+                    mapped.drop()
         self.backing.pages = size
+
+    def mapped(self) -> list[Mapped]:
+        """Every page that maps the file, in any process."""
+        return [page for other in self.processes for page in other.pages.values() if page.backing is self.backing]
 
     # ---- what holds after every operation
 
@@ -300,6 +360,10 @@ class World:
         for process in self.processes:
             self.check_contents(process)
             pgd = process.mm.pgd
+            seen = process.mm.soft_dirty(BASE, BASE + PAGES * PAGE)
+            for page, mapped in process.pages.items():
+                hva = BASE + page * PAGE
+                assert not mapped.dirty or any(lo <= hva < hi for lo, hi in seen), f"page {page} is not soft-dirty"
             for page, entry in process.thread.tlb.items():
                 now = pgd.get(page)
                 assert now & PRESENT
@@ -342,6 +406,7 @@ VERBS = (
         "advise",
         "advise",
     ]
+    + ["mlock", "clear_refs", "clear_refs", "force", "force"]
     + ["fork", "fork", "exit", "pwrite", "punch", "truncate"]
 )
 operations = st.lists(
