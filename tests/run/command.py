@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import select
 import subprocess
@@ -62,6 +64,22 @@ def xipvm(
         check=False,
     )  # fmt: skip
     return Outcome(child.returncode, (child.stdout or b"").decode(), child.stderr.decode())
+
+
+def inside(*argv: object, cwd: Path) -> Outcome:
+    """``xipvm argv`` in this process, with no input: quicker, where it ends before a machine runs."""
+    from xipvm.cli import main
+
+    out, err = io.TextIOWrapper(io.BytesIO()), io.StringIO()
+    with open(os.devnull) as nothing, contextlib.chdir(cwd), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stdin", nothing)
+        patch.setattr(sys, "stdout", out)
+        patch.setattr(sys, "stderr", err)
+        with pytest.raises(SystemExit) as ended:
+            main([str(argument) for argument in argv])
+    out.flush()
+    assert isinstance(ended.value.code, int)
+    return Outcome(ended.value.code, out.buffer.getvalue().decode(), err.getvalue())
 
 
 def start(*argv: object, prefix: tuple[str, ...] = ()) -> subprocess.Popen[bytes]:

@@ -297,12 +297,12 @@ def test_the_order_of_every_range(isa: str, smp: int) -> None:
     """What the guest has used is flushed everywhere before the host's entry goes, and freed last of all."""
     world = World("token", isa, smp=smp)
     try:
-        result = world.machine.run(max_instructions=600)
+        result = world.machine.run(max_instructions=1500)
         ranges = 0
         while result.reason == "limit":
             world.move()
             world.check()
-            result = world.machine.run(max_instructions=600)
+            result = world.machine.run(max_instructions=1500)
         assert result.status == 0
         for start, following in world.oracle.ranges():
             kinds = [event.kind for event in following if event.kind in ZAPPED]

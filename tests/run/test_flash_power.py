@@ -46,6 +46,12 @@ def contents(image: Path) -> Bytes:
     return np.fromfile(image, np.uint8)
 
 
+def restore(image: Path, before: Bytes) -> None:
+    """Put the environment's sectors back; the rest must never have changed."""
+    with image.open("r+b") as file:
+        file.write(before[:ENVIRONMENT].tobytes())
+
+
 def boot(image: Path, *commands: str) -> Outcome:
     """A session of U-Boot with ``image`` as bank 1."""
     script = image.parent / "session"
@@ -125,12 +131,10 @@ def test_killed_at_every_stage_of_saveenv(image: Path, after: Bytes, tmp_path: P
         ("flash_mode", 60),
         ("flash_erase", 1),
         ("flash_erase", 2),
-        ("flash_program", 1),
-        ("flash_program", 2),
         ("flash_program", 64),
         ("flash_program", 128),
     ):
-        image.write_bytes(before.tobytes())
+        restore(image, before)
         argv = [sys.executable, "-c", KILLED_AT, str(UBOOT), str(script), kind, str(count), str(image)]
         child = subprocess.run(argv, env=environment(), check=False)
         assert child.returncode == -signal.SIGKILL
@@ -155,7 +159,7 @@ def test_killed_from_outside(image: Path, after: Bytes, tmp_path: Path) -> None:
             return False
 
     for kind, count in (("flash_erase", 1), ("flash_program", 30)):
-        image.write_bytes(before.tobytes())
+        restore(image, before)
         trace.unlink(missing_ok=True)
         options = ("--flash", f"{image},bank=1", "--input", script, "--trace", trace, "--timeout", 60)
         with start("run", UBOOT, *options) as child:

@@ -1,0 +1,43 @@
+"""What README.md shows as a Python example is what it does."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+from tests.run.command import DEADLINE, ROOT, environment
+
+README = ROOT / "README.md"
+
+
+class Block(NamedTuple):
+    """A fenced block: its language, and its text."""
+
+    language: str
+    text: str
+
+
+def blocks() -> list[Block]:
+    """The fenced blocks of README.md in order."""
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", README.read_text(), re.MULTILINE | re.DOTALL)
+    return [Block(*block) for block in found]
+
+
+def test_the_python_example_prints_what_follows_it(tmp_path: Path) -> None:
+    found = blocks()
+    place = next(number for number, block in enumerate(found) if block.language == "python")
+    shown = found[place + 1]
+    assert shown.language in ("", "text", "console"), "the block behind the example is what it prints"
+    # It names files as they lie in the repository; what it makes must not end up there.
+    for entry in ROOT.iterdir():
+        if entry.name not in (".git", ".gitignore"):
+            (tmp_path / entry.name).symlink_to(entry)
+    child = subprocess.run(
+        [sys.executable, "-c", found[place].text],
+        capture_output=True, text=True, cwd=tmp_path, env=environment(), timeout=DEADLINE, check=False,
+    )  # fmt: skip
+    assert (child.returncode, child.stderr) == (0, "")
+    assert [line.rstrip() for line in child.stdout.splitlines()] == shown.text.splitlines()
