@@ -28,8 +28,7 @@ from xipvm.mmu.page_cache import PageCache
 from xipvm.mmu.pte import GUARD, HUGE, MAPPED, SPECIAL, SWAP, pte_pfn
 from xipvm.mmu.secondary.kvm import Kvm
 from xipvm.mmu.vma import TASK_SIZE
-from xipvm.notifier import MmuNotifier, MmuNotifierRange
-from xipvm.notifier.registry import NotifiedMm
+from xipvm.notifier import MmuNotifier, MmuNotifierRange, NotifiedMm
 from xipvm.trace.events import Event
 from xipvm.trace.funnel import Trace
 

@@ -5,9 +5,10 @@
 """
 
 from xipvm.notifier.interval import ULONG_MAX, IntervalTree, MmuIntervalNotifier
+from xipvm.notifier.mm import NotifiedMm
 from xipvm.notifier.notifier import MmuNotifier
 from xipvm.notifier.range import MmuNotifierRange, RangeEvent
-from xipvm.notifier.registry import Invalidation, MmuNotifiers, NotifiedMm
+from xipvm.notifier.registry import Invalidation, MmuNotifiers
 from xipvm.notifier.sleep import atomic, might_sleep
 
 __all__ = [

@@ -25,8 +25,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Self
 
 if TYPE_CHECKING:
+    from xipvm.notifier.mm import NotifiedMm
     from xipvm.notifier.range import MmuNotifierRange
-    from xipvm.notifier.registry import MmuNotifiers, NotifiedMm
+    from xipvm.notifier.registry import MmuNotifiers
 
 
 class MmuNotifier:

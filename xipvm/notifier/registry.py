@@ -36,40 +36,20 @@ import errno
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from types import TracebackType
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TypeVar
 
 from xipvm.actors import point
 from xipvm.errors import InternalError, MmError
 from xipvm.notifier.interval import ULONG_MAX, IntervalTree, MmuIntervalNotifier
+from xipvm.notifier.mm import NotifiedMm
 from xipvm.notifier.notifier import MmuNotifier, implements
 from xipvm.notifier.range import MmuNotifierRange, RangeEvent
 from xipvm.notifier.sleep import atomic, might_sleep, wait_until
 from xipvm.notifier.srcu import Srcu
 
-if TYPE_CHECKING:
-    from xipvm.trace.funnel import Trace
-
 N = TypeVar("N", bound=MmuNotifier)
 
 UINT_MAX = (1 << 32) - 1
-
-
-class NotifiedMm(Protocol):
-    """What notifiers have to know of an mm."""
-
-    @property
-    def name(self) -> str:
-        """What it is called in traces."""
-
-    @property
-    def trace(self) -> Trace:
-        """Where its events go."""
-
-    def mmap_write_lock(self) -> AbstractContextManager[object]:
-        """Keeps everybody out who looks at its areas. Entering it raises MmError EDEADLK if nobody can let go."""
-
-    def take_all_locks(self, signal_pending: Callable[[], bool]) -> AbstractContextManager[object]:
-        """Keeps every change of its entries out. Entering it raises MmError EINTR when a signal is pending."""
 
 
 def _no() -> bool:
