@@ -11,19 +11,23 @@ address. The old page keeps a reference until behind the range end.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from xipvm.actors import point
 from xipvm.address import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE
 from xipvm.mmu.file import VmFault
-from xipvm.mmu.frames import PG_ANON, PG_SWAPBACKED, ZERO_PFN
+from xipvm.mmu.frames import PG_ANON, PG_KSM, PG_SWAPBACKED, ZERO_PFN
 from xipvm.mmu.mapping import anon_vma_prepare
 from xipvm.mmu.pte import ACCESSED, ANON, DIRTY, EXCLUSIVE, PFN_SHIFT, SOFT_DIRTY, SPECIAL, WRITE, pte_pfn
 from xipvm.mmu.vma import Vma
 from xipvm.notifier import RangeEvent
 
 if TYPE_CHECKING:
+    from xipvm.mmu.frames import HostMemory
     from xipvm.mmu.mm import Mm
+
+
+_WRITTEN: Final = WRITE | DIRTY | SOFT_DIRTY
 
 
 def do_wp_page(mm: Mm, area: Vma, hva: int, entry: int) -> tuple[VmFault, str]:
@@ -33,10 +37,15 @@ def do_wp_page(mm: Mm, area: Vma, hva: int, entry: int) -> tuple[VmFault, str]:
     """
     if area.shared:
         return _wp_page_shared(mm, area, hva, entry)
-    if entry & ANON and (entry & EXCLUSIVE or mm.host.refcount(pte_pfn(entry)) == 1):
+    if entry & ANON and (entry & EXCLUSIVE or _ours_alone(mm.host, pte_pfn(entry))):
         _reuse(mm, area, hva, entry)
         return VmFault.OK, "reuse"
     return VmFault.OK, "cow" if wp_page_copy(mm, area, hva, entry) else "retry"
+
+
+def _ours_alone(host: HostMemory, pfn: int) -> bool:
+    """Nobody but the entry in question has a reference. What KSM shares stays as it is even so."""
+    return host.refcount(pfn) == 1 and not host.flags(pfn) & PG_KSM
 
 
 def _wp_page_shared(mm: Mm, area: Vma, hva: int, entry: int) -> tuple[VmFault, str]:
@@ -58,8 +67,11 @@ def _reuse(mm: Mm, area: Vma, hva: int, entry: int) -> None:
     mm.set_pte(hva, entry | area.new_anon | EXCLUSIVE)
 
 
-def wp_page_copy(mm: Mm, area: Vma, hva: int, entry: int) -> bool:
-    """Replaces the page of ``entry`` by a writable copy; False when the entry changed meanwhile."""
+def wp_page_copy(mm: Mm, area: Vma, hva: int, entry: int, *, unshare: bool = False) -> bool:
+    """Replaces the page of ``entry`` by a writable copy; False when the entry changed meanwhile.
+
+    ``unshare``: the copy is exclusive, but read-only until somebody writes.
+    """
     host, page = mm.host, hva >> PAGE_SHIFT
     old = pte_pfn(entry)
     new = mm.alloc_frame(old == ZERO_PFN)
@@ -76,7 +88,7 @@ def wp_page_copy(mm: Mm, area: Vma, hva: int, entry: int) -> bool:
             with mm.notifiers.invalidate_range(start, start + PAGE_SIZE, RangeEvent.CLEAR):
                 if mm.pgd.get(page) == entry:
                     mm.clear_flush(start)
-                    map_new_anon(mm, area, start, new)
+                    map_new_anon(mm, area, start, new, _WRITTEN if unshare else 0)
                     spare = old
                     if counted:
                         host.add_mapcount(old, -1)
@@ -90,10 +102,13 @@ def wp_page_copy(mm: Mm, area: Vma, hva: int, entry: int) -> bool:
             mm.put_frame(spare)
 
 
-def map_new_anon(mm: Mm, area: Vma, hva: int, pfn: int) -> None:
-    """Fills the empty entry of ``hva`` with ``pfn``, a private page that nobody else knows yet; takes its reference."""
+def map_new_anon(mm: Mm, area: Vma, hva: int, pfn: int, without: int = 0) -> None:
+    """Fills the empty entry of ``hva`` with ``pfn``, a private page that nobody else knows yet; takes its reference.
+
+    The entry lacks the flags ``without``.
+    """
     host = mm.host
     host.set_flags(pfn, PG_ANON | PG_SWAPBACKED)
     host.set_rmap(pfn, anon_vma_prepare(area).id, area.page_offset(hva))
     host.add_mapcount(pfn, 1)
-    mm.set_pte(hva, pfn << PFN_SHIFT | area.new_anon | ANON | EXCLUSIVE)
+    mm.set_pte(hva, pfn << PFN_SHIFT | area.new_anon & ~without | ANON | EXCLUSIVE)

@@ -16,6 +16,8 @@ PG_SWAPBACKED: int
 PG_LRU: int
 PG_DEVICE: int
 PG_USED: int
+PG_KSM: int
+PG_SWAPCACHE: int
 POISON_FREE: int
 DEVICE_PFN: int
 DEVICE_STEP: int

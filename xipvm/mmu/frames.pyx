@@ -34,6 +34,8 @@ PG_SWAPBACKED = 1 << 4
 PG_LRU = 1 << 5
 PG_DEVICE = 1 << 6
 PG_USED = 1 << 7  # was handed out once: its bytes are no longer the arena's zeros
+PG_KSM = 1 << 8  # one page for equal pages of several places (ksm.py)
+PG_SWAPCACHE = 1 << 9  # a swap slot has, or is to have, the same content (swap.py)
 
 POISON_FREE = 0x6B
 DEVICE_PFN = 1 << 24

@@ -9,6 +9,7 @@ What each advice announces:
 * GUARD_INSTALL: as DONTNEED where anything is mapped, then a marker in every entry that makes each access a SIGSEGV.
 * REMOVE: a hole in the file, announced to everybody who maps it.
 * POPULATE_READ and _WRITE fault the pages in; a copy on write announces itself.
+* UNMERGEABLE: one range (CLEAR) per page that KSM had merged. MERGEABLE tells nobody, merging does (ksm.py).
 * COLD clears young bits and flushes, GUARD_REMOVE takes the markers away, WILLNEED reads ahead, DONTFORK and DOFORK say
   what fork copies: nobody is told.
 """
@@ -20,13 +21,14 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from xipvm.address import PAGE_SHIFT, PAGE_SIZE
-from xipvm.errors import MmError
+from xipvm.errors import MmError, OutOfFrames
 from xipvm.mmu.fault import handle_mm_fault
 from xipvm.mmu.file import VmFault
 from xipvm.mmu.frames import PG_DIRTY, PG_REFERENCED, PG_SWAPBACKED
+from xipvm.mmu.ksm import UNFIT, unmerge
 from xipvm.mmu.mapping import anon_vma_prepare, merge, split
 from xipvm.mmu.pte import ACCESSED, DIRTY, GUARD, PRESENT, SPECIAL, WRITE, pte_pfn
-from xipvm.mmu.vma import PROT_WRITE, VM_DONTCOPY, VM_LOCKED, VM_MIXEDMAP, Vma
+from xipvm.mmu.vma import PROT_WRITE, VM_DONTCOPY, VM_LOCKED, VM_MERGEABLE, VM_MIXEDMAP, Vma
 from xipvm.mmu.zap import MmuGather
 from xipvm.notifier import RangeEvent
 
@@ -39,6 +41,8 @@ MADV_FREE: Final = 8
 MADV_REMOVE: Final = 9
 MADV_DONTFORK: Final = 10
 MADV_DOFORK: Final = 11
+MADV_MERGEABLE: Final = 12
+MADV_UNMERGEABLE: Final = 13
 MADV_COLD: Final = 20
 MADV_POPULATE_READ: Final = 22
 MADV_POPULATE_WRITE: Final = 23
@@ -58,6 +62,8 @@ def madvise(mm: Mm, addr: int, length: int, advice: int) -> None:
     elif advice in (MADV_DONTFORK, MADV_DOFORK):
         with mm.mmap_lock.write:
             _set_dontfork(mm, addr, length, advice == MADV_DONTFORK)
+    elif advice in (MADV_MERGEABLE, MADV_UNMERGEABLE):
+        _set_mergeable(mm, addr, length, advice == MADV_MERGEABLE)
     elif advice in _PAGES:
         name, refused, work = _PAGES[advice]
         with mm.mmap_lock.read:
@@ -160,6 +166,22 @@ def _set_dontfork(mm: Mm, addr: int, length: int, on: bool) -> None:
     start, end = addr, pieces[-1][2]
     with mm.because("mm_madvise", start=start, end=end, advice=name):
         change_flags(mm, start, end, VM_DONTCOPY, on)
+
+
+def _set_mergeable(mm: Mm, addr: int, length: int, on: bool) -> None:
+    """Areas that KSM cannot use are left out without a word. Pages are given back as a reader of mmap_lock."""
+    name = "MERGEABLE" if on else "UNMERGEABLE"
+    with mm.mmap_lock.write:
+        pieces = [piece for piece in _pieces(mm, addr, length, 0, name) if not piece[0].flags & UNFIT]
+        for _, start, end in pieces:
+            change_flags(mm, start, end, VM_MERGEABLE, on)
+    if not on and pieces:
+        with mm.mmap_lock.read, mm.because("mm_madvise", start=addr, end=pieces[-1][2], advice=name):
+            for _, start, end in pieces:
+                try:
+                    unmerge(mm, start, end)
+                except OutOfFrames:
+                    raise MmError(errno.ENOMEM, f"madvise: MADV_UNMERGEABLE at {start:#x} in {mm.name}") from None
 
 
 def change_flags(mm: Mm, start: int, end: int, flag: int, on: bool) -> None:

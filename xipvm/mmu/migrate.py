@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 from xipvm.actors import point
 from xipvm.address import PAGE_SHIFT
 from xipvm.errors import MmError, OutOfFrames
-from xipvm.mmu.frames import PG_ANON, PG_DIRTY, PG_REFERENCED, PG_RESERVED, PG_SWAPBACKED, HostMemory
+from xipvm.mmu.frames import PG_ANON, PG_DIRTY, PG_KSM, PG_REFERENCED, PG_RESERVED, PG_SWAPBACKED, HostMemory
 from xipvm.mmu.page_cache import PageCache
 from xipvm.mmu.pte import MAPPED, MIGRATION, PFN_SHIFT, SPECIAL, WRITE, pte_pfn
 from xipvm.mmu.rmap import reverse_map
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from xipvm.mmu.mm import Mm
     from xipvm.trace.funnel import Trace
 
-_FOLLOW = PG_ANON | PG_DIRTY | PG_REFERENCED | PG_SWAPBACKED
+_FOLLOW = PG_ANON | PG_DIRTY | PG_KSM | PG_REFERENCED | PG_SWAPBACKED
 
 
 def migrate_page(host: HostMemory, trace: Trace, pfn: int) -> int:
@@ -78,6 +78,9 @@ def _move(host: HostMemory, old: int, new: int) -> bool:
     host.copy(old, new)
     host.set_flags(new, host.flags(old) & _FOLLOW)
     host.set_rmap(new, host.mapping(old), pgoff)
+    shared = reverse_map(host).ksm_root(host.mapping(old))
+    if shared is not None:
+        shared.pfn = new
     if cache is not None:
         host.get(new)
         cache.pages[pgoff] = new

@@ -13,6 +13,7 @@ zap.py                  taking entries away: the gather, truncation, exit
 fault.py, cow.py        what a missing or a read-only entry leads to
 gup.py                  get_user_pages, and copies to and from the address space
 unmap.py, migrate.py    a page out of all its entries; to another frame
+ksm.py                  equal pages become one
 fork.py                 a child that shares pages until somebody writes
 locks.py                mmap_lock: which operations exclude each other
 ======================  ==========================================================
@@ -33,7 +34,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from xipvm.address import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE, Hva, Pfn, page_up
 from xipvm.errors import MmError
-from xipvm.mmu import clear_refs, fork, gup, madvise, mapping, migrate, mlock, mremap, protect, zap
+from xipvm.mmu import clear_refs, fork, gup, ksm, madvise, mapping, migrate, mlock, mremap, protect, zap
 from xipvm.mmu.all_locks import AllLocks
 from xipvm.mmu.frames import HostMemory
 from xipvm.mmu.locks import RwLock
@@ -249,6 +250,13 @@ class Mm:
     def mbind(self, addr: int, length: int, node: int) -> None:
         """Lets the pages of the range be on one NUMA node (MPOL_BIND). Errors: EINVAL (also the node), EFAULT."""
         migrate.mbind(self, addr, length, node)
+
+    def ksm_scan(self, until_sharing: int | None = None) -> int:
+        """Lets KSM scan, all mms, until it shares so many pages, or finds no more to merge; how many it shares.
+
+        A page is merged when two scans have found it unchanged, or when it equals one that is shared already.
+        """
+        return ksm.ksm_scan(self, until_sharing)
 
     # ---- pages
 

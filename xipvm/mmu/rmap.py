@@ -6,7 +6,8 @@ each of them. As in Linux an anon_vma is shared by the pieces of a split area; a
 anon_vmas of the parent's and gets one of its own for the pages it will copy.
 
 Invariant: if an entry of an area maps an anonymous frame, the frame's root is in the area's ``anon_chain`` and the
-area is in the root's ``areas``; for a page-cache frame the root is the area's file.
+area is in the root's ``areas``; for a page-cache frame the root is the area's file; for a page that KSM shares it is a
+root of its own, and one of its places leads to the entry.
 """
 
 from __future__ import annotations
@@ -35,6 +36,18 @@ class AnonVma:
         self.areas: dict[Vma, None] = {}
 
 
+class KsmRoot:
+    """The root of a page that stands for equal pages of many places (ksm.py): each place has an offset of its own."""
+
+    __slots__ = ("id", "pfn", "places")
+
+    def __init__(self, id: int, pfn: int) -> None:
+        self.id = id
+        self.pfn = pfn
+        self.places: dict[tuple[AnonVma, int], None] = {}
+        """Where it was mapped in: an anon_vma and the offset in it. Some may have another page by now."""
+
+
 class ReverseMap:
     """The roots and the mms of one host memory; :func:`reverse_map` finds it."""
 
@@ -43,7 +56,10 @@ class ReverseMap:
         """Every mm that has not exited."""
         self._roots: dict[int, AnonVma] = {}
         self._files: weakref.WeakValueDictionary[int, AddressSpace] = weakref.WeakValueDictionary()
+        self._ksm_roots: dict[int, KsmRoot] = {}
         self._last_id = 0
+        self.ksm: object = None
+        """What ksm.py knows of this memory."""
 
     def areas(self, root: int) -> tuple[Vma, ...]:
         """The areas that may map pages of the anon_vma or address space ``root``."""
@@ -70,6 +86,22 @@ class ReverseMap:
         self._last_id += 1
         root = self._roots[self._last_id] = AnonVma(self._last_id)
         return root
+
+    def new_ksm_root(self, host: HostMemory, pfn: int) -> KsmRoot:
+        """A root in place of the anon_vma of ``pfn``, beginning with the places that this leads to."""
+        self._last_id += 1
+        root = self._ksm_roots[self._last_id] = KsmRoot(self._last_id, pfn)
+        root.places[self._roots[host.mapping(pfn)], host.index(pfn)] = None
+        host.set_rmap(pfn, root.id, 0)
+        return root
+
+    def ksm_root(self, root: int) -> KsmRoot | None:
+        """The root with the id ``root`` if it is one of a shared page."""
+        return self._ksm_roots.get(root)
+
+    def drop_ksm_root(self, root: KsmRoot) -> None:
+        """Its page is gone."""
+        del self._ksm_roots[root.id]
 
     def prepare(self, area: Vma, reuse: AnonVma | None) -> AnonVma:
         """Gives ``area``, which has none, the anon_vma ``reuse`` or a new one."""
@@ -120,8 +152,12 @@ class ReverseMap:
 
     def places(self, host: HostMemory, pfn: int) -> Iterator[tuple[Vma, int]]:
         """(area, hva) wherever ``pfn`` may be mapped, whether it is or not."""
-        index = host.index(pfn)
-        for area in self.areas(host.mapping(pfn)):
+        root, index = host.mapping(pfn), host.index(pfn)
+        shared = self._ksm_roots.get(root)
+        if shared is not None:
+            yield from dict.fromkeys(_ksm_places(shared))
+            return
+        for area in self.areas(root):
             hva = area.address_of(index)
             if hva is not None:
                 yield area, hva
@@ -131,6 +167,14 @@ class ReverseMap:
         for area, hva in self.places(host, pfn):
             entry = area.mm.pgd.get(hva >> PAGE_SHIFT)
             if entry & MAPPED and pte_pfn(entry) == pfn:
+                yield area, hva
+
+
+def _ksm_places(root: KsmRoot) -> Iterator[tuple[Vma, int]]:
+    for anon_vma, index in tuple(root.places):
+        for area in tuple(anon_vma.areas):
+            hva = area.address_of(index)
+            if hva is not None:
                 yield area, hva
 
 

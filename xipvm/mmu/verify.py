@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from xipvm.address import PAGE_SHIFT
 from xipvm.errors import InternalError
-from xipvm.mmu.frames import PG_ANON, PG_RESERVED, ZERO_PFN, HostMemory
+from xipvm.mmu.frames import PG_ANON, PG_KSM, PG_RESERVED, ZERO_PFN, HostMemory
 from xipvm.mmu.page_cache import PageCache
 from xipvm.mmu.pte import ANON, DIRTY, EXCLUSIVE, GUARD, MAPPED, PRESENT, SPECIAL, WRITE, describe, pte_pfn
 from xipvm.mmu.rmap import reverse_map
@@ -101,7 +101,10 @@ def _entry(area: Vma, hva: int, entry: int) -> list[str]:
     if entry & ANON:
         if not host.flags(pfn) & PG_ANON:
             wrong.append("maps a page as anonymous that is not")
-        if host.mapping(pfn) not in [root.id for root in area.anon_chain] or host.index(pfn) != area.page_offset(hva):
+        if host.flags(pfn) & PG_KSM:
+            if entry & (WRITE | EXCLUSIVE):
+                wrong.append("maps a page that KSM shares as its own")
+        elif host.mapping(pfn) not in [root.id for root in area.anon_chain] or host.index(pfn) != area.page_offset(hva):
             wrong.append("maps a page whose root does not lead back")
         if entry & EXCLUSIVE and host.mapcount(pfn) != 1:
             wrong.append(f"is exclusive, with mapcount {host.mapcount(pfn)}")

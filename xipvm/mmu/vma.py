@@ -40,6 +40,8 @@ VM_DONTCOPY: Final = 0x20000
 """fork leaves the area out (MADV_DONTFORK)."""
 VM_SOFTDIRTY: Final = 0x08000000
 """Newer than the last clear_refs of soft-dirty bits: all of it counts as written."""
+VM_MERGEABLE: Final = 0x80000000
+"""KSM may merge its pages (MADV_MERGEABLE)."""
 VM_MIXEDMAP: Final = 0x10000000
 """Maps frames that have no reference count."""
 
