@@ -55,16 +55,7 @@ Piece = tuple[Vma, int, int]
 
 def madvise(mm: Mm, addr: int, length: int, advice: int) -> None:
     """See :meth:`Mm.madvise`."""
-    if advice in (MADV_POPULATE_READ, MADV_POPULATE_WRITE):
-        _populate(mm, addr, length, advice == MADV_POPULATE_WRITE)
-    elif advice in (MADV_REMOVE, MADV_WILLNEED):
-        _advise_files(mm, addr, length, advice)
-    elif advice in (MADV_DONTFORK, MADV_DOFORK):
-        with mm.mmap_lock.write:
-            _set_dontfork(mm, addr, length, advice == MADV_DONTFORK)
-    elif advice in (MADV_MERGEABLE, MADV_UNMERGEABLE):
-        _set_mergeable(mm, addr, length, advice == MADV_MERGEABLE)
-    elif advice in _PAGES:
+    if advice in _PAGES:
         name, refused, work = _PAGES[advice]
         with mm.mmap_lock.read:
             pieces = _pieces(mm, addr, length, refused, name)
@@ -74,6 +65,15 @@ def madvise(mm: Mm, addr: int, length: int, advice: int) -> None:
                     for area, start, end in pieces:
                         work(mm, gather, area, start, end)
                     gather.finish()
+    elif advice in (MADV_POPULATE_READ, MADV_POPULATE_WRITE):
+        _populate(mm, addr, length, advice == MADV_POPULATE_WRITE)
+    elif advice in (MADV_REMOVE, MADV_WILLNEED):
+        _advise_files(mm, addr, length, advice)
+    elif advice in (MADV_DONTFORK, MADV_DOFORK):
+        with mm.mmap_lock.write:
+            _set_dontfork(mm, addr, length, advice == MADV_DONTFORK)
+    elif advice in (MADV_MERGEABLE, MADV_UNMERGEABLE):
+        _set_mergeable(mm, addr, length, advice == MADV_MERGEABLE)
     else:
         raise MmError(errno.EINVAL, f"madvise: advice {advice}")
 
@@ -81,6 +81,9 @@ def madvise(mm: Mm, addr: int, length: int, advice: int) -> None:
 def _pieces(mm: Mm, addr: int, length: int, refused: int, name: str) -> list[Piece]:
     """What the range covers. Raises EINVAL when an area has a flag of ``refused``, ENOMEM for a hole."""
     start, end = mm.check_range("madvise", addr, length)
+    only = mm.find_vma(start)
+    if only is not None and start < end <= only.end and not only.flags & refused and name != "FREE":
+        return [(only, start, end)]  # nearly always
     areas = mm.areas_in(start, end)
     for area in areas:
         if area.flags & refused or (name == "FREE" and area.file is not None):
