@@ -55,10 +55,6 @@ operation = st.one_of(guest, host_operation)
 meddling = st.one_of(st.none(), guest, host_operation)
 
 Operation = tuple[object, ...]
-UNLOCKED = ("kvm.fault.seq_read", "kvm.fault.gup_done")
-"""Points at which nobody holds mmap_lock."""
-READ_LOCKED = ("mm.fault", "mm.cow.copied")
-"""Points at which it is held for reading, as MADV_DONTNEED does."""
 
 
 class Coherence:
@@ -90,16 +86,12 @@ class Coherence:
         self.check()
         if not self.meddling and self.meddlers:
             operation = self.meddlers.pop()
-            if operation is not None and self.allowed(operation[0], label):
+            if operation is not None:
                 self.meddling = True
                 with suppress(MmError):
                     self.meddle(operation)
                 self.meddling = False
                 self.check()
-
-    @staticmethod
-    def allowed(what: object, label: str) -> bool:
-        return what == "guest" or label in UNLOCKED or (what == "drop" and label in READ_LOCKED)
 
     def meddle(self, operation: Operation) -> None:
         match operation:
