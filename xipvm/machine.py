@@ -320,10 +320,11 @@ class Machine:
         ``max_instructions`` ends the run at the first block boundary at or behind so many.
 
         ``until``: end with status 0 once all input is used and the console prints this text after it. After a limit,
-        a signal or ``until`` the machine can be run on; after the guest's end that is an XipvmError.
+        a signal or ``until`` the machine can be run on; after the guest's end that is an XipvmError, unless it was
+        told to restart (``request_reset``).
         """
-        if self._ended or self._closed:
-            raise XipvmError("this machine's guest has ended; make another machine to run it again")
+        if self._closed or (self._ended and not self._reset):
+            raise XipvmError("this machine's guest has ended; reset it, or make another machine")
         if self._began:
             raise XipvmError("this machine runs already")
         for name, value in (("timeout", timeout), ("max_instructions", max_instructions)):

@@ -262,3 +262,12 @@ def test_a_machine_is_not_closed_or_run_by_its_own_trace() -> None:
             with pytest.raises(XipvmError, match="runs"):
                 machine.run(max_instructions=100)
         assert machine.run().status == 0
+
+
+def test_a_guest_that_has_ended_runs_again_after_a_reset() -> None:
+    with Machine(guest=Path(__file__).parents[2] / "guests/bin/arm64/hello-arm64.elf") as machine:
+        assert machine.run().status == 0
+        with pytest.raises(XipvmError, match="has ended"):
+            machine.run()
+        machine.request_reset()
+        assert machine.run().reason == "exit"
