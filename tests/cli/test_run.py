@@ -97,6 +97,7 @@ def test_options_reach_the_machine(xipvm: Call, machine: type[FakeMachine], tmp_
         (("--flash", "x"), "without a GUEST the board has to be named: --board, see 'xipvm boards'"),
         (("x", "--until", ""), "--until needs a text to wait for"),
         (("x", "--input", "/nothing"), "/nothing: No such file or directory"),
+        (("x", "--input", "/dev/zero"), "/dev/zero: more than 64 MiB of console input; pipe it in instead"),
         (("x", "--timeout", "nan"), "'nan' is no positive number of seconds"),
         (("x", "--timeout", "-1"), "'-1' is no positive number of seconds"),
         (("x", "--max-instructions", "0"), "0 is not in the range x>=1"),

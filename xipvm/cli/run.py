@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any
 
+from xipvm.address import format_size
 from xipvm.console import Console
 from xipvm.devices.flash.files import parse_option
 from xipvm.errors import BadInput, TraceFileError
@@ -101,14 +102,20 @@ def run_guest(
     return result.status if 0 <= result.status <= 255 else (result.status & 0xFF or 1)
 
 
+_INPUT_LIMIT = 64 << 20
+
+
 def _console(input_file: str | None, until: str | None) -> Console:
     """The guest's console: a script, or standard input as it comes. Raises BadInput."""
     if input_file is not None:
         try:
             with open(input_file, "rb") as file:
-                return Console(sys.stdout.buffer, file.read())
+                script = file.read(_INPUT_LIMIT + 1)
         except OSError as error:
             raise BadInput(f"{input_file}: {error.strerror}") from error
+        if len(script) > _INPUT_LIMIT:
+            raise BadInput(f"{input_file}: more than {format_size(_INPUT_LIMIT)} of console input; pipe it in instead")
+        return Console(sys.stdout.buffer, script)
     # A terminal never runs out of input, so waiting for a text behind the last of it means that there is none.
     if sys.stdin is None or sys.stdin.closed or (until is not None and sys.stdin.isatty()):
         return Console(sys.stdout.buffer, b"")
