@@ -23,7 +23,6 @@ from xipvm.mmu.vma import Vma
 from xipvm.notifier import RangeEvent
 
 if TYPE_CHECKING:
-    from xipvm.mmu.frames import HostMemory
     from xipvm.mmu.mm import Mm
 
 
@@ -37,14 +36,20 @@ def do_wp_page(mm: Mm, area: Vma, hva: int, entry: int) -> tuple[VmFault, str]:
     """
     if area.shared:
         return _wp_page_shared(mm, area, hva, entry)
-    if entry & ANON and (entry & EXCLUSIVE or _ours_alone(mm.host, pte_pfn(entry))):
+    if entry & ANON and (entry & EXCLUSIVE or _ours_alone(mm, pte_pfn(entry))):
         _reuse(mm, area, hva, entry)
         return VmFault.OK, "reuse"
     return VmFault.OK, "cow" if wp_page_copy(mm, area, hva, entry) else "retry"
 
 
-def _ours_alone(host: HostMemory, pfn: int) -> bool:
-    """Nobody but the entry in question has a reference. What KSM shares stays as it is even so."""
+def _ours_alone(mm: Mm, pfn: int) -> bool:
+    """Nobody but the entry in question has a reference. What KSM shares stays as it is even so.
+
+    The swap cache gives its reference up if it can.
+    """
+    host, swap = mm.host, mm.rmap.swap
+    if swap is not None and host.refcount(pfn) == 2:
+        swap.give_up_slot(pfn)
     return host.refcount(pfn) == 1 and not host.flags(pfn) & PG_KSM
 
 
@@ -100,6 +105,8 @@ def wp_page_copy(mm: Mm, area: Vma, hva: int, entry: int, *, unshare: bool = Fal
             mm.put_frame(old)
         if spare == new or counted:
             mm.put_frame(spare)
+        if mm.rmap.swap is not None:
+            mm.rmap.swap.forget((old,))
 
 
 def map_new_anon(mm: Mm, area: Vma, hva: int, pfn: int, without: int = 0) -> None:

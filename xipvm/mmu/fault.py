@@ -16,7 +16,8 @@ from xipvm.mmu.cow import do_wp_page, map_new_anon
 from xipvm.mmu.file import FaultResult, VmFault
 from xipvm.mmu.frames import ZERO_PFN
 from xipvm.mmu.mapping import anon_vma_prepare
-from xipvm.mmu.pte import ACCESSED, DIRTY, GUARD, MAPPED, PFN_SHIFT, SOFT_DIRTY, SPECIAL, WRITE
+from xipvm.mmu.pte import ACCESSED, DIRTY, GUARD, MAPPED, PFN_SHIFT, SOFT_DIRTY, SPECIAL, SWAP, WRITE
+from xipvm.mmu.swap import do_swap_page
 from xipvm.mmu.unmap import migration_entry_wait
 from xipvm.mmu.vma import PROT_WRITE, VM_SHARED, Vma
 
@@ -57,7 +58,7 @@ def _fault(mm: Mm, area: Vma, hva: int, write: bool) -> tuple[VmFault, str]:
     entry = mm.pgd.get(hva >> PAGE_SHIFT)
     if entry:
         if not entry & MAPPED:
-            return _do_nonpresent(mm, hva, entry)
+            return _do_nonpresent(mm, area, hva, entry, write)
         if write and not entry & WRITE:
             return do_wp_page(mm, area, hva, entry)
         return _OK, "spurious"
@@ -70,10 +71,12 @@ def _fault(mm: Mm, area: Vma, hva: int, write: bool) -> tuple[VmFault, str]:
     return _do_cow_fault(mm, area, area.file, hva)
 
 
-def _do_nonpresent(mm: Mm, hva: int, entry: int) -> tuple[VmFault, str]:
-    """``entry`` maps nothing and says why."""
+def _do_nonpresent(mm: Mm, area: Vma, hva: int, entry: int, write: bool) -> tuple[VmFault, str]:
+    """``entry`` maps nothing and says why. Raises OutOfFrames."""
     if entry & GUARD:
         return VmFault.SIGSEGV, "guard"
+    if entry & SWAP:
+        return _OK, "swapin" if do_swap_page(mm, area, hva & PAGE_MASK, entry, write=write) else "retry"
     migration_entry_wait(mm, hva, entry)
     return _OK, "migration"
 

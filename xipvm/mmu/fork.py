@@ -28,6 +28,7 @@ def fork(mm: Mm, name: str | None) -> Mm:
     mm.children += 1
     child = type(mm)(mm.host, mm.trace, name=name or f"{mm.name}.{mm.children}")
     child.start_brk, child.end_brk = mm.start_brk, mm.end_brk
+    child.memcg = mm.memcg
     with mm.because("mm_fork", child=child.name):
         for area in tuple(mm.vmas):
             if not area.flags & VM_DONTCOPY:
@@ -55,7 +56,11 @@ def _dup_area(mm: Mm, child: Mm, area: Vma) -> None:
 def _copy_entries(mm: Mm, child: Mm, area: Vma) -> None:
     start, end = area.start >> PAGE_SHIFT, area.end >> PAGE_SHIFT
     trace = mm.trace
-    changed = mm.pgd.copy_to(child.pgd, start, end, mm.host, not area.shared, trace.on)
+    swaps: list[int] = []
+    changed = mm.pgd.copy_to(child.pgd, start, end, mm.host, not area.shared, trace.on, swaps)
+    for slot in swaps:
+        assert mm.rmap.swap is not None
+        mm.rmap.swap.duplicate(slot)
     if trace.on:
         for lo, hi, flags in changed:
             trace.emit("pte_protect", mm=mm.name, start=lo << PAGE_SHIFT, end=hi << PAGE_SHIFT, flags=flags)

@@ -13,7 +13,8 @@ The first page of a kind is only write-protected: it becomes the shared page, wh
 any shared page, even where it has one entry left. MADV_UNMERGEABLE copies every merged page back (a CLEAR range each);
 the copies are exclusive, but not writable before the first write.
 
-Scans go by mm, area and address, so that what happens follows from the state alone. mremap takes merged pages along.
+Pages in the swap cache are left out. Scans go by mm, area and address, so that what happens follows from the state
+alone. mremap takes merged pages along.
 """
 
 from __future__ import annotations
@@ -108,7 +109,7 @@ class Ksm:
     def _consider(self, mm: Mm, hva: int, before: dict[Place, int]) -> int:
         host = self._host
         pfn = self._mapped(mm, hva)
-        if pfn is None or host.flags(pfn) & PG_KSM:
+        if pfn is None or host.flags(pfn) & (PG_KSM | PG_SWAPCACHE):
             return 0
         content = host.read(pfn, 0, PAGE_SIZE)
         root = self._stable.get(content)
@@ -122,7 +123,7 @@ class Ksm:
         if other is None or other_pfn is None or host.read(other_pfn, 0, PAGE_SIZE) != content:
             self._unstable[content] = mm, hva
             return 0
-        if other_pfn == pfn or host.flags(other_pfn) & PG_KSM:
+        if other_pfn == pfn or host.flags(other_pfn) & (PG_KSM | PG_SWAPCACHE):
             return 0
         if not self._merge(mm, hva, pfn, None):
             return 0
@@ -162,8 +163,7 @@ class Ksm:
                 return 0
             entry = mm.pgd.get(hva >> PAGE_SHIFT)
             mm.clear_flush(hva)
-            cached = 1 if host.flags(pfn) & PG_SWAPCACHE else 0
-            if host.refcount(pfn) != host.mapcount(pfn) + 1 + cached:
+            if host.refcount(pfn) != host.mapcount(pfn) + 1:
                 mm.set_pte(hva, entry)
                 return 0
             if entry & DIRTY:

@@ -9,6 +9,7 @@ What each advice announces:
 * GUARD_INSTALL: as DONTNEED where anything is mapped, then a marker in every entry that makes each access a SIGSEGV.
 * REMOVE: a hole in the file, announced to everybody who maps it.
 * POPULATE_READ and _WRITE fault the pages in; a copy on write announces itself.
+* PAGEOUT: one range (CLEAR) per anonymous page that goes to swap; without swap nothing happens (swap.py).
 * UNMERGEABLE: one range (CLEAR) per page that KSM had merged. MERGEABLE tells nobody, merging does (ksm.py).
 * COLD clears young bits and flushes, GUARD_REMOVE takes the markers away, WILLNEED reads ahead, DONTFORK and DOFORK say
   what fork copies: nobody is told.
@@ -28,6 +29,7 @@ from xipvm.mmu.frames import PG_DIRTY, PG_REFERENCED, PG_SWAPBACKED
 from xipvm.mmu.ksm import UNFIT, unmerge
 from xipvm.mmu.mapping import anon_vma_prepare, merge, split
 from xipvm.mmu.pte import ACCESSED, DIRTY, GUARD, PRESENT, SPECIAL, WRITE, pte_pfn
+from xipvm.mmu.swap import pageout
 from xipvm.mmu.vma import PROT_WRITE, VM_DONTCOPY, VM_LOCKED, VM_MERGEABLE, VM_MIXEDMAP, Vma
 from xipvm.mmu.zap import MmuGather
 from xipvm.notifier import RangeEvent
@@ -44,6 +46,7 @@ MADV_DOFORK: Final = 11
 MADV_MERGEABLE: Final = 12
 MADV_UNMERGEABLE: Final = 13
 MADV_COLD: Final = 20
+MADV_PAGEOUT: Final = 21
 MADV_POPULATE_READ: Final = 22
 MADV_POPULATE_WRITE: Final = 23
 MADV_GUARD_INSTALL: Final = 102
@@ -128,6 +131,10 @@ def _cold(mm: Mm, gather: MmuGather, area: Vma, start: int, end: int) -> None:
             gather.flush_later(page << PAGE_SHIFT)
 
 
+def _pageout(mm: Mm, gather: MmuGather, area: Vma, start: int, end: int) -> None:
+    pageout(mm, start, end)
+
+
 def _guard_install(mm: Mm, gather: MmuGather, area: Vma, start: int, end: int) -> None:
     pgd, first, last = mm.pgd, start >> PAGE_SHIFT, end >> PAGE_SHIFT
     anon_vma_prepare(area)  # so that fork copies the markers
@@ -152,6 +159,7 @@ _PAGES: Final[dict[int, tuple[str, int, Callable[[Mm, MmuGather, Vma, int, int],
     MADV_DONTNEED: ("DONTNEED", VM_LOCKED, _dontneed),
     MADV_FREE: ("FREE", VM_LOCKED, _free),
     MADV_COLD: ("COLD", VM_LOCKED, _cold),
+    MADV_PAGEOUT: ("PAGEOUT", VM_LOCKED, _pageout),
     MADV_GUARD_INSTALL: ("GUARD_INSTALL", VM_LOCKED | VM_MIXEDMAP, _guard_install),
     MADV_GUARD_REMOVE: ("GUARD_REMOVE", VM_MIXEDMAP, _guard_remove),
 }

@@ -13,6 +13,7 @@ zap.py                  taking entries away: the gather, truncation, exit
 fault.py, cow.py        what a missing or a read-only entry leads to
 gup.py                  get_user_pages, and copies to and from the address space
 unmap.py, migrate.py    a page out of all its entries; to another frame
+swap.py                 swap, and reclaim to it
 ksm.py                  equal pages become one
 fork.py                 a child that shares pages until somebody writes
 locks.py                mmap_lock: which operations exclude each other
@@ -34,7 +35,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from xipvm.address import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE, Hva, Pfn, page_up
 from xipvm.errors import MmError
-from xipvm.mmu import clear_refs, fork, gup, ksm, madvise, mapping, migrate, mlock, mremap, protect, zap
+from xipvm.mmu import clear_refs, fork, gup, ksm, madvise, mapping, migrate, mlock, mremap, protect, swap, zap
 from xipvm.mmu.all_locks import AllLocks
 from xipvm.mmu.frames import HostMemory
 from xipvm.mmu.locks import RwLock
@@ -76,6 +77,7 @@ class Mm:
         "dead",
         "end_brk",
         "host",
+        "memcg",
         "mmap_lock",
         "name",
         "notifiers",
@@ -100,6 +102,8 @@ class Mm:
         self.rmap.mms[self] = None
         self.mmap_lock = RwLock(f"mmap_lock of {name}")
         self.dead = False
+        self.memcg: Mm | None = None
+        """The mm for which its memory cgroup was made, None for the one that everybody begins in."""
         self.children = 0
         self.start_brk = self.end_brk = START_BRK
         self.cached_vma: Vma | None = None
@@ -257,6 +261,31 @@ class Mm:
         A page is merged when two scans have found it unchanged, or when it equals one that is shared already.
         """
         return ksm.ksm_scan(self, until_sharing)
+
+    def swapon(self, pages: int, path: str | None = None) -> None:
+        """Gives the host ``pages`` more slots of swap, in the file ``path``, which is emptied, or a temporary one.
+
+        Errors: EINVAL, EPERM (too many areas), those of the file.
+        """
+        swap.swapon(self, pages, path)
+
+    def swapoff(self) -> None:
+        """Brings back what is in the swap area that came last, read-only, and closes it. Nobody is told.
+
+        Errors: EINVAL (there is none), ENOMEM (no frames), EBUSY (an area that is being unmapped has pages there).
+        """
+        swap.swapoff(self)
+
+    def memcg_enter(self) -> None:
+        """From now on the mm is alone in a memory cgroup; children that it forks join it."""
+        self.memcg = self
+
+    def memcg_reclaim(self, passes: int = 1) -> int:
+        """Reclaims the anonymous pages of the memory cgroup (all mms that never entered one are in one); how many went.
+
+        Each pass asks every page once whether somebody used it, and takes those that nobody did.
+        """
+        return swap.memcg_reclaim(self, passes)
 
     # ---- pages
 

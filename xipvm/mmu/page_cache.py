@@ -14,6 +14,7 @@ from xipvm.errors import OutOfFrames
 from xipvm.mmu.file import AddressSpace, FaultResult, VmFault
 from xipvm.mmu.frames import PG_DIRTY, PG_SWAPBACKED
 from xipvm.mmu.gup import pieces
+from xipvm.mmu.rmap import reverse_map
 from xipvm.mmu.vma import TASK_SIZE
 from xipvm.mmu.zap import unmap_mapping_range
 
@@ -33,6 +34,9 @@ class PageCache(AddressSpace):
         self.size = size
         self.pages: dict[int, int] = {}
         """Cached frames by page offset."""
+        self.swapped: dict[int, int] = {}
+        """Swap slots of pages that are not cached."""
+        self.rmap = reverse_map(host)
         self.closed = False
 
     def close(self) -> None:
@@ -94,7 +98,10 @@ class PageCache(AddressSpace):
         """Fills a new zeroed frame with what the file has at ``pgoff``. May sleep."""
 
     def _evict(self, first: int, end: int) -> None:
-        """Takes the pages ``[first, end)``, which nobody maps, out of the cache."""
+        """Takes the pages ``[first, end)``, which nobody maps, out of the cache, and of swap."""
+        for pgoff in sorted(pgoff for pgoff in self.swapped if first <= pgoff < end):
+            assert self.rmap.swap is not None
+            self.rmap.swap.free((self.swapped.pop(pgoff),))
         for pgoff in sorted(pgoff for pgoff in self.pages if first <= pgoff < end):
             pfn = self.pages.pop(pgoff)
             self.host.set_rmap(pfn, 0, 0)
@@ -143,7 +150,8 @@ class PageCache(AddressSpace):
 
     def _zero_tail(self) -> None:
         """Bytes of the last page behind the end of the file read as zero when it grows again."""
-        pfn = self.pages.get(self.size >> PAGE_SHIFT)
+        pgoff = self.size >> PAGE_SHIFT
+        pfn = self._grab(pgoff) if pgoff in self.swapped else self.pages.get(pgoff)
         used = self.size & (PAGE_SIZE - 1)
         if pfn is not None and used:
             self.host.write(pfn, used, bytes(PAGE_SIZE - used))
@@ -162,3 +170,12 @@ class ShmemFile(PageCache):
 
     def _read_page(self, pgoff: int, pfn: int) -> None:
         self.host.set_flags(pfn, PG_SWAPBACKED)
+        slot = self.swapped.pop(pgoff, None)
+        if slot is not None:
+            assert self.rmap.swap is not None
+            self.rmap.swap.read(pfn, slot)
+            self.rmap.swap.free((slot,))
+
+    def bring_back(self, pgoff: int) -> None:
+        """Reads a page from swap. Raises OutOfFrames."""
+        self._grab(pgoff)

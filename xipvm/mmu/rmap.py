@@ -23,6 +23,7 @@ from xipvm.mmu.pte import MAPPED, pte_pfn
 if TYPE_CHECKING:
     from xipvm.mmu.file import AddressSpace
     from xipvm.mmu.mm import Mm
+    from xipvm.mmu.swap import Swap
     from xipvm.mmu.vma import Vma
 
 
@@ -58,6 +59,8 @@ class ReverseMap:
         self._files: weakref.WeakValueDictionary[int, AddressSpace] = weakref.WeakValueDictionary()
         self._ksm_roots: dict[int, KsmRoot] = {}
         self._last_id = 0
+        self.swap: Swap | None = None
+        """The swap of this memory, None before the first swapon."""
         self.ksm: object = None
         """What ksm.py knows of this memory."""
 

@@ -41,8 +41,8 @@ if TYPE_CHECKING:
     from xipvm.mmu.mm import Mm
     from xipvm.mmu.vma import Vma
 
-Replacement = Callable[["Vma", int], int]
-"""What takes the place of an entry of an area; 0 for an empty one."""
+Replacement = Callable[["Vma", int], int | None]
+"""What takes the place of an entry of an area; 0 for an empty one, None to leave the entry as it was."""
 
 _MOVES: Final = WRITE | ACCESSED | DIRTY | SOFT_DIRTY | ANON | EXCLUSIVE
 
@@ -60,33 +60,39 @@ def try_to_migrate(host: HostMemory, pfn: int) -> bool:
 def unmap_all(host: HostMemory, pfn: int, replacement: Replacement, *, skip: int = 0) -> bool:
     """Replaces all entries of ``pfn``, but those of areas with a flag of ``skip``; whether none maps it now.
 
-    The caller holds a reference.
+    Ends when ``replacement`` declines. The caller holds a reference.
     """
     rmap = reverse_map(host)
     while True:
         found = next((place for place in rmap.walk(host, pfn) if not place[0].flags & skip), None)
         if found is None:
             return host.mapcount(pfn) == 0
-        _unmap_one(*found, pfn, replacement)
+        if not _unmap_one(*found, pfn, replacement):
+            return False
 
 
-def _unmap_one(area: Vma, hva: int, pfn: int, replacement: Replacement) -> None:
+def _unmap_one(area: Vma, hva: int, pfn: int, replacement: Replacement) -> bool:
+    """False when ``replacement`` has declined."""
     mm = area.mm
     host, page = mm.host, hva >> PAGE_SHIFT
     with mm.notifiers.invalidate_range(hva, hva + PAGE_SIZE, RangeEvent.CLEAR):
         entry = mm.pgd.get(page)
         if not entry & MAPPED or pte_pfn(entry) != pfn:
-            return
+            return True
         mm.clear_flush(hva)
         if entry & DIRTY:
             host.set_flags(pfn, PG_DIRTY)
         if entry & ACCESSED:
             host.set_flags(pfn, PG_REFERENCED)
         new = replacement(area, entry)
+        if new is None:
+            mm.set_pte(hva, entry)
+            return False
         if new:
             set_nonpresent(mm, hva, new)
         host.add_mapcount(pfn, -1)
         host.put(pfn)
+    return True
 
 
 def set_nonpresent(mm: Mm, hva: int, entry: int) -> None:

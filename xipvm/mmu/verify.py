@@ -12,14 +12,15 @@ from typing import TYPE_CHECKING
 
 from xipvm.address import PAGE_SHIFT
 from xipvm.errors import InternalError
-from xipvm.mmu.frames import PG_ANON, PG_KSM, PG_RESERVED, ZERO_PFN, HostMemory
+from xipvm.mmu.frames import PG_ANON, PG_KSM, PG_RESERVED, PG_SWAPCACHE, ZERO_PFN, HostMemory
 from xipvm.mmu.page_cache import PageCache
-from xipvm.mmu.pte import ANON, DIRTY, EXCLUSIVE, GUARD, MAPPED, PRESENT, SPECIAL, WRITE, describe, pte_pfn
+from xipvm.mmu.pte import ANON, DIRTY, EXCLUSIVE, GUARD, MAPPED, PRESENT, SPECIAL, SWAP, WRITE, describe, pte_pfn
 from xipvm.mmu.rmap import reverse_map
 from xipvm.mmu.vma import PROT_WRITE
 
 if TYPE_CHECKING:
     from xipvm.mmu.mm import Mm
+    from xipvm.mmu.swap import Swap
     from xipvm.mmu.vma import Vma
 
 
@@ -31,10 +32,13 @@ def verify(host: HostMemory, *, held: Mapping[int, int] | None = None) -> None:
     wrong: list[str] = []
     rmap = reverse_map(host)
     mappings: defaultdict[int, set[tuple[Vma, int]]] = defaultdict(set)
+    slots: Counter[int] = Counter()
     for mm in rmap.mms:
         wrong.extend(_areas(mm))
-        wrong.extend(_entries(mm, mappings))
+        wrong.extend(_entries(mm, mappings, slots))
     references = Counter(held or {})
+    slots.update(slot for file in rmap.files() if isinstance(file, PageCache) for slot in file.swapped.values())
+    wrong.extend(_swap(host, rmap.swap, slots, references))
     for pfn, found in mappings.items():
         references[pfn] += len(found)
         if set(rmap.walk(host, pfn)) != found:
@@ -45,11 +49,34 @@ def verify(host: HostMemory, *, held: Mapping[int, int] | None = None) -> None:
         if isinstance(file, PageCache):
             for pgoff, pfn in file.pages.items():
                 references[pfn] += 1
+                if pgoff in file.swapped:
+                    wrong.append(f"page {pgoff:#x} of {file!r} is in memory and in swap")
                 if (host.mapping(pfn), host.index(pfn)) != (file.id, pgoff):
                     wrong.append(f"frame {pfn:#x}: is page {pgoff:#x} of {file!r}, but does not know it")
     wrong.extend(_frames(host, mappings, references))
     if wrong:
         raise InternalError("\n".join(wrong))
+
+
+def _swap(host: HostMemory, swap: Swap | None, slots: Counter[int], references: Counter[int]) -> list[str]:
+    """Checks what is in use of the swap, and adds what the swap cache refers to."""
+    if swap is None:
+        return ["there are swap entries, but no swap"] if slots else []
+    wrong = [
+        f"swap slot {slot:#x}: {swap.counts.get(slot, 'unused')} entries, found {slots[slot]}"
+        for slot in {**swap.counts, **slots}
+        if swap.counts.get(slot) != slots[slot]
+    ]
+    for slot, count in swap.counts.items():
+        if not count and slot not in swap.cache:
+            wrong.append(f"swap slot {slot:#x} is lost")
+    if sum(len(area.used) for area in swap.areas.values()) != len(swap.counts):
+        wrong.append("the areas of the swap use other slots than are counted")
+    for slot, pfn in swap.cache.items():
+        references[pfn] += 1
+        if swap.slots.get(pfn) != slot or slot not in swap.counts or not host.flags(pfn) & PG_SWAPCACHE:
+            wrong.append(f"frame {pfn:#x} is cached for swap slot {slot:#x}, but does not know it")
+    return wrong
 
 
 def _areas(mm: Mm) -> list[str]:
@@ -68,8 +95,8 @@ def _areas(mm: Mm) -> list[str]:
     return wrong
 
 
-def _entries(mm: Mm, mappings: defaultdict[int, set[tuple[Vma, int]]]) -> list[str]:
-    """Checks the entries of ``mm`` against its areas and collects what they map."""
+def _entries(mm: Mm, mappings: defaultdict[int, set[tuple[Vma, int]]], slots: Counter[int]) -> list[str]:
+    """Checks the entries of ``mm`` against its areas and collects what they map, and what they have in swap."""
     wrong = []
     for page, entry in mm.pgd.entries(0, 1 << 36):
         hva = page << PAGE_SHIFT
@@ -78,7 +105,9 @@ def _entries(mm: Mm, mappings: defaultdict[int, set[tuple[Vma, int]]]) -> list[s
             wrong.append(f"{mm.name}: entry at {hva:#x} ({describe(entry)}) lies in no area")
             continue
         if not entry & MAPPED:
-            if entry != GUARD:
+            if entry & SWAP:
+                slots[pte_pfn(entry)] += 1
+            elif entry != GUARD:
                 wrong.append(f"{mm.name}: entry at {hva:#x} ({describe(entry)}) is none that stays")
             continue
         pfn = pte_pfn(entry)

@@ -55,16 +55,24 @@ class MmuGather:
 
     def finish(self) -> None:
         """Flushes the TLBs, then puts the frames."""
+        mm = self._mm
+        if self._frames.swaps:
+            slots, self._frames.swaps = self._frames.swaps, None
+            assert mm.rmap.swap is not None
+            mm.rmap.swap.free(slots)
         if not self._end:
             return
-        mm = self._mm
         point("mm.gather.unflushed")
         mm.flush_tlb_range(self._start, self._end)
         point("mm.gather.flushed")
         trace = mm.trace
+        swap = mm.rmap.swap
+        gone = self._frames.pages() if swap is not None and swap.cache else ()
         freed = self._frames.free_all(trace.on)
         if freed:
             trace.emit("page_free", pages=freed)
+        if swap is not None:
+            swap.forget(gone)
 
 
 def unmap_vmas(mm: Mm, areas: list[Vma], start: int, end: int) -> None:

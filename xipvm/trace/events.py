@@ -157,8 +157,12 @@ define(
 )
 define("pte_copy", "mm:str child:str start:hva end:hva", "the child got the parent's mapped entries of the range")
 define("pte_nonpresent", "mm:str hva:hva entry:str value:hex", "an entry says where its page is: swap, migration")
-define("page_migrate", "old:pfn new:pfn moved:bool", "a page was to move to another frame, and did unless it was in use")
+define(
+    "page_migrate", "old:pfn new:pfn moved:bool", "a page was to move to another frame, and did unless it was in use"
+)
 define("ksm_merge", "mm:str hva:hva old:pfn new:pfn root:int", "KSM merged a page; old is new: it is the shared one")
+define("swap_out", "pfn:pfn slot:hex", "an unmapped page was written to its swap slot")
+define("swap_in", "pfn:pfn slot:hex", "a new frame was filled from a swap slot")
 define("mm_fault", "mm:str hva:hva access:str result:str", "the host's fault handler ran; access: read, write, fetch")
 define("primary_tlb_flush", "mm:str start:hva end:hva", "host CPUs lost their translations of the range")
 define("vma_map", "mm:str start:hva end:hva prot:prot kind:str", "a VMA appeared")
