@@ -19,12 +19,16 @@ cdef struct Scanned:                # a page that was searched for instructions 
 cdef struct Hot:                    # what the block hook touches, away from the Python object
     uc_engine *uc
     uint64_t ticks                  # virtual time, ns: instructions retired (the running block counted whole) and time skipped
-    uint64_t skipped                # how much of it the guest only waited for
-    uint64_t looked                 # ticks at which the guest last read a clock
-    uint64_t looks                  # how often it has done so in a row with little else between
     uint64_t stop_at                # leave at the first block start with ticks >= stop_at
     uint32_t kick                   # KICK_* of core.pyx
     uint32_t stopped                # the block hook asked to leave before this block
+    uint64_t block_pc
+    uint32_t block_size
+    uint32_t block_count
+                                    # up to here: one cache line, all that a block costs when it is counted
+    uint64_t skipped                # how much of it the guest only waited for
+    uint64_t looked                 # ticks at which the guest last read a clock
+    uint64_t looks                  # how often it has done so in a row with little else between
     uint32_t watched                # the block that a watched run sets out from is behind
     uint64_t pending                # interrupts that wait, for KICK_WATCH
     uint64_t privilege              # in which they were masked
@@ -32,9 +36,6 @@ cdef struct Hot:                    # what the block hook touches, away from the
     uint32_t running
     uint32_t counted
     uint32_t polled                 # a block hook looks at `kick`; else the engine is stopped
-    uint64_t block_pc
-    uint32_t block_size
-    uint32_t block_count
     uint8_t *block_code             # where every instruction has a length of its own
     uint8_t *code                   # what count_block looked at last
     uint64_t generation             # of translated code: counts and scans made before are void

@@ -62,15 +62,31 @@ cdef void _block_fixed(uc_engine *uc, uint64_t address, uint32_t size, void *use
     """The same where every instruction has 4 bytes, counted. Half of what counting costs a tight loop is spent here."""
     cdef Hot *hot = <Hot *>user
     cdef uint64_t ticks = hot.ticks
-    if (ticks >= hot.stop_at or hot.kick) and not _stays(hot):
-        hot.stopped = 1
-        api.emu_stop(uc)
+    if ticks >= hot.stop_at or hot.kick:
+        _rarely(hot, address, size)
         return
     hot.block_pc = address
     hot.block_size = size
     size >>= 2
     hot.block_count = size
     hot.ticks = ticks + size
+
+
+cdef void _attend_fixed(Hot *hot, uint64_t address, uint32_t size) noexcept:
+    """``_block_fixed`` when there is something to look at."""
+    if not _stays(hot):
+        hot.stopped = 1
+        api.emu_stop(hot.uc)
+        return
+    hot.block_pc = address
+    hot.block_size = size
+    hot.block_count = size >> 2
+    hot.ticks += size >> 2
+
+
+# Called by way of a variable, or the compiler would save registers for it in every block.
+cdef void (*_rarely)(Hot *hot, uint64_t address, uint32_t size) noexcept
+_rarely = _attend_fixed
 
 
 cdef uint64_t _mmio_read(uc_engine *uc, uint64_t offset, unsigned size, void *user) noexcept:
