@@ -13,7 +13,6 @@ PG_ANON: int
 PG_DIRTY: int
 PG_REFERENCED: int
 PG_SWAPBACKED: int
-PG_LRU: int
 PG_DEVICE: int
 PG_USED: int
 PG_KSM: int

@@ -31,7 +31,6 @@ PG_ANON = 1 << 1
 PG_DIRTY = 1 << 2
 PG_REFERENCED = 1 << 3
 PG_SWAPBACKED = 1 << 4
-PG_LRU = 1 << 5
 PG_DEVICE = 1 << 6
 PG_USED = 1 << 7  # was handed out once: its bytes are no longer the arena's zeros
 PG_KSM = 1 << 8  # one page for equal pages of several places (ksm.py)

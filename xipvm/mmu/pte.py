@@ -40,8 +40,6 @@ MIGRATION: Final = 1 << 53
 
 MAPPED: Final = PRESENT | PROTNONE
 FLAGS: Final = 0xFFF
-STABLE: Final = FLAGS & ~(ACCESSED | DIRTY)
-"""The flags that only the kernel changes: what events report of a range."""
 
 PFN_SHIFT: Final = 12
 PFN_MASK: Final = 0x000F_FFFF_FFFF_F000

@@ -55,5 +55,3 @@ INSTANT = Timing()
 
 TYPICAL = Timing(word_program=128 * US, buffer_program=128 * US, block_erase=1024 * MS, suspend=20 * US)
 """The typical times that the query table announces; suspending takes the 20 µs of StrataFlash datasheets."""
-
-TIMINGS = {"instant": INSTANT, "typical": TYPICAL}
