@@ -76,6 +76,7 @@ class Guest:
 GUESTS = (
     Guest("hello", "hello.c"),
     Guest("selfmod", "selfmod.c"),
+    Guest("selfmod-alias", "selfmod.c", ("ALIAS_BASE=0x2000000000",)),
     Guest("selfmod-smp", "selfmod-smp.c"),
     Guest("reprogram", "reprogram.c"),
     Guest("warmloop", "warmloop.c"),

@@ -3,8 +3,7 @@
  *
  * rewritten  a function is written, called, overwritten and called again, many times
  * ahead      code that overwrites the instruction it will come to next
- * alias      as the first, but written through a second window onto RAM. The board has one only if its maker gave it
- *            one: build with -DALIAS_BASE=<where RAM_BASE appears a second time>
+ * alias      as the first, but written through a second window onto RAM, which starts at ALIAS_BASE if that is defined
  */
 #include "guest.h"
 
@@ -84,7 +83,7 @@ int main(void)
 #ifdef ALIAS_BASE
     good &= report("alias    ", rewrite((u32 *)(ALIAS_BASE + ((u64)code - RAM_BASE))));
 #else
-    print("  alias     not built: this board maps RAM once\n");
+    print("  alias     not in this build: RAM is mapped once\n");
 #endif
     print("selfmod: %s\n", good ? "ok" : "FAILED");
     return good ? 0 : 1;

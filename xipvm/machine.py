@@ -21,7 +21,7 @@ import time
 from collections.abc import Iterable
 
 from xipvm import boards, power
-from xipvm.address import format_size
+from xipvm.address import PAGE_SHIFT, PAGE_SIZE, format_size
 from xipvm.boards.board import Board
 from xipvm.clock import EventClock
 from xipvm.console import Console
@@ -41,6 +41,7 @@ from xipvm.loader.place import Placement, board_for, place
 from xipvm.mmu.frames import HostMemory
 from xipvm.mmu.mm import Mm
 from xipvm.mmu.secondary.kvm import Kvm
+from xipvm.mmu.secondary.memslot import GFN_LIMIT
 from xipvm.mmu.vma import MAP_ANONYMOUS, MAP_PRIVATE, PROT_EXEC, PROT_READ, PROT_WRITE
 from xipvm.report import crash_report
 from xipvm.result import RunResult, Summary
@@ -69,8 +70,9 @@ class Machine:
 
     ``board``: a name or Board, by default the one that runs ``guest``. ``guest``: path of an ELF; without one the
     machine starts at the base of flash bank 0. ``memory``: bytes of RAM. ``flash``: image options, also as the command
-    line writes them. ``trace``: what
-    everything is told to; sinks may be attached before or after. Raises BadInput; nothing is left open then.
+    line writes them. ``ram_alias``: a guest-physical address where all of RAM appears a second time, as on boards with
+    an uncached window (what devices take out of RAM is not in it). ``trace``: what everything is told to; sinks may be
+    attached before or after. Raises BadInput; nothing is left open then.
     """
 
     def __init__(
@@ -86,6 +88,7 @@ class Machine:
         trace: Trace | None = None,
         console: Console | None = None,
         dtb: str | os.PathLike[str] | None = None,
+        ram_alias: int | None = None,
     ) -> None:
         if clock not in CLOCKS:
             raise BadInput(f"no clock is called {clock!r}; known are {', '.join(CLOCKS)}")
@@ -100,6 +103,7 @@ class Machine:
         self.memory_size = self.board.default_memory if memory is None else memory
         self.board.check(self.memory_size, smp)
         _check_host(self.memory_size)
+        self.ram_alias = None if ram_alias is None else _check_alias(ram_alias, self.board, self.memory_size)
         self.image = image
         self.placement: Placement | None = None if image is None else place(image, self.board, self.memory_size)
         self.dtb_given = None if dtb is None else _read(os.fspath(dtb))
@@ -241,6 +245,8 @@ class Machine:
     def read_physical(self, gpa: int, size: int) -> bytes | None:
         """Bytes of RAM or flash as the guest would read them, None where neither is."""
         offset = gpa - self.board.ram_base
+        if self.ram_alias is not None and gpa >= self.ram_alias:
+            offset = gpa - self.ram_alias
         if offset >= 0 and offset + size <= self.memory_size:
             data = self.mm.read(self.ram + offset, size)
             if self.htif is not None:
@@ -525,6 +531,18 @@ class Machine:
             flash_programs=sum(memory.device.programs for memory in self.flash),
             flash_erases=sum(memory.device.erases for memory in self.flash),
         )
+
+
+def _check_alias(base: int, board: Board, size: int) -> int:
+    """``base`` when RAM can appear there, too. Raises BadInput."""
+    limit = GFN_LIMIT << PAGE_SHIFT
+    if base < 0 or base % PAGE_SIZE or base + size > limit:
+        raise BadInput(f"RAM cannot appear at {base:#x}: an alias begins on a page and ends below {limit:#x}")
+    taken = [row for row in board.memory_map() if row[2] != "ram"]
+    for first, end, what in [*taken, (board.ram_base, board.ram_base + size, "ram")]:
+        if base < end and first < base + size:
+            raise BadInput(f"RAM cannot appear at {base:#x}: {what} is at {first:#x} to {end:#x}")
+    return base
 
 
 def _check_host(memory: int) -> None:

@@ -54,7 +54,7 @@ def map_htif(machine: Machine) -> None:
 
 
 def map_ram(machine: Machine) -> None:
-    """RAM as memslots, around the pages that a device has taken out of it."""
+    """RAM as memslots, around the pages that a device has taken out of it; once more where it has an alias."""
     first = machine.board.ram_base >> PAGE_SHIFT
     end = first + (machine.memory_size >> PAGE_SHIFT)
     holes = [
@@ -62,13 +62,15 @@ def map_ram(machine: Machine) -> None:
         for taken in machine.bus.ranges()
         for gfn in range(max(taken.base >> PAGE_SHIFT, first), min(page_up(taken.end) >> PAGE_SHIFT, end))
     ]
+    windows = [first] if machine.ram_alias is None else [first, machine.ram_alias >> PAGE_SHIFT]
     slot = len(machine.flash)
     at = first
     for hole in [*holes, end]:
         if hole > at:
             hva = machine.ram + ((at - first) << PAGE_SHIFT)
-            machine.secondary.set_memslot(slot, Gfn(at), hole - at, hva, 0)
-            slot += 1
+            for window in windows:
+                machine.secondary.set_memslot(slot, Gfn(at - first + window), hole - at, hva, 0)
+                slot += 1
         at = hole + 1
 
 

@@ -76,7 +76,7 @@ def test_options_reach_the_machine(xipvm: Call, machine: type[FakeMachine], tmp_
     outcome = xipvm(
         "run", "guest.elf", "--board", "virt-arm64", "--memory", "64M", "--smp", 2, "--flash", "a.img,snapshot=on",
         "--flash", "b.img,bank=1", "--clock", "host", "--timeout", "2.5",
-        "--input", script, "--until", "=> ", "--dtb", "x.dtb", "--quiet",
+        "--input", script, "--until", "=> ", "--dtb", "x.dtb", "--ram-alias", "2000000000", "--quiet",
     )  # fmt: skip
     assert outcome == (0, "", "")
     (made,) = machine.made
@@ -86,6 +86,7 @@ def test_options_reach_the_machine(xipvm: Call, machine: type[FakeMachine], tmp_
     assert made.options == {
         "guest": "guest.elf", "board": "virt-arm64", "memory": 64 << 20, "smp": 2, "clock": "host", "secondary": "kvm",
         "flash": [ImageOption("a.img", snapshot=True), ImageOption("b.img", bank=1)], "dtb": "x.dtb",
+        "ram_alias": 128 << 30,
     }  # fmt: skip
     assert made.limits == {"timeout": 2.5, "max_instructions": None, "until": "=> "}
 

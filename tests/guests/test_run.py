@@ -14,6 +14,8 @@ from xipvm.result import RunResult
 
 BIN = Path(__file__).resolve().parents[2] / "guests" / "bin"
 ISAS = ("arm64", "riscv64")
+ALIAS = 0x20_0000_0000
+"""Where `selfmod-alias` expects RAM a second time."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,7 @@ class Expected:
     last: str
     lines: int
     smp: int = 1
+    ram_alias: int | None = None
     status: int = 0
     reason: str = "exit"
     slow: bool = False
@@ -32,6 +35,7 @@ class Expected:
 GUESTS = (
     Expected("hello", "ok", 6),
     Expected("selfmod", "selfmod: ok", 5),
+    Expected("selfmod-alias", "selfmod: ok", 5, ram_alias=ALIAS),
     Expected("selfmod-smp", "selfmod-smp: ok", 4, smp=2),
     Expected("selfmod-smp", "selfmod-smp: needs a second CPU, there is only one (--smp 2)", 2, status=2),
     Expected("reprogram", "reprogram: ok", 9),
@@ -49,9 +53,12 @@ GUESTS = (
 )
 
 
-def run(guest: str, isa: str, smp: int = 1, limit: int = 50_000_000) -> tuple[RunResult, list[str]]:
+def run(
+    guest: str, isa: str, smp: int = 1, limit: int = 50_000_000, ram_alias: int | None = None
+) -> tuple[RunResult, list[str]]:
     out = io.BytesIO()
-    with Machine(guest=BIN / isa / f"{guest}-{isa}.elf", smp=smp, console=Console(out)) as machine:
+    elf = BIN / isa / f"{guest}-{isa}.elf"
+    with Machine(guest=elf, smp=smp, console=Console(out), ram_alias=ram_alias) as machine:
         result = machine.run(max_instructions=limit)
     return result, out.getvalue().decode("ascii").replace("\r\n", "\n").splitlines()
 
@@ -65,10 +72,18 @@ def run(guest: str, isa: str, smp: int = 1, limit: int = 50_000_000) -> tuple[Ru
     ],
 )
 def test_guest(expected: Expected, isa: str) -> None:
-    result, lines = run(expected.guest, isa, expected.smp, limit=3_000_000_000 if expected.slow else 50_000_000)
+    limit = 3_000_000_000 if expected.slow else 50_000_000
+    result, lines = run(expected.guest, isa, expected.smp, limit, expected.ram_alias)
     assert lines[-1] == expected.last, "\n".join(lines)
     assert len(lines) == expected.lines
     assert (result.status, result.reason) == (expected.status, expected.reason)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_an_alias_that_is_not_there_is_no_memory(isa: str) -> None:
+    result, lines = run("selfmod-alias", isa)
+    assert (result.status, result.reason) == (1, "exit")
+    assert lines[-1].startswith(("  r", "unhandled")), "the guest's own report"
 
 
 @pytest.mark.parametrize("isa", ISAS)

@@ -116,6 +116,7 @@ def cli() -> None:
 @click.option("--input", "input_file", metavar="FILE", help="Console input, fed as the guest reads it.")
 @click.option("--until", metavar="TEXT", help="End with status 0 when the input is used up and the guest prints TEXT.")
 @click.option("--dtb", metavar="FILE", help="Device tree for the guest, instead of the board's own.")
+@click.option("--ram-alias", type=HEX, metavar="ADDRESS", help="RAM appears a second time at ADDRESS, as 2000000000.")
 @click.option("--quiet", is_flag=True, help="No summary on stderr.")
 def run(**options: Any) -> int:
     """Run GUEST, an ELF file, in place. Without GUEST the machine starts from the flash images.

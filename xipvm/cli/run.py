@@ -33,6 +33,7 @@ def run_guest(
     input_file: str | None,
     until: str | None,
     dtb: str | None,
+    ram_alias: int | None,
     quiet: bool,
 ) -> int:
     """Run a guest as the options of ``xipvm run`` say. Returns the exit status. Raises XipvmError."""
@@ -75,6 +76,7 @@ def run_guest(
                 trace=funnel,
                 console=console,
                 dtb=dtb,
+                ram_alias=ram_alias,
             ) as machine:
                 machine.history = history
                 result = machine.run(timeout=timeout, max_instructions=max_instructions, until=until)
