@@ -10,7 +10,7 @@ cdef struct FrameMeta:          # one a frame, 48 bytes
     uint32_t x_mask             # engines whose TLB may hold an executable entry
     uint32_t code_mask          # engines that may hold code translated from the frame's bytes
     uint32_t turns              # how often it went from executable to writable
-    uint64_t link               # free list
+    uint64_t link               # free list, or LRU list
 
 ctypedef void (*code_hook_t)(void *ctx, uint64_t pfn) noexcept
 
@@ -19,6 +19,11 @@ cdef struct DeviceRegion:
     uint64_t count              # frames
     uint8_t *base
     FrameMeta *meta
+
+cdef struct LruList:
+    uint32_t head               # pfn, 0 for none
+    uint32_t tail
+    uint64_t count
 
 cdef class _Window
 
@@ -33,6 +38,8 @@ cdef class HostMemory:
     cdef readonly int fd
     cdef uint64_t free_head
     cdef readonly uint64_t free_frames
+    cdef public uint64_t watermark      # alloc_frame fails rather than leave fewer free
+    cdef LruList lists[4]
     cdef int poison_bytes
     cdef object _keep
     cdef object __weakref__
@@ -41,10 +48,12 @@ cdef class HostMemory:
     # NULL for a pfn that is neither an arena frame nor a device frame
     cdef FrameMeta *meta_of(self, uint64_t pfn) noexcept
     cdef uint8_t *bytes_of(self, uint64_t pfn) noexcept
-    # -1 when the arena is empty; the frame comes with refcount 1, zeroed if asked
+    # -1 when no frame can be spared; it comes with refcount 1, zeroed if asked
     cdef int64_t alloc_frame(self, bint zero) noexcept
     cdef bint put_frame(self, uint64_t pfn) noexcept        # True when that freed it
     cdef void before_write(self, uint64_t pfn) noexcept     # host or DMA is about to change bytes
+    cdef void lru_add(self, uint64_t pfn, int list) noexcept    # it is on none
+    cdef void lru_del(self, uint64_t pfn) noexcept              # it is on one
     cdef void _release(self) noexcept
     cdef FrameMeta *_checked(self, uint64_t pfn) except NULL
     cdef uint8_t *_span(self, uint64_t pfn, Py_ssize_t offset, Py_ssize_t size) except NULL

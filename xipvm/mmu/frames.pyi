@@ -13,10 +13,18 @@ PG_ANON: int
 PG_DIRTY: int
 PG_REFERENCED: int
 PG_SWAPBACKED: int
+PG_LRU: int
 PG_DEVICE: int
 PG_USED: int
 PG_KSM: int
 PG_SWAPCACHE: int
+PG_WORKINGSET: int
+PG_ACTIVE: int
+PG_FILE: int
+LRU_INACTIVE_ANON: int
+LRU_ACTIVE_ANON: int
+LRU_INACTIVE_FILE: int
+LRU_ACTIVE_FILE: int
 POISON_FREE: int
 DEVICE_PFN: int
 DEVICE_STEP: int
@@ -31,6 +39,8 @@ class HostMemory:
 
     nr_frames: int
     free_frames: int
+    watermark: int
+    """So many frames are not handed out; 0 at first. Whoever sets it has to make room when there is no other left."""
     fd: int
     rmap: ReverseMap | None
     def __init__(self, size_bytes: int, *, poison: Literal["head", "frame"] = "head") -> None:
@@ -40,7 +50,7 @@ class HostMemory:
         """Gives the memory back. BufferError while a ``view`` or ``meta_view`` is in use. Idempotent."""
 
     def alloc(self, zero: bool = True) -> Pfn:
-        """A frame with refcount 1, zeroed if asked. Raises OutOfFrames."""
+        """A frame with refcount 1, zeroed if asked. Raises OutOfFrames when no more than ``watermark`` are free."""
 
     def put(self, pfn: int) -> bool:
         """Drops a reference; True when that freed the frame. No effect on the zero page and device frames."""
@@ -60,7 +70,22 @@ class HostMemory:
     def index(self, pfn: int) -> int:
         """Page offset inside the mapping."""
 
-    def set_rmap(self, pfn: int, mapping: int, index: int) -> None: ...
+    def set_rmap(self, pfn: int, mapping: int, index: int) -> None:
+        """Makes the frame a page of ``mapping``, on the inactive list if it is on none; 0: no page any more."""
+
+    def lru_move(self, pfn: int, list: int) -> None:
+        """Makes the page, which somebody refers to, the newest of an LRU list."""
+
+    def lru_isolate(self, pfn: int) -> bool:
+        """Takes the page off its list; False when it is on none. :meth:`lru_move` puts it back."""
+
+    def lru_tail(self, list: int) -> int:
+        """The oldest page of a list, 0 when it is empty."""
+
+    def lru_count(self, list: int) -> int: ...
+    def lru_pages(self, list: int) -> list[int]:
+        """All pages of a list, newest first."""
+
     def read(self, pfn: int, offset: int, size: int) -> bytes:
         """Bytes inside one frame; IndexError when they leave it."""
 

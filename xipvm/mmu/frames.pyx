@@ -9,6 +9,9 @@ Invariants:
   differences: ``link`` of frame n is (next free frame) - (n + 1), so the zeroed metadata of a new arena
   already is the ascending list.
 * Before bytes of a frame change here, ``before_write`` tells the owner of translated code (``code_hook``).
+* Frames up to ``watermark`` are not handed out: they are left for reclaim (reclaim.py), which lowers it at need.
+* A frame with a reverse map (``set_rmap``, ``map_anon``) is a page, and on one LRU list unless somebody has isolated it;
+  the last reference takes it off. Lists are chains through ``link``: (previous << 32) + next, 0 for none.
 * Device frames (pfn >= ``DEVICE_PFN``) are memory of others: metadata but no reference counting.
 """
 
@@ -31,10 +34,19 @@ PG_ANON = 1 << 1
 PG_DIRTY = 1 << 2
 PG_REFERENCED = 1 << 3
 PG_SWAPBACKED = 1 << 4
+PG_LRU = 1 << 5  # on an LRU list
 PG_DEVICE = 1 << 6
 PG_USED = 1 << 7  # was handed out once: its bytes are no longer the arena's zeros
 PG_KSM = 1 << 8  # one page for equal pages of several places (ksm.py)
 PG_SWAPCACHE = 1 << 9  # a swap slot has, or is to have, the same content (swap.py)
+PG_WORKINGSET = 1 << 27  # was in use, active, before it was reclaimed (workingset.py)
+PG_ACTIVE = 1 << 28  # with PG_FILE the number of the LRU list, also while isolated
+PG_FILE = 1 << 29
+
+LRU_INACTIVE_ANON = 0
+LRU_ACTIVE_ANON = 1
+LRU_INACTIVE_FILE = 2
+LRU_ACTIVE_FILE = 3
 
 POISON_FREE = 0x6B
 DEVICE_PFN = 1 << 24
@@ -44,9 +56,13 @@ ZERO_PFN = 0
 cdef enum:
     PAGE = 4096
     RESERVED = 1 << 0
+    SWAPBACKED = 1 << 4
+    LRU = 1 << 5
     DEVICE = 1 << 6
     USED = 1 << 7
     POISON = 0x6B
+    LIST_SHIFT = 28
+    FILE_LISTS = 2
     FIRST_DEVICE = 1 << 24
     REGION_STEP = 1 << 16
     MAX_REGIONS = 16
@@ -137,7 +153,7 @@ cdef class HostMemory:
         return NULL
 
     cdef int64_t alloc_frame(self, bint zero) noexcept:
-        if self.free_frames == 0:
+        if self.free_frames <= self.watermark:
             return -1
         cdef uint64_t pfn = self.free_head
         cdef FrameMeta *meta = &self.meta[pfn]
@@ -164,6 +180,8 @@ cdef class HostMemory:
         meta.refcount -= 1
         if meta.refcount:
             return False
+        if meta.flags & LRU:
+            self.lru_del(pfn)
         if meta.x_mask | meta.code_mask:
             self.before_write(pfn)
         memset(self.base + pfn * PAGE, POISON, self.poison_bytes)
@@ -180,6 +198,37 @@ cdef class HostMemory:
         if meta != NULL and meta.x_mask | meta.code_mask and self.code_hook != NULL:
             self.code_hook(self.code_ctx, pfn)
 
+    # The lists: newest first. Only arena frames, and never pfn 0, are on one.
+
+    cdef void lru_add(self, uint64_t pfn, int list) noexcept:
+        cdef FrameMeta *meta = &self.meta[pfn]
+        cdef LruList *pages = &self.lists[list]
+        meta.flags = (meta.flags & ~(<uint32_t>3 << LIST_SHIFT)) | (<uint32_t>list << LIST_SHIFT) | LRU
+        meta.link = pages.head
+        if pages.head:
+            self.meta[pages.head].link |= pfn << 32
+        else:
+            pages.tail = <uint32_t>pfn
+        pages.head = <uint32_t>pfn
+        pages.count += 1
+
+    cdef void lru_del(self, uint64_t pfn) noexcept:
+        cdef FrameMeta *meta = &self.meta[pfn]
+        cdef LruList *pages = &self.lists[(meta.flags >> LIST_SHIFT) & 3]
+        cdef uint64_t previous = meta.link >> 32
+        cdef uint64_t next = meta.link & <uint64_t>0xFFFFFFFF
+        if previous:
+            self.meta[previous].link = (self.meta[previous].link >> 32 << 32) | next
+        else:
+            pages.head = <uint32_t>next
+        if next:
+            self.meta[next].link = (self.meta[next].link & <uint64_t>0xFFFFFFFF) | previous << 32
+        else:
+            pages.tail = <uint32_t>previous
+        pages.count -= 1
+        meta.link = 0
+        meta.flags &= ~<uint32_t>LRU
+
     cdef FrameMeta *_checked(self, uint64_t pfn) except NULL:
         cdef FrameMeta *meta = self.meta_of(pfn)
         if meta == NULL:
@@ -191,7 +240,7 @@ cdef class HostMemory:
     def alloc(self, bint zero=True):
         cdef int64_t pfn = self.alloc_frame(zero)
         if pfn < 0:
-            raise OutOfFrames(f"none of the {self.nr_frames} frames is free")
+            raise OutOfFrames(f"no frame to spare of {self.nr_frames}")
         return pfn
 
     def put(self, uint64_t pfn):
@@ -237,6 +286,13 @@ cdef class HostMemory:
         cdef FrameMeta *meta = self._checked(pfn)
         meta.mapping = mapping
         meta.index = index
+        if meta.flags & (RESERVED | DEVICE):
+            return
+        if mapping == 0:
+            if meta.flags & LRU:
+                self.lru_del(pfn)
+        elif not meta.flags & LRU:
+            self.lru_add(pfn, 0 if meta.flags & SWAPBACKED else FILE_LISTS)
 
     def add_mapcount(self, uint64_t pfn, int32_t delta):
         cdef FrameMeta *meta = self._checked(pfn)
@@ -245,6 +301,38 @@ cdef class HostMemory:
         if meta.mapcount + delta < 0:
             raise InternalError(f"mapcount of frame {pfn:#x} would be {meta.mapcount + delta}")
         meta.mapcount += delta
+
+    # ---- LRU lists ----
+
+    def lru_move(self, uint64_t pfn, int list):
+        if not 0 <= list < 4:
+            raise ValueError(f"there is no LRU list {list}")
+        cdef FrameMeta *meta = self._checked(pfn)
+        if meta.flags & (RESERVED | DEVICE) or meta.refcount <= 0:
+            raise InternalError(f"frame {pfn:#x} is no page for an LRU list")
+        if meta.flags & LRU:
+            self.lru_del(pfn)
+        self.lru_add(pfn, list)
+
+    def lru_isolate(self, uint64_t pfn):
+        if not self._checked(pfn).flags & LRU:
+            return False
+        self.lru_del(pfn)
+        return True
+
+    def lru_tail(self, int list):
+        return self.lists[list & 3].tail
+
+    def lru_count(self, int list):
+        return self.lists[list & 3].count
+
+    def lru_pages(self, int list):
+        cdef uint64_t pfn = self.lists[list & 3].head
+        pages = []
+        while pfn and len(pages) <= self.nr_frames:
+            pages.append(pfn)
+            pfn = self.meta[pfn].link & <uint64_t>0xFFFFFFFF
+        return pages
 
     # ---- bytes ----
 

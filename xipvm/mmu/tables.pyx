@@ -469,12 +469,13 @@ cdef class PageTable:
             return -1
         pfn = host.alloc_frame(True)
         if pfn < 0:
-            raise OutOfFrames(f"none of the {host.nr_frames} frames is free")
+            raise OutOfFrames(f"no frame to spare of {host.nr_frames}")
         meta = &host.meta[pfn]
         meta.mapcount = 1
         meta.flags |= PG_ANON | PG_SWAPBACKED
         meta.mapping = mapping
         meta.index = offset
+        host.lru_add(pfn, 0)
         slot[0] = (<uint64_t>pfn << 12) | flags | PTE_ANON | PTE_EXCLUSIVE
         fill_of(slot)[0] += 1
         self.present += 1

@@ -12,7 +12,18 @@ from typing import TYPE_CHECKING
 
 from xipvm.address import PAGE_SHIFT
 from xipvm.errors import InternalError
-from xipvm.mmu.frames import PG_ANON, PG_KSM, PG_RESERVED, PG_SWAPCACHE, ZERO_PFN, HostMemory
+from xipvm.mmu.frames import (
+    LRU_ACTIVE_FILE,
+    PG_ACTIVE,
+    PG_ANON,
+    PG_FILE,
+    PG_KSM,
+    PG_LRU,
+    PG_RESERVED,
+    PG_SWAPCACHE,
+    ZERO_PFN,
+    HostMemory,
+)
 from xipvm.mmu.page_cache import PageCache
 from xipvm.mmu.pte import ANON, DIRTY, EXCLUSIVE, GUARD, MAPPED, PRESENT, SPECIAL, SWAP, WRITE, describe, pte_pfn
 from xipvm.mmu.rmap import reverse_map
@@ -54,6 +65,7 @@ def verify(host: HostMemory, *, held: Mapping[int, int] | None = None) -> None:
                 if (host.mapping(pfn), host.index(pfn)) != (file.id, pgoff):
                     wrong.append(f"frame {pfn:#x}: is page {pgoff:#x} of {file!r}, but does not know it")
     wrong.extend(_frames(host, mappings, references))
+    wrong.extend(_lru(host))
     if wrong:
         raise InternalError("\n".join(wrong))
 
@@ -162,4 +174,27 @@ def _frames(host: HostMemory, mappings: Mapping[int, set[tuple[Vma, int]]], refe
         wrong.append(f"{free} frames have no reference, {host.free_frames} are free")
     if not host.flags(ZERO_PFN) & PG_RESERVED or host.read(ZERO_PFN, 0, 4096).strip(b"\0"):
         wrong.append("the zero page is not what it should be")
+    return wrong
+
+
+def _lru(host: HostMemory) -> list[str]:
+    """Every page is on exactly one LRU list, the one that its flags name, and nothing else is on any."""
+    wrong = []
+    meta = host.meta_view()
+    flags, mappings, links = meta["flags"].tolist(), meta["mapping"].tolist(), meta["link"].tolist()
+    listed: Counter[int] = Counter()
+    for number in range(LRU_ACTIVE_FILE + 1):
+        pages = host.lru_pages(number)
+        listed.update(pages)
+        if len(pages) != host.lru_count(number) or host.lru_tail(number) != (pages[-1] if pages else 0):
+            wrong.append(f"LRU list {number} has {len(pages)} pages, counted {host.lru_count(number)}")
+        for previous, pfn in zip([0, *pages], pages, strict=False):
+            if links[pfn] >> 32 != previous:
+                wrong.append(f"frame {pfn:#x}: stands behind {previous:#x} on LRU list {number}, but does not know it")
+            if bool(flags[pfn] & PG_ACTIVE) + 2 * bool(flags[pfn] & PG_FILE) != number:
+                wrong.append(f"frame {pfn:#x}: is on LRU list {number}, its flags are {flags[pfn]:#x}")
+    for pfn in range(1, host.nr_frames):
+        expected = 1 if mappings[pfn] else 0
+        if listed[pfn] != expected or bool(flags[pfn] & PG_LRU) != bool(expected):
+            wrong.append(f"frame {pfn:#x}: is {listed[pfn]} times on LRU lists, not {expected}")
     return wrong
