@@ -335,6 +335,8 @@ def reclaim_page(mm: Mm, pfn: int, *, ignore_references: bool = False) -> bool:
     try:
         if not ignore_references and referenced(host, pfn):
             return False
+        if host.flags(pfn) & (PG_SWAPBACKED | PG_SWAPCACHE) and pinned(host, pfn, shmem):
+            return False
         if shmem is not None:
             return _swap_out_shmem(mm.rmap.swap, host, pfn, shmem)
         if host.flags(pfn) & (PG_SWAPBACKED | PG_SWAPCACHE):
@@ -342,6 +344,12 @@ def reclaim_page(mm: Mm, pfn: int, *, ignore_references: bool = False) -> bool:
         return _drop_lazyfree(host, pfn)
     finally:
         mm.put_frame(pfn)
+
+
+def pinned(host: HostMemory, pfn: int, file: ShmemFile | None) -> bool:
+    """Whether somebody besides the caller, entries and caches has a reference. Unmapping such a page frees nothing."""
+    caches = bool(host.flags(pfn) & PG_SWAPCACHE) + (file is not None and file.pages.get(host.index(pfn)) == pfn)
+    return host.refcount(pfn) > host.mapcount(pfn) + caches + 1
 
 
 def _swap_out(swap: Swap | None, host: HostMemory, pfn: int) -> bool:

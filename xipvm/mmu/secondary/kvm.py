@@ -1,5 +1,8 @@
 """KVM's secondary MMU: shadow entries by guest frame, installed by faults, removed by the notifier.
 
+:class:`KvmBase` is what every age of KVM has: memslots, faults, entries, the dirty log. :class:`Kvm` is how it hears of
+the mm's changes today; kvm_2008.py is how it did in the beginning.
+
 ``mmu_lock`` protects the entries and the invalidation state. It needs no object: an actor is atomic between schedule
 points, so "under mmu_lock" is a stretch of code without a point. The state:
 
@@ -22,19 +25,27 @@ does. Reading the log: bits cleared → their entries lose W → *all TLBs flush
 it does not name was not written behind the caller's last look.
 
 The entries hold no reference to their frames. What keeps a frame from being reused under an entry is this protocol.
+
+``pin_sptes`` is what KVM did before there were notifiers: the reference that get_user_pages took is kept for as long as
+the entry exists, and nobody is told of anything. So a page that the guest has used cannot be swapped or moved; one that
+the host unmaps or copies stays what the guest sees. Entries go, and their references behind the flush, only when the
+VM says so itself: a memslot goes, :meth:`KvmBase.zap_gfn_range`, the end of the VM. As KVM did then, every fault asks
+for a page that may be written, so that no guest keeps a page that the host's next write would replace.
 """
 
 from __future__ import annotations
 
 import errno
+from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from xipvm.actors import point
 from xipvm.address import PAGE_SHIFT, Gfn, Hva, Pfn
 from xipvm.errors import InternalError, MmError
-from xipvm.mmu.frames import PG_DIRTY, HostMemory
+from xipvm.mmu.frames import PG_DEVICE, PG_DIRTY, PG_RESERVED, HostMemory
 from xipvm.mmu.secondary.base import ACCESS_NAMES, FAULT, FETCH, MMIO, RETRY_WALK, WRITE, SecondaryMmu
 from xipvm.mmu.secondary.memslot import GFN_LIMIT, Memslot, Memslots
 from xipvm.mmu.secondary.spte import (
@@ -56,6 +67,7 @@ from xipvm.notifier import MmuNotifier, MmuNotifierRange, NotifiedMm
 
 if TYPE_CHECKING:
     from xipvm.mmu.mm import Mm
+    from xipvm.mmu.tables import GupPage
     from xipvm.trace.funnel import Trace
 
 
@@ -83,12 +95,20 @@ class GfnInfo:
         return f"gfn {self.gfn:#x}: spte {describe_spte(self.spte)}; {where}{open}"
 
 
-class Kvm(SecondaryMmu, MmuNotifier):
-    """The secondary MMU of one VM. Registers with ``mm`` at once; raises what that raises."""
+class KvmBase(SecondaryMmu):
+    """The secondary MMU of one VM, whatever tells it of changes. ``pin_sptes``: nothing does."""
 
-    def __init__(self, mm: Mm, trace: Trace, host: HostMemory, *, name: str = "vm0") -> None:
-        super().__init__(mm, trace, name)
+    asks_for_write: ClassVar[bool] = False
+    """Faults for reading ask for a writable page, too, where the slot and the host allow one."""
+    holds_lookups: ClassVar[bool] = False
+    """A fault holds the page that it looked up until it has installed it or given up."""
+
+    def __init__(self, mm: Mm, trace: Trace, host: HostMemory, *, name: str, pin_sptes: bool) -> None:
+        SecondaryMmu.__init__(self, mm, trace, name)
         self.host = host
+        self.pin_sptes = pin_sptes
+        self._unpinned: list[tuple[int, int]] = []
+        """Runs of frames whose entries are gone; the references go behind the next flush."""
         self.memslots = Memslots()
         self.mmio_lookup: Callable[[int], bool] = _no_devices
         """Whether a device answers in the page at this gpa."""
@@ -103,7 +123,6 @@ class Kvm(SecondaryMmu, MmuNotifier):
         """Entries were removed that a TLB may still have: flush before mmu_lock is dropped."""
         self.released = False
         """The mm is gone or the VM destroyed: every fault fails."""
-        mm.notifiers.register(self)
 
     # ---- faults
 
@@ -133,21 +152,52 @@ class Kvm(SecondaryMmu, MmuNotifier):
             reason = self.mmu_invalidate_retry(seq, gfn)
             if reason:
                 return self._give_up(gfn, reason)
+        hva = slot.hva + ((gfn - slot.gfn) << PAGE_SHIFT)
         try:
-            page = self.mm.get_user_pages(slot.hva + ((gfn - slot.gfn) << PAGE_SHIFT), write=write)
+            if self.pin_sptes or self.holds_lookups:
+                return self._fault_holding(slot, gfn, hva, seq, write)
+            page = self.mm.get_user_pages(hva, write=write)
         except MmError as error:
             return self._lookup_failed(slot, gfn, access, error)
         point("kvm.fault.gup_done")
+        self._install(slot, gfn, page, seq)
+        return RETRY_WALK
 
+    def _fault_holding(self, slot: Memslot, gfn: int, hva: int, seq: int, write: bool) -> int:
+        """The rest of a fault whose lookup takes a reference. Raises MmError when there is no page."""
+        page = self._look_up(slot, hva, write)
+        self.host.get(page.pfn)
+        try:
+            point("kvm.fault.gup_done")
+            self._install(slot, gfn, page, seq)
+        finally:
+            self.mm.put_frame(page.pfn)
+        return RETRY_WALK
+
+    def _look_up(self, slot: Memslot, hva: int, write: bool) -> GupPage:
+        if (self.pin_sptes or self.asks_for_write) and not write and not slot.readonly:
+            with suppress(MmError):  # EFAULT, where the host may only read
+                return self.mm.get_user_pages(hva, write=True)
+        return self.mm.get_user_pages(hva, write=write)
+
+    def _install(self, slot: Memslot, gfn: int, page: GupPage, seq: int) -> None:
+        """Puts an entry of ``page``, looked up since ``seq``, unless that must not be."""
         # mmu_lock is taken
         reason = self.mmu_invalidate_retry(seq, gfn)
         if reason:
-            return self._give_up(gfn, reason)
+            self._give_up(gfn, reason)
+            return
         pfn = page.pfn
         writable = page.writable and not slot.readonly
         spte = pfn << PFN_SHIFT | (SPTE_WRITABLE if writable else SPTE_READ_ONLY)
-        if not self.sptes.cmpxchg(gfn, 0, spte) and not self._replace(gfn, spte):
-            return RETRY_WALK
+        new = True
+        if not self.sptes.cmpxchg(gfn, 0, spte):
+            old = self.sptes.get(gfn)
+            if old == spte:  # another vCPU was faster
+                return
+            new = self._replace(gfn, old, spte)
+        if new and self.pin_sptes:
+            self.host.get(pfn)
         if writable:
             # The guest writes without telling anybody: to the mm the frame is dirty from now on.
             self.host.set_flags(pfn, PG_DIRTY)
@@ -157,30 +207,34 @@ class Kvm(SecondaryMmu, MmuNotifier):
         if trace.on:
             trace.emit("spte_set", vm=self.name, gfn=gfn, pfn=pfn, rights=spte_rights(spte))
         # mmu_lock is dropped
-        return RETRY_WALK
 
     def mmu_invalidate_retry(self, seq: int, gfn: int) -> str:
         """Why a fault that read ``seq`` must not install an entry for ``gfn``; empty when it may. Under mmu_lock."""
-        if self.mmu_invalidate_in_progress and self.mmu_invalidate_range_start <= gfn < self.mmu_invalidate_range_end:
+        if self.mmu_invalidate_in_progress and self._covered(gfn):
             return "in progress"
         return "seq" if self.mmu_invalidate_seq != seq else ""
+
+    def _covered(self, gfn: int) -> bool:
+        """Whether an open invalidation covers ``gfn``."""
+        return (
+            self.mmu_invalidate_in_progress > 0
+            and self.mmu_invalidate_range_start <= gfn < self.mmu_invalidate_range_end
+        )
 
     def _give_up(self, gfn: int, reason: str) -> int:
         if self.trace.on:
             self.trace.emit("kvm_retry", vm=self.name, gfn=gfn, reason=reason)
         return RETRY_WALK
 
-    def _replace(self, gfn: int, spte: int) -> bool:
-        """Put ``spte`` where an entry is already. False when nothing is changed by it."""
-        old = self.sptes.get(gfn)
-        if old == spte:  # another vCPU was faster
-            return False
-        if old & SPTE_PRESENT and ((old ^ spte) & PFN_MASK or old & ~spte & SPTE_WRITE):
+    def _replace(self, gfn: int, old: int, spte: int) -> bool:
+        """Put ``spte`` where ``old`` is, another entry; False when that was present and only gets other rights."""
+        stale = bool(old & SPTE_PRESENT) and bool((old ^ spte) & PFN_MASK or old & ~spte & SPTE_WRITE)
+        if stale:
             # The notifier should have removed it. A TLB may hold it, so it is never changed in place.
             self._zap(gfn, gfn + 1)
             self._flush_and_kick("stale spte")
         self.sptes.set(gfn, spte)
-        return True
+        return stale or not old & SPTE_PRESENT
 
     def _fault_without_slot(self, gfn: int, access: int) -> int:
         if access != FETCH and self.mmio_lookup(gfn << PAGE_SHIFT):
@@ -196,55 +250,14 @@ class Kvm(SecondaryMmu, MmuNotifier):
         self.last_error = f"no page behind guest frame {gfn:#x} ({slot!r}): {error}"
         return FAULT
 
-    # ---- the notifier
-
-    def invalidate_range_start(self, range: MmuNotifierRange) -> int:
-        """Remove the entries of the range and keep faults from installing new ones. Never declines."""
-        self.mn_active_invalidate_count += 1
-        self.invalidations += 1
-        begun = False
-        try:
-            point("kvm.invalidate.counted")
-            # mmu_lock is taken at the first slot that is hit; without one, faults cannot reach these addresses
-            for start, end in self.memslots.in_hva_range(range.start, range.end):
-                if not begun:
-                    self._invalidate_begin()
-                    begun = True
-                self._invalidate_range_add(start, end)
-                self._zap(start, end)
-            if begun and self.tlbs_dirty:
-                self._flush_and_kick("mmu_notifier")
-            # mmu_lock is dropped
-        except BaseException:  # an aborted run, a sink that failed: no end comes, and the next range flushes
-            if begun:
-                self._invalidate_end()
-            self.mn_active_invalidate_count -= 1
-            raise
-        return 0
-
-    def invalidate_range_end(self, range: MmuNotifierRange) -> None:
-        """Faults may install entries of the range again."""
-        if self.memslots.in_hva_range(range.start, range.end):
-            self._invalidate_end()
-        self.mn_active_invalidate_count -= 1
-        if self.mn_active_invalidate_count < 0:
-            raise InternalError(f"{self.name}: {range!r} ended, but did not begin")
-
-    # Ageing, as KVM does it without accessed bits that hardware sets: the entry loses all rights, so that the next
-    # access comes as a fault. Writes need no harvest: the frame was marked dirty when the entry became writable.
-
-    def clear_flush_young(self, start: int, end: int) -> bool:
-        """Whether the guest used bytes ``[start, end)`` of the host; its next use of them misses."""
-        return self._age(start, end, "clear_flush_young")
-
-    def clear_young(self, start: int, end: int) -> bool:
-        """As :meth:`clear_flush_young`. It could do without a flush, and KVM does.
-
-        Here a vCPU that executes a page by what its TLB still has needs the entry, to count the instructions there.
-        """
-        return self._age(start, end, "clear_young")
+    # ---- invalidation
 
     def _age(self, start: int, end: int, reason: str) -> bool:
+        """Whether the guest used bytes ``[start, end)`` of the host since it was last asked; its next use misses.
+
+        As KVM does it without accessed bits that hardware sets: the entries lose all rights. Writes need no harvest:
+        the frame was marked dirty when the entry became writable.
+        """
         young = False
         for first, last in self.memslots.in_hva_range(start, end):
             if self.sptes.clear_bits(first, last, SPTE_AGED, SPTE_PRESENT):
@@ -254,25 +267,6 @@ class Kvm(SecondaryMmu, MmuNotifier):
         if young:
             self._flush_and_kick(reason)
         return young
-
-    def test_young(self, address: int) -> bool:
-        """Whether the guest used the host's page at ``address``."""
-        young = SPTE_PRESENT | SPTE_ACCESSED
-        return any(
-            self.sptes.get(first) & young == young for first, _ in self.memslots.in_hva_range(address, address + 1)
-        )
-
-    def _invalidate_begin(self) -> None:
-        self.mmu_invalidate_in_progress += 1
-        if self.mmu_invalidate_in_progress == 1:
-            self.mmu_invalidate_range_start = GFN_LIMIT
-            self.mmu_invalidate_range_end = 0
-
-    def _invalidate_range_add(self, start: int, end: int) -> None:
-        if start < self.mmu_invalidate_range_start:
-            self.mmu_invalidate_range_start = start
-        if end > self.mmu_invalidate_range_end:
-            self.mmu_invalidate_range_end = end
 
     def _invalidate_end(self) -> None:
         self.mmu_invalidate_seq += 1
@@ -285,36 +279,58 @@ class Kvm(SecondaryMmu, MmuNotifier):
         sptes = self.sptes
         before = sptes.present
         trace = self.trace
-        runs = sptes.zap(start, end, trace.on)
+        runs = sptes.zap(start, end, trace.on or self.pin_sptes)
         if sptes.present != before:
             self.tlbs_dirty = True
-            if runs:  # MMIO entries have no frames
+            if self.pin_sptes:
+                self._unpinned += runs
+            if runs and trace.on:  # MMIO entries have no frames
                 trace.emit("spte_zap", vm=self.name, start=start, end=end, pages=runs)
 
     def _flush_and_kick(self, reason: str) -> None:
         self.flush_remote_tlbs(reason)
         self.kick(reason)
         self.tlbs_dirty = False
+        if self._unpinned:
+            self._unpin()
+
+    def _unpin(self) -> None:
+        """Drop the references of entries that are gone, which no TLB has any more."""
+        runs, self._unpinned = self._unpinned, []
+        for first, count in runs:
+            for pfn in range(first, first + count):
+                self.mm.put_frame(pfn)
+
+    def zap_gfn_range(self, start: int, end: int, reason: str) -> None:
+        """Remove the entries of guest frames ``[start, end)``, MMIO ones included; the guest faults them in again.
+
+        With ``pin_sptes`` this is what lets go of their pages.
+        """
+        self.mmu_invalidate_seq += 1  # faults that are under way start over
+        self._zap(start, end)
+        if self.tlbs_dirty:
+            self._flush_and_kick(reason)
+
+    def pins(self) -> dict[int, int]:
+        """The references that entries hold, by frame; none without ``pin_sptes``."""
+        held: Counter[int] = Counter()
+        if self.pin_sptes:
+            for _, spte in self.sptes.entries(0, GFN_LIMIT):
+                if spte & SPTE_PRESENT and not self.host.flags(spte_pfn(spte)) & (PG_RESERVED | PG_DEVICE):
+                    held[spte_pfn(spte)] += 1
+        return dict(held)
 
     def _zap_all(self) -> None:
         """Remove every entry, MMIO ones included, and make faults that are under way start over."""
         self.mmu_invalidate_seq += 1
         self._zap(0, GFN_LIMIT)
 
-    def release(self, mm: NotifiedMm) -> None:
-        """Drop every entry and let no fault succeed any more. May run twice."""
+    def _release(self) -> None:
+        """Drop every entry and let no fault succeed any more."""
         self.released = True
         self._zap_all()
         if self.tlbs_dirty:
             self._flush_and_kick("release")
-
-    def destroy(self) -> None:
-        """Unregister from the mm, which drops every entry. A second call does nothing."""
-        if self.subscribed_to is not None:
-            self.mm.notifiers.unregister(self)
-        # Unregistering can cut a start from its end.
-        self.mmu_invalidate_in_progress = 0
-        self.mn_active_invalidate_count = 0
 
     # ---- memslots
 
@@ -429,6 +445,92 @@ class Kvm(SecondaryMmu, MmuNotifier):
             slot=None if slot is None else slot.id,
             flags=0 if slot is None else slot.flags,
             hva=None if slot is None else slot.hva_of(Gfn(gfn)),
-            invalidating=bool(self.mmu_invalidate_in_progress)
-            and self.mmu_invalidate_range_start <= gfn < self.mmu_invalidate_range_end,
+            invalidating=self._covered(gfn),
         )
+
+
+class Kvm(KvmBase, MmuNotifier):
+    """KVM as it is today. Registers with ``mm`` at once, and raises what that raises; not with ``pin_sptes``."""
+
+    def __init__(
+        self, mm: Mm, trace: Trace, host: HostMemory, *, name: str = "vm0", pin_sptes: bool = False
+    ) -> None:
+        super().__init__(mm, trace, host, name=name, pin_sptes=pin_sptes)
+        if not pin_sptes:
+            mm.notifiers.register(self)
+
+    def invalidate_range_start(self, range: MmuNotifierRange) -> int:
+        """Remove the entries of the range and keep faults from installing new ones. Never declines."""
+        self.mn_active_invalidate_count += 1
+        self.invalidations += 1
+        begun = False
+        try:
+            point("kvm.invalidate.counted")
+            # mmu_lock is taken at the first slot that is hit; without one, faults cannot reach these addresses
+            for start, end in self.memslots.in_hva_range(range.start, range.end):
+                if not begun:
+                    self._invalidate_begin()
+                    begun = True
+                self._invalidate_range_add(start, end)
+                self._zap(start, end)
+            if begun and self.tlbs_dirty:
+                self._flush_and_kick("mmu_notifier")
+            # mmu_lock is dropped
+        except BaseException:  # an aborted run, a sink that failed: no end comes, and the next range flushes
+            if begun:
+                self._invalidate_end()
+            self.mn_active_invalidate_count -= 1
+            raise
+        return 0
+
+    def invalidate_range_end(self, range: MmuNotifierRange) -> None:
+        """Faults may install entries of the range again."""
+        if self.memslots.in_hva_range(range.start, range.end):
+            self._invalidate_end()
+        self.mn_active_invalidate_count -= 1
+        if self.mn_active_invalidate_count < 0:
+            raise InternalError(f"{self.name}: {range!r} ended, but did not begin")
+
+    def _invalidate_begin(self) -> None:
+        self.mmu_invalidate_in_progress += 1
+        if self.mmu_invalidate_in_progress == 1:
+            self.mmu_invalidate_range_start = GFN_LIMIT
+            self.mmu_invalidate_range_end = 0
+
+    def _invalidate_range_add(self, start: int, end: int) -> None:
+        if start < self.mmu_invalidate_range_start:
+            self.mmu_invalidate_range_start = start
+        if end > self.mmu_invalidate_range_end:
+            self.mmu_invalidate_range_end = end
+
+    def clear_flush_young(self, start: int, end: int) -> bool:
+        """Whether the guest used bytes ``[start, end)`` of the host; its next use of them misses."""
+        return self._age(start, end, "clear_flush_young")
+
+    def clear_young(self, start: int, end: int) -> bool:
+        """As :meth:`clear_flush_young`. It could do without a flush, and KVM does.
+
+        Here a vCPU that executes a page by what its TLB still has needs the entry, to count the instructions there.
+        """
+        return self._age(start, end, "clear_young")
+
+    def test_young(self, address: int) -> bool:
+        """Whether the guest used the host's page at ``address``."""
+        young = SPTE_PRESENT | SPTE_ACCESSED
+        return any(
+            self.sptes.get(first) & young == young for first, _ in self.memslots.in_hva_range(address, address + 1)
+        )
+
+    def release(self, mm: NotifiedMm) -> None:
+        """Drop every entry and let no fault succeed any more. May run twice."""
+        self._release()
+
+    def destroy(self) -> None:
+        """Unregister from the mm, which drops every entry. A second call does nothing."""
+        if self.subscribed_to is not None:
+            self.mm.notifiers.unregister(self)
+        elif self.pin_sptes:
+            self._release()
+        # Unregistering can cut a start from its end.
+        self.mmu_invalidate_in_progress = 0
+        self.mn_active_invalidate_count = 0
