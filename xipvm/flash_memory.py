@@ -24,7 +24,7 @@ from xipvm.devices.flash.cfi01 import PflashCfi01
 from xipvm.mmu.device_file import DeviceFile
 from xipvm.mmu.frames import HostMemory
 from xipvm.mmu.mm import Mm
-from xipvm.mmu.secondary.kvm import Kvm
+from xipvm.mmu.secondary.kvm import KvmBase
 from xipvm.mmu.secondary.memslot import MEM_ROMD
 from xipvm.mmu.vma import MAP_SHARED, PROT_EXEC, PROT_READ
 
@@ -33,7 +33,7 @@ class FlashMemory:
     """One bank of a machine."""
 
     def __init__(
-        self, bank: FlashBank, device: PflashCfi01, host: HostMemory, mm: Mm, secondary: Kvm, slot: int
+        self, bank: FlashBank, device: PflashCfi01, host: HostMemory, mm: Mm, secondary: KvmBase, slot: int
     ) -> None:
         self.bank = bank
         self.device = device
@@ -81,6 +81,9 @@ class FlashMemory:
     def _leave_array(self) -> None:
         self._ready = False
         self.file.unmap()
+        if self._secondary.pin_sptes:  # it is not told: whoever changes what a slot shows has to say so, as QEMU did
+            first = self.bank.base >> PAGE_SHIFT
+            self._secondary.zap_gfn_range(first, first + (self.bank.size >> PAGE_SHIFT), "flash")
 
     def _enter_array(self) -> None:
         self._ready = True

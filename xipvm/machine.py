@@ -19,6 +19,7 @@ import os
 import signal
 import time
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from xipvm import boards, power
 from xipvm.address import PAGE_SHIFT, PAGE_SIZE, format_size
@@ -40,13 +41,16 @@ from xipvm.loader.elf import ElfImage
 from xipvm.loader.place import Placement, board_for, place
 from xipvm.mmu.frames import HostMemory
 from xipvm.mmu.mm import Mm
-from xipvm.mmu.secondary.kvm import Kvm
+from xipvm.mmu.secondary.kvm import Kvm, KvmBase
 from xipvm.mmu.secondary.memslot import GFN_LIMIT
 from xipvm.mmu.vma import MAP_ANONYMOUS, MAP_PRIVATE, PROT_EXEC, PROT_READ, PROT_WRITE
 from xipvm.report import crash_report
 from xipvm.result import RunResult, Summary
 from xipvm.trace.funnel import Trace
 from xipvm.trace.history import History
+
+if TYPE_CHECKING:
+    from xipvm.storm import Storm
 
 #: Instructions that a vCPU runs before the next one has its turn.
 QUANTUM = 20_000
@@ -71,8 +75,9 @@ class Machine:
     ``board``: a name or Board, by default the one that runs ``guest``. ``guest``: path of an ELF; without one the
     machine starts at the base of flash bank 0. ``memory``: bytes of RAM. ``flash``: image options, also as the command
     line writes them. ``ram_alias``: a guest-physical address where all of RAM appears a second time, as on boards with
-    an uncached window (what devices take out of RAM is not in it). ``trace``: what everything is told to; sinks may be
-    attached before or after. Raises BadInput; nothing is left open then.
+    an uncached window (what devices take out of RAM is not in it). ``pin_sptes``: nobody tells the secondary MMU of
+    changes; it holds every page that the guest has used instead, as KVM did before there were notifiers. ``trace``: what
+    everything is told to; sinks may be attached before or after. ``storm``: mm operations under the running guest. Raises BadInput; nothing is left open then.
     """
 
     def __init__(
@@ -89,11 +94,14 @@ class Machine:
         console: Console | None = None,
         dtb: str | os.PathLike[str] | None = None,
         ram_alias: int | None = None,
+        pin_sptes: bool = False,
     ) -> None:
         if clock not in CLOCKS:
             raise BadInput(f"no clock is called {clock!r}; known are {', '.join(CLOCKS)}")
         if secondary not in SECONDARIES:
             raise BadInput(f"no secondary MMU is called {secondary!r}; known are {', '.join(SECONDARIES)}")
+        if storm is not None and clock != "instructions":
+            raise BadInput("a storm needs the instructions clock")
         image = None if guest is None else ElfImage.open(guest)
         if board is None:
             if image is None:
@@ -108,6 +116,7 @@ class Machine:
         self.placement: Placement | None = None if image is None else place(image, self.board, self.memory_size)
         self.dtb_given = None if dtb is None else _read(os.fspath(dtb))
         self.counted = clock == "instructions"
+        self.pin_sptes = pin_sptes
         self.trace = Trace() if trace is None else trace
         self.console = Console() if console is None else console
         self.bus = Bus()
@@ -128,6 +137,7 @@ class Machine:
         self._reset = False
         self._ended = False
         self._seen: set[int] = set()
+        self._storm = storm
         self._resources = contextlib.ExitStack()
         self._closed = False
         self.seconds = 0.0
@@ -143,7 +153,8 @@ class Machine:
         undo = self._resources.callback
         for image in {id(b.image): b.image for b in banks}.values():
             undo(image.close)
-        self.host = HostMemory(self.memory_size + HOST_RESERVE)
+        # What a storm forks keeps its own copies.
+        self.host = HostMemory(self.memory_size * (1 if self._storm is None else 2) + HOST_RESERVE)
         undo(self.host.close)
         self.history: History | None = None
         """Where a crash report finds the last events, if somebody attached one to ``trace``."""
@@ -151,7 +162,7 @@ class Machine:
         self.htif_base = 0
         self.mm = Mm(self.host, self.trace, name="mm0")
         undo(self.mm.exit)
-        self.secondary = Kvm(self.mm, self.trace, self.host)
+        self.secondary: KvmBase = Kvm(self.mm, self.trace, self.host, pin_sptes=self.pin_sptes)
         undo(self.secondary.destroy)
         self.secondary.mmio_lookup = self.bus.covers
         self.ram = self.mm.mmap(self.memory_size, PROT_READ | PROT_WRITE | PROT_EXEC, MAP_PRIVATE | MAP_ANONYMOUS)
@@ -190,6 +201,11 @@ class Machine:
         power.map_ram(self)
         power.program(self)
         power.power_on(self)
+        if self._storm is not None:
+            self._storm.bind(self)
+            undo(self._storm.end)
+            for vcpu in self.vcpus:
+                vcpu.on_pause = self._pause
 
     # What boards and devices use
 
@@ -351,7 +367,7 @@ class Machine:
             if trace.on:
                 self._announce()
             core.take_signals()
-            with core.SignalGuard(TICK):
+            with core.SignalGuard(TICK), contextlib.nullcontext() if self._storm is None else self._storm.raging():
                 result = self._loop(deadline, limit)
         finally:
             elapsed = time.monotonic() - self._began
@@ -432,6 +448,8 @@ class Machine:
                     self._quantum_end = self._base + QUANTUM
                 ends.append(self._quantum_end)
             vcpu.stop_at = self._start + max(min(ends) - self._base, 1) if ends else None
+            if self._storm is not None:
+                vcpu.pause_at = self._start + self._storm.next - self._base
         else:
             due = self.clock.next_deadline()
             if due is not None and due - self._now() < TICK * 1e9:
@@ -448,6 +466,12 @@ class Machine:
             self._first = vcpu.index
         else:
             self._quantum_end = None
+
+    def _pause(self) -> int:
+        """The storm's turn in the middle of a slice. Returns at which of the running vCPU's ticks it wants another."""
+        assert self._storm is not None and self._running is not None
+        self._storm.run_due(self._base + self._running.engine.ticks - self._start)
+        return self._start + self._storm.next - self._base
 
     def _cut_short(self, limit: int | None) -> bool:
         """Whether only the instruction limit ended the slice: the next run goes on as this one would have."""
@@ -586,6 +610,7 @@ def run(
     timeout: float | None = None,
     max_instructions: int | None = None,
     until: str | None = None,
+    storm: Storm | None = None,
 ) -> tuple[RunResult, bytes]:
     """Run a guest to its end; returns how that was and what the guest printed.
 
@@ -602,6 +627,7 @@ def run(
         clock=clock,
         trace=trace,
         console=Console(output, stdin),
+        storm=storm,
     ) as machine:
         result = machine.run(timeout=timeout, max_instructions=max_instructions, until=until)
     return result, output.getvalue()

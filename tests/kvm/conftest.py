@@ -39,10 +39,11 @@ class Vcpu:
 class World:
     """``log`` gets the kinds of trace events that ``watch`` names, and what vCPUs are told, in order."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, pin_sptes: bool = False) -> None:
         self.trace = Trace()
         self.host = HostMemory(16 << 20, poison="frame")
         self.mm = Mm(self.host, self.trace)
+        self.pin_sptes = pin_sptes
         self.log: list[str] = []
         self.events: list[Event] = []
         self.vms: list[Kvm] = []
@@ -50,7 +51,7 @@ class World:
         self.vcpu = self.add_vcpu(self.kvm, "vcpu0")
 
     def add_vm(self, name: str) -> Kvm:
-        vm = Kvm(self.mm, self.trace, self.host, name=name)
+        vm = Kvm(self.mm, self.trace, self.host, name=name, pin_sptes=self.pin_sptes)
         self.vms.append(vm)
         return vm
 

@@ -116,6 +116,11 @@ def cli() -> None:
 @click.option("--input", "input_file", metavar="FILE", help="Console input, fed as the guest reads it.")
 @click.option("--until", metavar="TEXT", help="End with status 0 when the input is used up and the guest prints TEXT.")
 @click.option("--dtb", metavar="FILE", help="Device tree for the guest, instead of the board's own.")
+@click.option(
+    "--pin-sptes",
+    is_flag=True,
+    help="The secondary MMU hears of nothing and pins every page it maps, as KVM did before there were notifiers.",
+)
 @click.option("--ram-alias", type=HEX, metavar="ADDRESS", help="RAM appears a second time at ADDRESS, as 2000000000.")
 @click.option("--quiet", is_flag=True, help="No summary on stderr.")
 def run(**options: Any) -> int:

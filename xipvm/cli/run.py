@@ -34,6 +34,7 @@ def run_guest(
     until: str | None,
     dtb: str | None,
     ram_alias: int | None,
+    pin_sptes: bool,
     quiet: bool,
 ) -> int:
     """Run a guest as the options of ``xipvm run`` say. Returns the exit status. Raises XipvmError."""
@@ -77,6 +78,7 @@ def run_guest(
                 console=console,
                 dtb=dtb,
                 ram_alias=ram_alias,
+                pin_sptes=pin_sptes,
             ) as machine:
                 machine.history = history
                 result = machine.run(timeout=timeout, max_instructions=max_instructions, until=until)
