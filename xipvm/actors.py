@@ -1,34 +1,157 @@
-"""Schedule points: the places where a real kernel could be preempted.
+"""Who acts, and where others may: schedule points, and the one way to wait.
 
-Code calls ``point("kvm.fault.gup_done")`` there. In a normal run nothing happens; a scheduler
-installs itself with ``on_point`` and may then run other actors before the call returns. Between
-two points an actor is atomic. Nothing else may be assumed: whatever was read before a point has
-to be checked again after it.
+Everything that can run concurrently in a real host is an :class:`Actor`. Code calls ``point("kvm.fault.gup_done")``
+where a real kernel could be preempted, and ``wait(what, ready)`` where it sleeps or spins. In a normal run there is one
+actor, points do nothing, and nobody ever has to wait: everything runs to completion. A scheduler (scheduler.py) runs
+several actors and decides at every point who goes on. Between two points an actor is atomic. Nothing else may be
+assumed: whatever was read before a point has to be checked again after it.
+
+``on_point`` is for those who want to look at points, or to do something at one, without a scheduler. What its hook
+does counts as another actor's doing: it holds none of the locks that the interrupted one holds.
+
+An actor that waits for something that nobody can bring about is an error: DeadlockError, an MmError EDEADLK.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from enum import Enum
+from typing import TYPE_CHECKING, Any, Final
+
+from xipvm.errors import DeadlockError
+
+if TYPE_CHECKING:
+    from greenlet import greenlet
+
+    from xipvm.locks.stack import Stack
 
 PointHook = Callable[[str], None]
+WaitHook = Callable[[str, Callable[[], bool]], None]
 
-_hook: PointHook | None = None
+PATIENCE: Final = 1000
+"""How often a wait calls a point hook, where there is no scheduler, before it concludes that nothing comes of it."""
+
+
+class State(Enum):
+    """What an actor is about."""
+
+    READY = "ready"
+    WAITING = "waiting"
+    DONE = "done"
+    FAILED = "failed"
+
+
+class Actor:
+    """Somebody who runs beside others. ``name`` is what traces call it."""
+
+    __slots__ = ("atomic", "cause", "error", "greenlet", "held", "name", "ready", "state", "trace_name", "waits_for")
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.state = State.READY
+        self.greenlet: greenlet | None = None
+        """Its stack, None without a scheduler."""
+        self.waits_for = ""
+        """While it waits: what for, in words."""
+        self.ready: Callable[[], bool] | None = None
+        """While it waits: whether it can go on."""
+        self.held: list[Any] = []
+        """The locks it holds (:class:`xipvm.locks.check.Held`), in the order of taking. Known while checked."""
+        self.atomic: list[tuple[str, Stack]] = []
+        """The atomic sections it is in, outermost first: why, and where each began."""
+        self.error: BaseException | None = None
+        """What it failed with."""
+        self.trace_name = name
+        self.cause = 0
+
+    def __repr__(self) -> str:
+        what = f" for {self.waits_for}" if self.state is State.WAITING else ""
+        return f"<actor {self.name}: {self.state.value}{what}>"
+
+
+current: Actor = Actor("host")
+"""Who acts now. Set by schedulers only."""
+
+_point_hook: PointHook | None = None
+_wait_hook: WaitHook | None = None
 
 
 def point(label: str) -> None:
     """A place where another actor may run. ``label`` names it, dotted, module first."""
-    if _hook is not None:
-        _hook(label)
+    if _point_hook is not None:
+        _point_hook(label)
+
+
+def wait(what: str, ready: Callable[[], bool], *, because: str = "", label: str = "") -> None:
+    """Returns when ``ready()``, which must not change anything and may be called at any time by anybody.
+
+    Raises DeadlockError when that cannot come true: without a scheduler, or when all its actors wait. ``what`` is what
+    is waited for and ``because`` why it is not ready. ``label`` makes it a schedule point for those who hook points
+    without a scheduler: they are called until it is ready, or patience ends.
+    """
+    if ready():
+        return
+    if _wait_hook is not None:
+        _wait_hook(what, ready)
+        return
+    if label and _point_hook is not None:
+        for _ in range(PATIENCE):
+            _point_hook(label)
+            if ready():
+                return
+    raise DeadlockError(f"{what}: {because or 'nobody can go on'}")
 
 
 @contextmanager
 def on_point(hook: PointHook) -> Iterator[None]:
     """Call ``hook(label)`` at every point while the context is open; contexts nest, the innermost counts."""
-    global _hook
-    previous = _hook
-    _hook = hook
+    global _point_hook
+    others: list[Actor] = []
+    depth = 0
+
+    def run(label: str) -> None:
+        global current
+        nonlocal depth
+        before = current
+        if depth == len(others):
+            others.append(Actor(f"{before.name}'"))
+        current = others[depth]
+        depth += 1
+        try:
+            hook(label)
+        finally:
+            depth -= 1
+            current = before
+
+    previous, _point_hook = _point_hook, run
     try:
         yield
     finally:
-        _hook = previous
+        _point_hook = previous
+
+
+@contextmanager
+def on_wait(hook: WaitHook) -> Iterator[None]:
+    """Call ``hook(what, ready)`` when somebody has to wait; it returns when ``ready()`` holds. The innermost counts."""
+    global _wait_hook
+    previous, _wait_hook = _wait_hook, hook
+    try:
+        yield
+    finally:
+        _wait_hook = previous
+
+
+def set_current(actor: Actor) -> Actor:
+    """Makes ``actor`` the one that acts; returns who did before. For schedulers."""
+    global current
+    before, current = current, actor
+    return before
+
+
+def set_hooks(points: PointHook | None, waits: WaitHook | None) -> tuple[PointHook | None, WaitHook | None]:
+    """Installs both hooks of a scheduler; returns those that were there."""
+    global _point_hook, _wait_hook
+    before = _point_hook, _wait_hook
+    _point_hook, _wait_hook = points, waits
+    return before

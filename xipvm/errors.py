@@ -78,3 +78,77 @@ class MmError(XipvmError):
 
 class GuestError(XipvmError):
     """The guest did something it cannot be resumed from. Exit status 1."""
+
+
+class DeadlockError(MmError):
+    """Who waits can never go on; errno is EDEADLK. ``waiting``: (actor, what for, the locks that it holds) of each."""
+
+    def __init__(self, what: str, waiting: tuple[tuple[str, str, tuple[str, ...]], ...] = ()) -> None:
+        super().__init__(_errno.EDEADLK, what)
+        self.waiting = waiting
+
+
+class LockError(XipvmError):
+    """A modelled lock was used against its rules. ``rule`` says which one, in a word; ``actor`` who did it.
+
+    ``first`` and ``second`` are stacks, as text, outermost frame first: where what is at odds with the present use
+    began (a lock was taken, an atomic section entered, the other order seen), and the present use.
+    """
+
+    rule = "lock"
+
+    def __init__(self, what: str, *, actor: str, first: str, second: str) -> None:
+        super().__init__(what)
+        self.actor = actor
+        self.first = first
+        self.second = second
+
+    def report(self) -> str:
+        """The message and both stacks, on several lines."""
+        return f"{self}\n{self.actor} first, at:\n{self.first}\nand then, at:\n{self.second}"
+
+
+class LockOrderError(LockError):
+    """Two classes of locks are taken in an order that, with the opposite one, can deadlock.
+
+    ``held`` and ``taken`` name the classes.
+    """
+
+    rule = "order"
+
+    def __init__(self, what: str, *, actor: str, first: str, second: str, held: str, taken: str) -> None:
+        super().__init__(what, actor=actor, first=first, second=second)
+        self.held = held
+        self.taken = taken
+
+
+class RecursiveLockError(LockError, DeadlockError):
+    """An actor takes a lock that it holds, or waits for a read section of its own. errno is EDEADLK, too."""
+
+    rule = "recursion"
+
+    def __init__(self, what: str, *, actor: str, first: str, second: str) -> None:
+        DeadlockError.__init__(self, what)
+        self.actor = actor
+        self.first = first
+        self.second = second
+
+
+class AtomicSleepError(LockError, InternalError):
+    """Something that may sleep was called where nobody may. ``why`` is the atomic section."""
+
+    rule = "atomic"
+
+    def __init__(self, what: str, *, actor: str, first: str, second: str, why: str) -> None:
+        super().__init__(what, actor=actor, first=first, second=second)
+        self.why = why
+
+
+class LockLeakError(LockError):
+    """An actor ends, or goes back to where no lock may be held, with ``held``: names of locks."""
+
+    rule = "leak"
+
+    def __init__(self, what: str, *, actor: str, first: str, second: str, held: tuple[str, ...]) -> None:
+        super().__init__(what, actor=actor, first=first, second=second)
+        self.held = held

@@ -7,10 +7,10 @@ from collections.abc import Callable
 
 import pytest
 
-from xipvm.actors import on_point
+from xipvm.actors import on_point, on_wait
 from xipvm.errors import MmError
+from xipvm.locks import LockClass, RwLock
 from xipvm.mmu.frames import HostMemory
-from xipvm.mmu.locks import RwLock, on_wait
 from xipvm.mmu.madvise import MADV_DONTNEED
 from xipvm.mmu.mm import Mm
 from xipvm.mmu.page_cache import ShmemFile
@@ -147,7 +147,7 @@ def test_a_truncation_that_lost_its_race_leaves_new_areas_alone(
 
 
 def test_who_has_to_wait_is_handed_to_the_scheduler() -> None:
-    lock = RwLock("lock")
+    lock = RwLock("lock", LockClass("lock"))
     log: list[str] = []
     writing = lock.write
 
@@ -169,7 +169,7 @@ def test_who_has_to_wait_is_handed_to_the_scheduler() -> None:
 
 
 def test_without_a_scheduler_waiting_is_an_error() -> None:
-    lock = RwLock("lock")
+    lock = RwLock("lock", LockClass("lock"))
     with lock.read, pytest.raises(MmError, match="1 readers") as raised, lock.write:
         pass
     assert raised.value.errno == errno.EDEADLK

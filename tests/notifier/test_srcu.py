@@ -9,7 +9,7 @@ import pytest
 from tests.notifier.world import error_of
 from xipvm.actors import on_point
 from xipvm.errors import InternalError
-from xipvm.notifier.sleep import PATIENCE, might_sleep, wait_until
+from xipvm.locks import might_sleep
 from xipvm.notifier.srcu import Srcu
 
 
@@ -67,12 +67,3 @@ def test_callbacks_are_atomic() -> None:
     with pytest.raises(InternalError, match="called in an SRCU callback"):
         srcu.synchronize("test")
     assert srcu.pending == 0
-
-
-def test_a_sleeper_looks_again_and_again() -> None:
-    looks: list[str] = []
-    with on_point(looks.append):
-        assert wait_until(lambda: len(looks) == 7, "sleep")
-        assert looks == ["sleep"] * 7
-        assert not wait_until(lambda: False, "for ever")
-    assert len(looks) == 7 + PATIENCE

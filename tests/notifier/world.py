@@ -8,7 +8,8 @@ from contextlib import AbstractContextManager
 import pytest
 
 from xipvm.errors import MmError
-from xipvm.mmu.locks import RwLock
+from xipvm.locks import RwLock
+from xipvm.locks.order import MMAP_LOCK
 from xipvm.notifier import MmuNotifiers
 from xipvm.trace import Trace
 
@@ -36,7 +37,7 @@ class World:
         self.name = name
         self.trace = Trace()
         self.notifiers = MmuNotifiers(self)
-        self.mmap_lock = RwLock(name)
+        self.mmap_lock = RwLock(name, MMAP_LOCK)
         self.locking: list[str] = []
 
     def mmap_write_lock(self) -> AbstractContextManager[object]:

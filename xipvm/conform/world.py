@@ -15,14 +15,13 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from typing import Any, Final, NamedTuple, TypeVar
 
-from xipvm.actors import on_point
+from xipvm.actors import on_point, on_wait
 from xipvm.address import PAGE_SHIFT, PAGE_SIZE
 from xipvm.conform.guest import Vcpu
 from xipvm.conform.schema import LIMIT, SPACES
 from xipvm.errors import MmError
 from xipvm.mmu.frames import PG_ANON, ZERO_PFN, HostMemory
 from xipvm.mmu.host_thread import HostThread
-from xipvm.mmu.locks import on_wait
 from xipvm.mmu.mm import Mm
 from xipvm.mmu.page_cache import PageCache
 from xipvm.mmu.pte import GUARD, HUGE, MAPPED, SPECIAL, SWAP, pte_pfn

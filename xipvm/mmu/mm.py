@@ -16,8 +16,9 @@ unmap.py, migrate.py    a page out of all its entries; to another frame
 swap.py                 swap, and reclaim to it
 ksm.py                  equal pages become one
 fork.py                 a child that shares pages until somebody writes
-locks.py                mmap_lock: which operations exclude each other
 ======================  ==========================================================
+
+Which operations exclude each other is said in :mod:`xipvm.mmu.locking`.
 
 Every operation that lowers a right or changes a page keeps one order: range start to the notifiers → entries change →
 range end → TLB flush → frames are freed. COW flushes inside the range instead. Nothing may be assumed across a
@@ -35,10 +36,11 @@ from typing import TYPE_CHECKING, Any, Final
 
 from xipvm.address import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE, Hva, Pfn, page_up
 from xipvm.errors import MmError
+from xipvm.locks.lock import RwLock
+from xipvm.locks.order import MMAP_LOCK
 from xipvm.mmu import clear_refs, fork, gup, ksm, madvise, mapping, migrate, mlock, mremap, protect, swap, zap
 from xipvm.mmu.all_locks import AllLocks
 from xipvm.mmu.frames import HostMemory
-from xipvm.mmu.locks import RwLock
 from xipvm.mmu.page_cache import ShmemFile
 from xipvm.mmu.pte import FLAGS, PFN_SHIFT, pte_pfn
 from xipvm.mmu.rmap import reverse_map
@@ -65,7 +67,7 @@ class Mm:
     """An empty address space over ``host``. ``name`` is what traces call it.
 
     Operations raise MmError with Linux's errno and then have changed nothing; ESRCH when the mm has exited, EDEADLK
-    when one would have to wait for another that nobody lets go on (locks.py). Where Linux does a part of the work and
+    when one would have to wait for another that nobody lets go on (locking.py). Where Linux does a part of the work and
     then reports ENOMEM for a hole, as mprotect and madvise do, nothing is done.
     """
 
@@ -100,7 +102,7 @@ class Mm:
         self.notifiers = MmuNotifiers(self)
         self.rmap = reverse_map(host)
         self.rmap.mms[self] = None
-        self.mmap_lock = RwLock(f"mmap_lock of {name}")
+        self.mmap_lock = RwLock(f"mmap_lock of {name}", MMAP_LOCK)
         self.dead = False
         self.memcg: Mm | None = None
         """The mm for which its memory cgroup was made, None for the one that everybody begins in."""

@@ -13,12 +13,11 @@ was left; a caller that must know that nobody has the page any more compares the
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from xipvm.address import PAGE_SHIFT, PAGE_SIZE
-from xipvm.errors import MmError
+from xipvm.locks.check import sleep_until
 from xipvm.mmu.frames import PG_DIRTY, PG_REFERENCED, HostMemory
 from xipvm.mmu.pte import (
     ACCESSED,
@@ -35,7 +34,6 @@ from xipvm.mmu.pte import (
 )
 from xipvm.mmu.rmap import reverse_map
 from xipvm.notifier import RangeEvent
-from xipvm.notifier.sleep import wait_until
 
 if TYPE_CHECKING:
     from xipvm.mmu.mm import Mm
@@ -106,5 +104,9 @@ def set_nonpresent(mm: Mm, hva: int, entry: int) -> None:
 def migration_entry_wait(mm: Mm, hva: int, entry: int) -> None:
     """Returns when ``entry``, a migration entry, is not there any more. Raises MmError EDEADLK."""
     page = hva >> PAGE_SHIFT
-    if not wait_until(lambda: mm.pgd.get(page) != entry, "mm.migration_entry_wait"):
-        raise MmError(errno.EDEADLK, f"the page at {hva:#x} in {mm.name} is being migrated, and nobody goes on with it")
+    sleep_until(
+        "migration_entry_wait",
+        lambda: mm.pgd.get(page) != entry,
+        because=f"the page at {hva:#x} in {mm.name} is being migrated, and nobody goes on with it",
+        label="mm.migration_entry_wait",
+    )

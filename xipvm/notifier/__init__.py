@@ -4,12 +4,12 @@
 :class:`MmuIntervalNotifier`, which watches one range. What is announced is a :class:`MmuNotifierRange`.
 """
 
+from xipvm.locks.check import atomic, might_sleep
 from xipvm.notifier.interval import ULONG_MAX, IntervalTree, MmuIntervalNotifier
 from xipvm.notifier.mm import NotifiedMm
 from xipvm.notifier.notifier import MmuNotifier
 from xipvm.notifier.range import MmuNotifierRange, RangeEvent
 from xipvm.notifier.registry import Invalidation, MmuNotifiers
-from xipvm.notifier.sleep import atomic, might_sleep
 
 __all__ = [
     "ULONG_MAX",

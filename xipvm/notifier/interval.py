@@ -36,8 +36,9 @@ from bisect import insort_right
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, TypeAlias
 
+from xipvm.actors import wait
 from xipvm.errors import InternalError, MmError
-from xipvm.notifier.sleep import might_sleep, wait_until
+from xipvm.locks.check import might_sleep
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -94,8 +95,13 @@ class MmuIntervalNotifier:
         if tree is None:
             raise MmError(errno.EINVAL, f"mmu_interval_read_begin: {self.name} is not inserted")
         seq = self.invalidate_seq
-        if seq == tree.seq and not wait_until(lambda: tree.seq != seq, "notifier.interval.read_begin"):
-            raise MmError(errno.EDEADLK, f"mmu_interval_read_begin: {self.name} is being invalidated")
+        if seq == tree.seq:
+            wait(
+                "mmu_interval_read_begin",
+                lambda: tree.seq != seq,
+                because=f"{self.name} is being invalidated",
+                label="notifier.interval.read_begin",
+            )
         return seq
 
     def read_retry(self, seq: int) -> bool:
@@ -172,8 +178,7 @@ class IntervalTree:
         seq = self.seq
         self._deferred.insert(0, notifier)
         try:
-            if not wait_until(lambda: self.seq != seq, "notifier.interval.remove"):
-                raise MmError(errno.EDEADLK, f"{what} is being invalidated")
+            wait(what, lambda: self.seq != seq, because="it is being invalidated", label="notifier.interval.remove")
         except BaseException:
             if notifier in self._deferred:
                 self._deferred.remove(notifier)

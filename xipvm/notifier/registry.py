@@ -38,13 +38,13 @@ from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import TypeVar
 
-from xipvm.actors import point
+from xipvm.actors import point, wait
 from xipvm.errors import InternalError, MmError
+from xipvm.locks.check import atomic, might_sleep
 from xipvm.notifier.interval import ULONG_MAX, IntervalTree, MmuIntervalNotifier
 from xipvm.notifier.mm import NotifiedMm
 from xipvm.notifier.notifier import MmuNotifier, implements
 from xipvm.notifier.range import MmuNotifierRange, RangeEvent
-from xipvm.notifier.sleep import atomic, might_sleep, wait_until
 from xipvm.notifier.srcu import Srcu
 
 N = TypeVar("N", bound=MmuNotifier)
@@ -165,8 +165,8 @@ class MmuNotifiers:
     def _all_locks(self, what: str) -> AbstractContextManager[object]:
         if not self._has_notifiers and self.out_of_memory():
             raise MmError(errno.ENOMEM, f"{what}: {self._mm.name}")
-        if not wait_until(self._idle, "notifier.register.take_all_locks"):
-            raise MmError(errno.EDEADLK, f"{what}: {self._mm.name} is being invalidated")
+        because = f"{self._mm.name} is being invalidated"
+        wait(what, self._idle, because=because, label="notifier.register.take_all_locks")
         return self._mm.take_all_locks(self.signal_pending)
 
     def _idle(self) -> bool:

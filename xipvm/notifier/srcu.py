@@ -11,11 +11,10 @@ for the callbacks of another, where Linux would wait for itself.
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Callable
 
-from xipvm.errors import MmError
-from xipvm.notifier.sleep import atomic, might_sleep, wait_until
+from xipvm.locks import check
+from xipvm.locks.check import atomic, sleep_until
 
 
 class Srcu:
@@ -43,11 +42,15 @@ class Srcu:
         """Opens a read section; the result closes it."""
         self._last = index = self._last + 1
         self._readers.add(index)
+        if check.checker is not None:
+            check.checker.entered(self)
         return index
 
     def read_unlock(self, index: int) -> None:
         """Closes a read section, and runs what waited for it only."""
         self._readers.remove(index)
+        if check.checker is not None:
+            check.checker.released(self)
         if self._callbacks:
             self._run_callbacks()
 
@@ -56,10 +59,15 @@ class Srcu:
 
         Raises MmError EDEADLK when they do not close: one is the caller's own. ``what`` is who waits.
         """
-        might_sleep(what)
+        if check.checker is not None:
+            check.checker.not_in(self, what)
         before = frozenset(self._readers)
-        if not wait_until(lambda: before.isdisjoint(self._readers), "notifier.synchronize"):
-            raise MmError(errno.EDEADLK, f"{what}: a callback of {self.name} is running")
+        sleep_until(
+            what,
+            lambda: before.isdisjoint(self._readers),
+            because=f"a callback of {self.name} is running",
+            label="notifier.synchronize",
+        )
         self._run_callbacks()
 
     def call(self, callback: Callable[[], None]) -> None:

@@ -1,0 +1,51 @@
+"""The classes of locks, and the order in which one actor may take them.
+
+The order of the host's locks is the one that Linux 6.12 documents at the head of mm/rmap.c and mm/filemap.c, that of
+KVM's the one of Documentation/virt/kvm/locking.rst:
+
+* from the file's side: i_rwsem, then invalidate_lock, then the page;
+* mmap_lock inside i_rwsem (a write copies from user memory), outside invalidate_lock (a fault takes it);
+* the page lock outside all rmap locks: whoever unmaps a page holds it, and walks the reverse map;
+* i_mmap_rwsem outside anon_vma, that of hugetlbfs outside that of others (mm_take_all_locks, and pmd sharing);
+* page table locks inside rmap locks: a walk looks at entries;
+* KVM's slots_lock outside mmap_lock, for memslots of KVM's own are mapped under it; slots_arch_lock inside slots_lock;
+* mmu_lock inside the page table lock: the young hooks are called there. Nothing is taken inside mmu_lock.
+
+SRCU read sections have no place: anything may be taken in them, and they may be entered anywhere.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+
+class LockClass:
+    """All locks of a kind. ``rank``: those with a lower one are taken first; None where only use tells the order.
+
+    ``spins``: who holds it must not sleep; who waits for it does not.
+    """
+
+    __slots__ = ("name", "rank", "spins")
+
+    def __init__(self, name: str, rank: int | None = None, *, spins: bool = False) -> None:
+        self.name = name
+        self.rank = rank
+        self.spins = spins
+
+    def __repr__(self) -> str:
+        return f"<lock class {self.name}>"
+
+
+SLOTS_LOCK: Final = LockClass("slots_lock", 10)
+SLOTS_ARCH_LOCK: Final = LockClass("slots_arch_lock", 11)
+INODE_LOCK: Final = LockClass("i_rwsem", 20)
+MMAP_LOCK: Final = LockClass("mmap_lock", 30)
+INVALIDATE_LOCK: Final = LockClass("invalidate_lock", 40)
+PAGE_LOCK: Final = LockClass("page lock", 50)
+HUGETLB_I_MMAP: Final = LockClass("hugetlb i_mmap_rwsem", 60)
+I_MMAP: Final = LockClass("i_mmap_rwsem", 61)
+ANON_VMA: Final = LockClass("anon_vma", 70)
+PTL: Final = LockClass("page table lock", 80, spins=True)
+NOTIFIER_LOCK: Final = LockClass("mmu_notifier_mm->lock", 90, spins=True)
+MN_INVALIDATE_LOCK: Final = LockClass("mn_invalidate_lock", 91, spins=True)
+MMU_LOCK: Final = LockClass("mmu_lock", 100, spins=True)
