@@ -452,9 +452,7 @@ class KvmBase(SecondaryMmu):
 class Kvm(KvmBase, MmuNotifier):
     """KVM as it is today. Registers with ``mm`` at once, and raises what that raises; not with ``pin_sptes``."""
 
-    def __init__(
-        self, mm: Mm, trace: Trace, host: HostMemory, *, name: str = "vm0", pin_sptes: bool = False
-    ) -> None:
+    def __init__(self, mm: Mm, trace: Trace, host: HostMemory, *, name: str = "vm0", pin_sptes: bool = False) -> None:
         super().__init__(mm, trace, host, name=name, pin_sptes=pin_sptes)
         if not pin_sptes:
             mm.notifiers.register(self)
