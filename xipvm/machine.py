@@ -77,7 +77,8 @@ class Machine:
     line writes them. ``ram_alias``: a guest-physical address where all of RAM appears a second time, as on boards with
     an uncached window (what devices take out of RAM is not in it). ``pin_sptes``: nobody tells the secondary MMU of
     changes; it holds every page that the guest has used instead, as KVM did before there were notifiers. ``trace``: what
-    everything is told to; sinks may be attached before or after. ``storm``: mm operations under the running guest. Raises BadInput; nothing is left open then.
+    everything is told to; sinks may be attached before or after. ``storm``: mm operations that come while the guest runs.
+    Raises BadInput; nothing is left open then.
     """
 
     def __init__(
@@ -95,6 +96,7 @@ class Machine:
         dtb: str | os.PathLike[str] | None = None,
         ram_alias: int | None = None,
         pin_sptes: bool = False,
+        storm: Storm | None = None,
     ) -> None:
         if clock not in CLOCKS:
             raise BadInput(f"no clock is called {clock!r}; known are {', '.join(CLOCKS)}")
@@ -218,7 +220,7 @@ class Machine:
         """End the run with ``status``, a 64-bit number, once the guest has left its present block."""
         if self._exit is None:
             status = (status + (1 << 63)) % (1 << 64) - (1 << 63)  # guests have registers, which know no sign
-            self._exit = (status, reason if reason in ("until", "quit", "trace") else "exit")
+            self._exit = (status, reason if reason in ("until", "quit", "trace", "check") else "exit")
         self._attend()
 
     def request_reset(self) -> None:

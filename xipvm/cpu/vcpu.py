@@ -106,6 +106,11 @@ class Vcpu:
         self.last_exception: tuple[str, int] | None = None
         """What the last exception was that entered the guest's handler, and the PC it came from."""
         self.faults = 0
+        self.missed = 0
+        """The guest frame of the last access that no entry allowed."""
+        self.pause_at: int | None = None
+        """Ticks at which ``on_pause`` is called in the middle of a slice; it returns when to do so again."""
+        self.on_pause: Callable[[], int] | None = None
         self._mmio: set[tuple[int, int]] = set()
         """Pages and accesses that were found to be a device's since the last flush. The engine's TLB forgets them as
         it likes, and asks again; how often must be seen neither in a trace nor in ``faults``."""
@@ -194,8 +199,11 @@ class Vcpu:
                     if isa.take_interrupt():
                         waiting = isa.interrupt_waits()
                 engine.watch(waiting)
+                stop_at = self.stop_at
+                if self.pause_at is not None and (stop_at is None or self.pause_at < stop_at):
+                    stop_at = self.pause_at
                 try:
-                    code = engine.run(isa.pc(), self.stop_at)
+                    code = engine.run(isa.pc(), stop_at)
                 except BusError as error:
                     # A device's page that it does not fill. Where the access was is not known any more.
                     raise GuestError(str(error)) from None
@@ -206,6 +214,8 @@ class Vcpu:
                     return Leave.KICK
                 if self.stop_at is not None and engine.ticks >= self.stop_at:
                     return Leave.BUDGET
+                if self.pause_at is not None and self.on_pause is not None and engine.ticks >= self.pause_at:
+                    self.pause_at = self.on_pause()
         finally:
             self.trace.actor = "host"
 
@@ -250,6 +260,7 @@ class Vcpu:
         if page in self._mmio:
             return MMIO
         self.faults += 1
+        self.missed = page[0]
         found = self.secondary.fault(page[0], access)
         if found == MMIO:
             self._mmio.add(page)

@@ -136,6 +136,8 @@ def spans(kind: Kind, fields: Mapping[str, Any]) -> Iterator[tuple[str, int, int
 define("machine_start", "board:str memory:int smp:int clock:str guest:str", "the first event of a run")
 define("machine_reset", "board:str", "the machine restarts as from power-on; flash keeps its contents")
 define("machine_end", "reason:str status:int", "the last event of a run; status is the exit status")
+define("storm", "operation:str where:str", "a storm does something, between two instructions or at a schedule point")
+define("storm_refused", "operation:str error:str", "what a storm wanted to do was not possible just then")
 define("guest_exception", "vcpu:int vector:hex pc:gva cause:hex address:gva?", "a vCPU took an exception or trap")
 define("guest_interrupt", "vcpu:int irq:int", "a vCPU took an interrupt")
 
@@ -176,6 +178,8 @@ define("mm_fork", "mm:str child:str", "an mm was duplicated")
 define("mm_exit", "mm:str", "an mm is torn down")
 define("mm_cow", "mm:str hva:hva old:pfn new:pfn", "a write to a shared page got a copy")
 define("host_access", "mm:str hva:hva access:str thread:str", "a host thread touched memory")
+define("host_tlb_insert", "mm:str hva:hva pfn:pfn rights:str thread:str", "a host thread got a translation")
+define("host_tlb_drop", "mm:str hva:hva? thread:str", "it dropped one that it faulted on; without hva, all: it ended")
 
 # Notifiers. `range` pairs an end with its start.
 define("mmu_notifier_register", "mm:str notifier:str", "a notifier joined the mm's list")

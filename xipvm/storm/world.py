@@ -1,0 +1,175 @@
+"""What the operations of a storm work on: a machine, the children it has forked, frames that somebody holds.
+
+Targets are chosen where something happens: the page whose fault is being handled, the page that a vCPU executes, pages
+that are mapped. What a child has is known by a model of its own (``Child.known``): it keeps what it had when it was
+forked, and what it wrote itself, whatever the guest does.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Final
+
+from xipvm.address import PAGE_SHIFT, PAGE_SIZE
+from xipvm.errors import InternalError, MmError
+from xipvm.mmu.host_thread import HostThread
+from xipvm.mmu.pte import MAPPED, SPECIAL, pte_pfn
+
+if TYPE_CHECKING:
+    from xipvm.machine import Machine
+    from xipvm.mmu.mm import Mm
+    from xipvm.mmu.secondary.kvm import Kvm
+    from xipvm.storm.choices import Choices
+
+MAX_CHILDREN: Final = 4
+MAX_HELD: Final = 8
+MOST_PAGES: Final = 64
+"""Of a target that is a range."""
+
+
+class Child:
+    """A forked mm and what it must read."""
+
+    def __init__(self, mm: Mm) -> None:
+        self.mm = mm
+        self.known: dict[int, bytes] = {}
+        """Contents of pages by host address."""
+
+    def check(self) -> None:
+        """Raises InternalError when a page is not what it was for this mm."""
+        for hva, content in self.known.items():
+            if self.mm.read(hva, PAGE_SIZE) != content:
+                raise InternalError(f"{self.mm.name} sees another content at {hva:#x} than its own")
+
+
+class World:
+    """The state of a storm. Raises what the operations on ``machine`` raise."""
+
+    def __init__(self, machine: Machine, choices: Choices) -> None:
+        self.machine = machine
+        self.mm = machine.mm
+        self.host = machine.host
+        self.kvm = machine.secondary
+        self.choose = choices.choose
+        self.children: list[Child] = []
+        self.held: list[int] = []
+        """Frames that have a reference of ours."""
+        self.guest: Kvm | None = None
+        """A second VM on the same mm."""
+        self.lowered = 0
+        """Operations under way that have taken rights or pages away for a moment: host accesses may fail."""
+        self.swap_pages = min(machine.memory_size >> PAGE_SHIFT, 1 << 16)
+        self.mm.swapon(self.swap_pages)
+        self.thread = HostThread(self.mm, "storm")
+
+    def end(self) -> None:
+        """Gives back what the storm holds. Children are looked at for the last time. Raises InternalError."""
+        self.thread.exit()
+        if self.guest is not None:
+            self.guest.destroy()
+            self.guest = None
+        for pfn in self.held:
+            self.mm.put_frame(pfn)
+        self.held.clear()
+        children, self.children = self.children, []
+        try:
+            for child in children:
+                child.check()
+        finally:
+            for child in children:
+                child.mm.exit()
+
+    # ---- where
+
+    def _ram_page(self, gfn: int) -> int | None:
+        """The host address of guest frame ``gfn``, None unless it is RAM."""
+        offset = (gfn << PAGE_SHIFT) - self.machine.board.ram_base
+        return self.machine.ram + offset if 0 <= offset < self.machine.memory_size else None
+
+    def _mapped_page(self) -> int:
+        """A page of RAM that is mapped, or any when none is."""
+        first = self.machine.ram >> PAGE_SHIFT
+        count = self.machine.memory_size >> PAGE_SHIFT
+        # Guests keep most of what they use close together: go to a place whose size is chosen, too.
+        at = first + self.choose(min(count, 1 << 4 + self.choose(16, "spread")), "page")
+        if self.choose(2, "end"):
+            at = first + count - 1 - (at - first)
+        for start, end in ((at, first + count), (first, at)):
+            found = self.mm.pgd.next_present(start, end)
+            if found >= 0:
+                return found << PAGE_SHIFT
+        return at << PAGE_SHIFT
+
+    def page(self) -> int:
+        """The host address of a page of RAM, most likely one that matters to the guest just now."""
+        where = self.choose(8, "where")
+        vcpu = self.machine.vcpus[self.choose(len(self.machine.vcpus), "vcpu")]
+        found: int | None = None
+        if where < 3:
+            found = self._ram_page(vcpu.missed)
+        elif where < 5:
+            block = vcpu.engine.last_block
+            found = None if block is None else self._ram_page(block >> PAGE_SHIFT)
+        return self._mapped_page() if found is None else found
+
+    def target(self) -> tuple[int, int]:
+        """Bytes ``[start, end)`` of RAM: a page, or some around it."""
+        page = self.page()
+        if self.choose(2, "shape") == 0:
+            return page, page + PAGE_SIZE
+        before = self.choose(MOST_PAGES // 2, "before")
+        behind = self.choose(MOST_PAGES // 2, "behind") + 1
+        ram = self.machine.ram
+        start = max(page - before * PAGE_SIZE, ram)
+        return start, min(page + behind * PAGE_SIZE, ram + self.machine.memory_size)
+
+    def area(self) -> tuple[int, int]:
+        """As :meth:`target`, but within one area of the mm. Raises MmError EBUSY while the page has been moved away."""
+        start, end = self.target()
+        found = self.mm.areas_in(start, end)
+        if not found:
+            raise MmError(errno.EBUSY, f"{start:#x} is away just now")
+        return max(start, found[0].start), min(end, found[0].end)
+
+    def frames(self, start: int, end: int) -> list[int]:
+        """The arena frames that are mapped in ``[start, end)``, ascending by address."""
+        found = dict.fromkeys(
+            pte_pfn(entry)
+            for _, entry in self.mm.pgd.entries(start >> PAGE_SHIFT, end >> PAGE_SHIFT)
+            if entry & MAPPED and not entry & SPECIAL
+        )
+        return list(found)
+
+    # ---- children
+
+    @contextmanager
+    def child(self) -> Iterator[Child]:
+        """One of the children, which nobody else uses meanwhile: a process does not end in the middle of a system call.
+
+        Raises MmError ECHILD when there is none.
+        """
+        if not self.children:
+            raise MmError(errno.ECHILD, "no child of the storm is at rest")
+        child = self.children.pop(self.choose(len(self.children), "child"))
+        try:
+            yield child
+        finally:
+            if not child.mm.dead:
+                self.children.append(child)
+
+    @contextmanager
+    def adopted(self, child: Child) -> Iterator[None]:
+        """A new child joins the others at the end of the context, whatever happens in it."""
+        try:
+            yield
+        finally:
+            self.children.append(child)
+
+    def retire(self, child: Child) -> None:
+        """A child, which is in use, ends; what it knew must have been right to the last. Raises InternalError."""
+        try:
+            child.check()
+        finally:
+            child.mm.exit()
