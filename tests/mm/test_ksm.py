@@ -128,6 +128,14 @@ def test_unmergeable_gives_every_place_its_own(mm: Mm, host: HostMemory, area: i
     assert mm.ksm_scan() == 0
 
 
+def test_the_way_back_keeps_soft_dirty_bits(mm: Mm, area: int) -> None:
+    mm.clear_refs(4)
+    mm.write(area, b"a")
+    mm.ksm_scan()
+    mm.madvise(area, 6 * PAGE, MADV_UNMERGEABLE)
+    assert mm.soft_dirty(area, area + 6 * PAGE) == [(area, area + PAGE)]
+
+
 def test_scanning_stops_when_enough_is_shared(mm: Mm, area: int) -> None:
     assert mm.ksm_scan(until_sharing=1) >= 1
     assert mm.ksm_scan(until_sharing=1000) == 3  # and does not go on for ever

@@ -75,7 +75,7 @@ def _reuse(mm: Mm, area: Vma, hva: int, entry: int) -> None:
 def wp_page_copy(mm: Mm, area: Vma, hva: int, entry: int, *, unshare: bool = False) -> bool:
     """Replaces the page of ``entry`` by a writable copy; False when the entry changed meanwhile.
 
-    ``unshare``: the copy is exclusive, but read-only until somebody writes.
+    ``unshare``: the copy is exclusive, but read-only until somebody writes, and as soft-dirty as the page was.
     """
     host, page = mm.host, hva >> PAGE_SHIFT
     old = pte_pfn(entry)
@@ -93,7 +93,7 @@ def wp_page_copy(mm: Mm, area: Vma, hva: int, entry: int, *, unshare: bool = Fal
             with mm.notifiers.invalidate_range(start, start + PAGE_SIZE, RangeEvent.CLEAR):
                 if mm.pgd.get(page) == entry:
                     mm.clear_flush(start)
-                    map_new_anon(mm, area, start, new, _WRITTEN if unshare else 0)
+                    map_new_anon(mm, area, start, new, _WRITTEN & ~(entry & SOFT_DIRTY) if unshare else 0)
                     spare = old
                     if counted:
                         host.add_mapcount(old, -1)
