@@ -25,6 +25,7 @@ LRU_INACTIVE_ANON: int
 LRU_ACTIVE_ANON: int
 LRU_INACTIVE_FILE: int
 LRU_ACTIVE_FILE: int
+HUGE_PAGES: int
 POISON_FREE: int
 DEVICE_PFN: int
 DEVICE_STEP: int
@@ -52,15 +53,48 @@ class HostMemory:
     def alloc(self, zero: bool = True) -> Pfn:
         """A frame with refcount 1, zeroed if asked. Raises OutOfFrames when no more than ``watermark`` are free."""
 
+    def alloc_huge(self, zero: bool = True) -> Pfn:
+        """A compound page, ``HUGE_PAGES`` aligned frames, with refcount 1; its first frame. Raises OutOfFrames."""
+
     def put(self, pfn: int) -> bool:
-        """Drops a reference; True when that freed the frame. No effect on the zero page and device frames."""
+        """Drops a reference; True when that freed the page. No effect on the zero page and device frames."""
+
+    def put_page(self, pfn: int) -> list[tuple[int, int]]:
+        """As :meth:`put`; the run of frames that it freed, [] for none. A compound page goes as a whole."""
 
     def get(self, pfn: int) -> None:
         """Takes a reference. No effect on the zero page and device frames."""
 
     def refcount(self, pfn: int) -> int: ...
-    def mapcount(self, pfn: int) -> int: ...
-    def add_mapcount(self, pfn: int, delta: int) -> None: ...
+    def mapcount(self, pfn: int) -> int:
+        """Entries that map the frame, huge ones included."""
+
+    def add_mapcount(self, pfn: int, delta: int) -> None:
+        """Entries that map this frame alone come or go."""
+
+    def compound_head(self, pfn: int) -> Pfn:
+        """The first frame of the compound page that ``pfn`` belongs to; ``pfn`` when it belongs to none."""
+
+    def is_compound(self, pfn: int) -> bool: ...
+    def total_mapcount(self, pfn: int) -> int:
+        """Entries that map the page or a part of it; a huge one counts once."""
+
+    def entire_mapcount(self, pfn: int) -> int:
+        """Huge entries that map the compound page. InternalError for another page, as all of the following."""
+
+    def add_entire_mapcount(self, pfn: int, delta: int) -> None: ...
+    def split_mapping(self, pfn: int) -> None:
+        """One huge entry became ``HUGE_PAGES`` small ones: mapcounts and references follow."""
+
+    def split_compound(self, pfn: int, cached: bool = False) -> None:
+        """Makes ``HUGE_PAGES`` pages of a compound one that nobody maps.
+
+        Only the caller may refer to it and, if ``cached``, its page cache, once for each frame. Flags, root and place
+        in it are handed down; the caller has a reference to every page then.
+        """
+
+    def partially_mapped(self) -> list[Pfn]:
+        """Heads of compound pages of which a part is not mapped any more."""
     def flags(self, pfn: int) -> int: ...
     def set_flags(self, pfn: int, mask: int) -> None: ...
     def clear_flags(self, pfn: int, mask: int) -> None: ...

@@ -4,10 +4,14 @@ A pfn is an index into the arena, so a stale translation reads whatever the fram
 Invariants:
 
 * pfn 0 is the shared zero page (``PG_RESERVED``): never handed out, never freed, not counted.
-* A frame is free exactly when its refcount is 0; then it has no rmap and its first bytes are poison.
-* Never-used frames are handed out ascending, freed frames last in, first out. The free list is a chain of
-  differences: ``link`` of frame n is (next free frame) - (n + 1), so the zeroed metadata of a new arena
-  already is the ascending list.
+* A frame that belongs to no compound page is free exactly when its refcount is 0; then it has no rmap and its first
+  bytes are poison.
+* Freed frames are handed out last in, first out, then those of freed compound pages, then never-used ones, ascending.
+  The free list is a chain through ``link``: (previous << 32) + next, 0 for none.
+* A compound page (Linux: a folio of order 9) is ``HUGE_FRAMES`` frames that begin at a multiple of that. ``head`` of
+  all of them is the first one, which has the facts that are true of the whole: refcount, flags, mapping, index, place
+  on the LRU. So has each frame its own mapcount, of entries that map it alone, and masks; ``entire_mapcount`` of the
+  head counts huge entries. Calls by the pfn of any of its frames mean the page. It is freed as a whole.
 * Before bytes of a frame change here, ``before_write`` tells the owner of translated code (``code_hook``).
 * Frames up to ``watermark`` are not handed out: they are left for reclaim (reclaim.py), which lowers it at need.
 * A frame with a reverse map (``set_rmap``, ``map_anon``) is a page, and on one LRU list unless somebody has isolated it;
@@ -52,6 +56,8 @@ POISON_FREE = 0x6B
 DEVICE_PFN = 1 << 24
 DEVICE_STEP = 1 << 16
 ZERO_PFN = 0
+
+HUGE_PAGES = HUGE_FRAMES
 
 cdef enum:
     PAGE = 4096
@@ -104,7 +110,7 @@ cdef class HostMemory:
             raise HostMemoryError(size_bytes, f"no memory for the metadata of {self.nr_frames} frames")
         self.meta[0].refcount = 1
         self.meta[0].flags = RESERVED
-        self.free_head = 1
+        self.fresh = 1
         self.free_frames = self.nr_frames - 1
 
     def __dealloc__(self):
@@ -156,11 +162,81 @@ cdef class HostMemory:
         if self.free_frames <= self.watermark:
             return -1
         cdef uint64_t pfn = self.free_head
-        cdef FrameMeta *meta = &self.meta[pfn]
-        self.free_head = pfn + 1 + meta.link  # modulo 2**64: backward links wrap
+        cdef uint64_t i
+        if pfn == 0 and self.free_blocks:
+            pfn = self.free_blocks
+            self.free_blocks = self.meta[pfn].link
+            for i in range(<uint64_t>HUGE_FRAMES):
+                self._push_free(pfn + HUGE_FRAMES - 1 - i)
+        if pfn:
+            self._unlink_free(pfn)
+        else:
+            pfn = self.fresh
+            self.fresh += 1
         self.free_frames -= 1
+        self._prepare(pfn, zero)
+        self.meta[pfn].refcount = 1
+        return <int64_t>pfn
+
+    cdef int64_t alloc_block(self, bint zero) noexcept:
+        cdef uint64_t pfn = self.free_blocks
+        cdef uint64_t i
+        if self.free_frames < self.watermark + HUGE_FRAMES:
+            return -1
+        if pfn:
+            self.free_blocks = self.meta[pfn].link
+        else:
+            pfn = (self.fresh + HUGE_FRAMES - 1) & ~<uint64_t>(HUGE_FRAMES - 1)
+            if pfn + HUGE_FRAMES <= self.nr_frames:
+                for i in range(pfn - self.fresh):
+                    self._push_free(pfn - 1 - i)
+                self.fresh = pfn + HUGE_FRAMES
+            else:
+                pfn = self._find_block()
+                if pfn == 0:
+                    return -1
+        self.free_frames -= HUGE_FRAMES
+        for i in range(<uint64_t>HUGE_FRAMES):
+            self._prepare(pfn + i, zero)
+            self.meta[pfn + i].head = <uint32_t>pfn
+        self.meta[pfn].refcount = 1
+        return <int64_t>pfn
+
+    cdef uint64_t _find_block(self) noexcept:
+        """Takes an aligned run of freed frames out of the free list; 0 if there is none."""
+        cdef uint64_t first = HUGE_FRAMES
+        cdef uint64_t i
+        while first + HUGE_FRAMES <= self.fresh:
+            i = 0
+            while i < <uint64_t>HUGE_FRAMES and self.meta[first + i].refcount == 0 and self.meta[first + i].head == 0:
+                i += 1
+            if i == HUGE_FRAMES:
+                for i in range(<uint64_t>HUGE_FRAMES):
+                    self._unlink_free(first + i)
+                return first
+            first += HUGE_FRAMES
+        return 0
+
+    cdef void _push_free(self, uint64_t pfn) noexcept:
+        self.meta[pfn].link = self.free_head
+        if self.free_head:
+            self.meta[self.free_head].link |= pfn << 32
+        self.free_head = pfn
+
+    cdef void _unlink_free(self, uint64_t pfn) noexcept:
+        cdef uint64_t previous = self.meta[pfn].link >> 32
+        cdef uint64_t next = self.meta[pfn].link & <uint64_t>0xFFFFFFFF
+        if previous:
+            self.meta[previous].link = (self.meta[previous].link >> 32 << 32) | next
+        else:
+            self.free_head = next
+        if next:
+            self.meta[next].link = (self.meta[next].link & <uint64_t>0xFFFFFFFF) | previous << 32
+
+    cdef void _prepare(self, uint64_t pfn, bint zero) noexcept:
+        """A frame that was free is to be used."""
+        cdef FrameMeta *meta = &self.meta[pfn]
         meta.link = 0
-        meta.refcount = 1
         meta.turns = 0
         if meta.flags & USED:
             # Nobody should have executed a free frame; a defective secondary MMU may have.
@@ -169,29 +245,42 @@ cdef class HostMemory:
             if zero:
                 memset(self.base + pfn * PAGE, 0, PAGE)
         meta.flags = USED
-        return <int64_t>pfn
 
-    cdef bint put_frame(self, uint64_t pfn) noexcept:
-        if pfn >= self.nr_frames:
-            return False
+    cdef void _retire(self, uint64_t pfn) noexcept:
+        """A frame is free from now on."""
         cdef FrameMeta *meta = &self.meta[pfn]
-        if meta.flags & RESERVED or meta.refcount <= 0:
-            return False
-        meta.refcount -= 1
-        if meta.refcount:
-            return False
-        if meta.flags & LRU:
-            self.lru_del(pfn)
         if meta.x_mask | meta.code_mask:
             self.before_write(pfn)
         memset(self.base + pfn * PAGE, POISON, self.poison_bytes)
         meta.flags = USED
         meta.mapping = 0
         meta.index = 0
-        meta.link = self.free_head - (pfn + 1)
-        self.free_head = pfn
-        self.free_frames += 1
-        return True
+        meta.head = 0
+
+    cdef uint64_t put_frame(self, uint64_t pfn) noexcept:
+        if pfn >= self.nr_frames:
+            return 0
+        cdef FrameMeta *meta = folio_of(self.meta, pfn)
+        cdef uint64_t i
+        if meta.flags & RESERVED or meta.refcount <= 0:
+            return 0
+        meta.refcount -= 1
+        if meta.refcount:
+            return 0
+        pfn = meta - self.meta
+        if meta.flags & LRU:
+            self.lru_del(pfn)
+        if not meta.head:
+            self._retire(pfn)
+            self._push_free(pfn)
+            self.free_frames += 1
+            return 1
+        for i in range(<uint64_t>HUGE_FRAMES):
+            self._retire(pfn + i)
+        meta.link = self.free_blocks
+        self.free_blocks = pfn
+        self.free_frames += HUGE_FRAMES
+        return HUGE_FRAMES
 
     cdef void before_write(self, uint64_t pfn) noexcept:
         cdef FrameMeta *meta = self.meta_of(pfn)
@@ -235,6 +324,16 @@ cdef class HostMemory:
             raise IndexError(f"pfn {pfn:#x} is no frame")
         return meta
 
+    cdef FrameMeta *_folio(self, uint64_t pfn) except NULL:
+        cdef FrameMeta *meta = self._checked(pfn)
+        return &self.meta[meta.head] if meta.head else meta
+
+    cdef FrameMeta *_compound(self, uint64_t pfn) except NULL:
+        cdef FrameMeta *meta = self._folio(pfn)
+        if not meta.head:
+            raise InternalError(f"frame {pfn:#x} belongs to no compound page")
+        return meta
+
     # ---- allocation and reference counting ----
 
     def alloc(self, bint zero=True):
@@ -243,16 +342,29 @@ cdef class HostMemory:
             raise OutOfFrames(f"no frame to spare of {self.nr_frames}")
         return pfn
 
+    def alloc_huge(self, bint zero=True):
+        cdef int64_t pfn = self.alloc_block(zero)
+        if pfn < 0:
+            raise OutOfFrames(f"no {HUGE_FRAMES} aligned frames to spare of {self.nr_frames}")
+        return pfn
+
     def put(self, uint64_t pfn):
-        cdef FrameMeta *meta = self._checked(pfn)
+        cdef FrameMeta *meta = self._folio(pfn)
         if meta.flags & (RESERVED | DEVICE):
             return False
         if meta.refcount <= 0:
             raise InternalError(f"put of the free frame {pfn:#x}")
-        return self.put_frame(pfn)
+        return self.put_frame(pfn) != 0
+
+    def put_page(self, uint64_t pfn):
+        cdef FrameMeta *meta = self._checked(pfn)
+        cdef uint64_t head = meta.head
+        if not self.put(pfn):
+            return []
+        return [(head, HUGE_FRAMES)] if head else [(pfn, 1)]
 
     def get(self, uint64_t pfn):
-        cdef FrameMeta *meta = self._checked(pfn)
+        cdef FrameMeta *meta = self._folio(pfn)
         if meta.flags & (RESERVED | DEVICE):
             return
         if meta.refcount <= 0:
@@ -260,32 +372,36 @@ cdef class HostMemory:
         meta.refcount += 1
 
     def refcount(self, uint64_t pfn):
-        return self._checked(pfn).refcount
+        return self._folio(pfn).refcount
 
     def mapcount(self, uint64_t pfn):
-        return self._checked(pfn).mapcount
+        cdef FrameMeta *meta = self._checked(pfn)
+        return meta.mapcount + (self.meta[meta.head].entire_mapcount if meta.head else 0)
 
     # ---- flags and reverse mapping ----
 
     def flags(self, uint64_t pfn):
-        return self._checked(pfn).flags
+        return self._folio(pfn).flags
 
     def set_flags(self, uint64_t pfn, uint32_t mask):
-        self._checked(pfn).flags |= mask
+        self._folio(pfn).flags |= mask
 
     def clear_flags(self, uint64_t pfn, uint32_t mask):
-        self._checked(pfn).flags &= ~mask
+        self._folio(pfn).flags &= ~mask
 
     def mapping(self, uint64_t pfn):
-        return self._checked(pfn).mapping
+        return self._folio(pfn).mapping
 
     def index(self, uint64_t pfn):
-        return self._checked(pfn).index
+        cdef FrameMeta *meta = self._checked(pfn)
+        return self.meta[meta.head].index + (pfn - meta.head) if meta.head else meta.index
 
     def set_rmap(self, uint64_t pfn, uint32_t mapping, uint64_t index):
-        cdef FrameMeta *meta = self._checked(pfn)
+        cdef FrameMeta *meta = self._folio(pfn)
         meta.mapping = mapping
-        meta.index = index
+        meta.index = index if not meta.head or mapping == 0 else index - (pfn - meta.head)
+        if meta.head:
+            pfn = meta.head
         if meta.flags & (RESERVED | DEVICE):
             return
         if mapping == 0:
@@ -301,23 +417,100 @@ cdef class HostMemory:
         if meta.mapcount + delta < 0:
             raise InternalError(f"mapcount of frame {pfn:#x} would be {meta.mapcount + delta}")
         meta.mapcount += delta
+        if meta.head:
+            self.meta[meta.head].large_mapcount += delta
+
+    # ---- compound pages ----
+
+    def compound_head(self, uint64_t pfn):
+        cdef FrameMeta *meta = self._checked(pfn)
+        return meta.head if meta.head else pfn
+
+    def is_compound(self, uint64_t pfn):
+        return self._checked(pfn).head != 0
+
+    def total_mapcount(self, uint64_t pfn):
+        cdef FrameMeta *meta = self._folio(pfn)
+        return meta.large_mapcount if meta.head else meta.mapcount
+
+    def entire_mapcount(self, uint64_t pfn):
+        return self._compound(pfn).entire_mapcount
+
+    def add_entire_mapcount(self, uint64_t pfn, int32_t delta):
+        cdef FrameMeta *meta = self._compound(pfn)
+        if meta.flags & RESERVED:
+            return
+        if meta.entire_mapcount + delta < 0:
+            raise InternalError(f"entire mapcount of frame {pfn:#x} would be {meta.entire_mapcount + delta}")
+        meta.entire_mapcount += delta
+        meta.large_mapcount += delta
+
+    def split_mapping(self, uint64_t pfn):
+        cdef FrameMeta *meta = self._compound(pfn)
+        cdef uint64_t i
+        if meta.flags & RESERVED:
+            return
+        if meta.entire_mapcount <= 0:
+            raise InternalError(f"no huge entry maps frame {pfn:#x}")
+        for i in range(<uint64_t>HUGE_FRAMES):
+            self.meta[meta.head + i].mapcount += 1
+        meta.entire_mapcount -= 1
+        meta.large_mapcount += HUGE_FRAMES - 1
+        meta.refcount += HUGE_FRAMES - 1
+
+    def split_compound(self, uint64_t pfn, bint cached=False):
+        cdef FrameMeta *meta = self._compound(pfn)
+        cdef uint64_t head = meta.head
+        cdef uint64_t i
+        cdef FrameMeta *page
+        if meta.large_mapcount or meta.refcount != 1 + (HUGE_FRAMES if cached else 0):
+            raise InternalError(f"compound page {head:#x} is in use: refcount {meta.refcount}, "
+                                f"mapcount {meta.large_mapcount}")
+        for i in range(<uint64_t>HUGE_FRAMES):
+            page = &self.meta[head + i]
+            page.head = 0
+            page.refcount = 2 if cached else 1
+            if i:
+                page.flags = meta.flags & ~<uint32_t>LRU
+                page.mapping = meta.mapping
+                page.index = meta.index + i if meta.mapping else 0
+                if page.mapping:
+                    self.lru_add(head + i, <int>((meta.flags >> LIST_SHIFT) & 3))
+
+    def partially_mapped(self):
+        cdef uint64_t head = HUGE_FRAMES
+        cdef uint64_t i
+        cdef FrameMeta *meta
+        found = []
+        while head + HUGE_FRAMES <= self.fresh:
+            meta = &self.meta[head]
+            if meta.head and meta.large_mapcount and not meta.entire_mapcount:
+                for i in range(<uint64_t>HUGE_FRAMES):
+                    if self.meta[head + i].mapcount == 0:
+                        found.append(head)
+                        break
+            head += HUGE_FRAMES
+        return found
 
     # ---- LRU lists ----
 
     def lru_move(self, uint64_t pfn, int list):
         if not 0 <= list < 4:
             raise ValueError(f"there is no LRU list {list}")
-        cdef FrameMeta *meta = self._checked(pfn)
+        cdef FrameMeta *meta = self._folio(pfn)
         if meta.flags & (RESERVED | DEVICE) or meta.refcount <= 0:
             raise InternalError(f"frame {pfn:#x} is no page for an LRU list")
+        if meta.head:
+            pfn = meta.head
         if meta.flags & LRU:
             self.lru_del(pfn)
         self.lru_add(pfn, list)
 
     def lru_isolate(self, uint64_t pfn):
-        if not self._checked(pfn).flags & LRU:
+        cdef FrameMeta *meta = self._folio(pfn)
+        if not meta.flags & LRU:
             return False
-        self.lru_del(pfn)
+        self.lru_del(meta.head if meta.head else pfn)
         return True
 
     def lru_tail(self, int list):
@@ -329,7 +522,7 @@ cdef class HostMemory:
     def lru_pages(self, int list):
         cdef uint64_t pfn = self.lists[list & 3].head
         pages = []
-        while pfn and len(pages) <= self.nr_frames:
+        while pfn and <uint64_t>len(pages) <= self.nr_frames:
             pages.append(pfn)
             pfn = self.meta[pfn].link & <uint64_t>0xFFFFFFFF
         return pages
@@ -388,7 +581,9 @@ cdef class HostMemory:
 
         fields = numpy.dtype(
             [("refcount", "i4"), ("mapcount", "i4"), ("flags", "u4"), ("mapping", "u4"), ("index", "u8"),
-             ("w_mask", "u4"), ("x_mask", "u4"), ("code_mask", "u4"), ("turns", "u4"), ("link", "u8")]
+             ("w_mask", "u4"), ("x_mask", "u4"), ("code_mask", "u4"), ("turns", "u4"), ("link", "u8"),
+             ("head", "u4"), ("entire_mapcount", "i4"), ("large_mapcount", "i4")],
+            align=True,
         )
         return numpy.frombuffer(self._window(self.meta, self.nr_frames * sizeof(FrameMeta)), dtype=fields)
 

@@ -14,6 +14,7 @@ cdef class PageTable:
     cdef uint64_t *ensure(self, uint64_t index) except NULL # allocates tables on the way; then store(), same rule
     cdef uint64_t load(self, uint64_t index) noexcept       # 0 when empty
     cdef uint64_t store(self, uint64_t index, uint64_t entry) except? 0     # returns the old entry
+    cdef uint64_t *pmd(self, uint64_t index) except? NULL   # the level-2 entry over `index`, NULL without a table for it
     cdef int check_range(self, uint64_t start, uint64_t end) except -1
 
 cdef class Gather:

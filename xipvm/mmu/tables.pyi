@@ -20,6 +20,9 @@ class PageTable:
     def get(self, index: int) -> int:
         """The entry that maps page ``index``, a huge one included; 0 when empty."""
 
+    def pte(self, index: int) -> int:
+        """As :meth:`get`, but of a huge entry what it says of this one page: the page's own pfn, and HUGE."""
+
     def set(self, index: int, entry: int) -> int:
         """Stores ``entry`` (0 clears it) and returns the old one. A huge entry wants its first page as index.
 
@@ -28,6 +31,24 @@ class PageTable:
 
     def cmpxchg(self, index: int, old: int, new: int) -> bool:
         """Stores ``new`` if the entry is ``old``; whether it was."""
+
+    def pmd_none(self, index: int) -> bool:
+        """Whether the aligned 512 pages around ``index`` have neither entries nor a huge one."""
+
+    def huge(self, index: int) -> int:
+        """The huge entry that maps page ``index``, 0 if none does."""
+
+    def split_huge(self, index: int, first: int, step: int = 1) -> None:
+        """Puts 512 small entries in place of the huge one over ``index``: ``first``, then each pfn ``step`` further.
+
+        Counts of frames are the caller's business. InternalError when there is no huge entry.
+        """
+
+    def detach(self, index: int) -> list[int]:
+        """Takes away the 512 entries around ``index``, which it returns ([] when all were empty). None is huge."""
+
+    def attach(self, index: int, entries: list[int]) -> None:
+        """Puts back what :meth:`detach` took; nothing may be there."""
 
     def next_present(self, start: int, end: int) -> int:
         """First page of [start, end) with an entry, -1 if none."""
@@ -100,7 +121,9 @@ class PageTable:
 
         Each counted frame loses a mapcount, takes over the dirty and accessed bits (file pages) and goes into
         ``gather``. ``keep_anon`` leaves private copies alone, ``keep_markers`` markers. Swap and migration entries go,
-        too; the slots of the former are left in ``gather.swaps``. No huge entry may be in the range.
+        too; the slots of the former are left in ``gather.swaps``. A huge entry goes as a whole.
+
+        This, ``protect`` and ``copy_to`` raise InternalError when a huge entry is only in part in the range.
         """
 
 class GupPage:
@@ -113,7 +136,7 @@ class GupPage:
     def __hash__(self) -> int: ...
 
 class Gather:
-    """Frames whose last reference is dropped only after the primary TLB flush."""
+    """Pages whose last reference is dropped only after the primary TLB flush; one entry for each mapping that went."""
 
     count: int
     swaps: list[int] | None

@@ -10,17 +10,20 @@ Invariants:
 * A table whose last entry goes is freed at once (the root excepted), so walks cost what is mapped,
   not what is addressable.
 * An intermediate entry is (table number << 12) | 1.
+* A huge entry is one entry: it counts once, and an operation on a part of the pages that it maps is refused
+  (InternalError: whoever calls splits it first), except for those that only look and for ``zap`` and the changes of
+  bits, which take it as a whole.
 """
 
 cimport cython
-from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport int32_t, int64_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport free, realloc
 from libc.string cimport memset
 from posix.mman cimport MAP_ANONYMOUS, MAP_FAILED, MAP_PRIVATE, PROT_READ, PROT_WRITE, mmap
 
 from xipvm.errors import InternalError, OutOfFrames
 
-from xipvm.mmu.frames cimport FrameMeta, HostMemory
+from xipvm.mmu.frames cimport FrameMeta, HostMemory, folio_of
 from xipvm.mmu.pte cimport (
     PTE_ACCESSED,
     PTE_ANON,
@@ -208,12 +211,13 @@ cdef class Segments:
         self.done = []
 
     cdef int add(self, uint64_t page, uint64_t flags) except -1:
+        cdef uint64_t end = page + (ENTRIES if flags & HUGE else 1)
         flags &= 0xFFF & ~(PTE_ACCESSED | PTE_DIRTY)
         if self.end and flags == self.flags:
-            self.end = page + 1
+            self.end = end
             return 0
         self.take()
-        self.start, self.end, self.flags = page, page + 1, flags
+        self.start, self.end, self.flags = page, end, flags
         return 0
 
     cdef list take(self):
@@ -363,6 +367,13 @@ cdef class PageTable:
     def get(self, uint64_t index):
         return self.load(index)
 
+    def pte(self, uint64_t index):
+        cdef int level
+        cdef uint64_t *slot = self.lookup(index, &level)
+        if slot == NULL:
+            return 0
+        return slot[0] + ((index & (ENTRIES - 1)) << 12) if level == 2 else slot[0]
+
     def set(self, uint64_t index, uint64_t entry):
         return self.store(index, entry)
 
@@ -371,6 +382,71 @@ cdef class PageTable:
             return False
         self.store(index, new)
         return True
+
+    # ---- tables and huge entries ----
+
+    cdef uint64_t *pmd(self, uint64_t index) except? NULL:
+        cdef uint64_t *table = self.root
+        cdef uint64_t entry
+        cdef int at = self.levels
+        if index >> (9 * at):
+            raise IndexError(f"page {index:#x} is beyond a table of {self.levels} levels")
+        while at > 2:
+            entry = table[(index >> (9 * (at - 1))) & (ENTRIES - 1)]
+            if entry == 0:
+                return NULL
+            table = child_of(entry)
+            at -= 1
+        return table + ((index >> 9) & (ENTRIES - 1))
+
+    def pmd_none(self, uint64_t index):
+        cdef uint64_t *slot = self.pmd(index)
+        return slot == NULL or slot[0] == 0
+
+    def huge(self, uint64_t index):
+        cdef uint64_t *slot = self.pmd(index)
+        return slot[0] if slot != NULL and slot[0] & HUGE else 0
+
+    def split_huge(self, uint64_t index, uint64_t first, uint64_t step=1):
+        cdef uint64_t *slot = self.pmd(index)
+        cdef uint64_t *table
+        cdef uint64_t i
+        if slot == NULL or not slot[0] & HUGE:
+            raise InternalError(f"page {index:#x} lies in no huge entry")
+        if first == 0 or first & HUGE:
+            raise InternalError(f"page {index:#x}: {first:#x} is no small entry")
+        table = alloc_table()
+        for i in range(<uint64_t>ENTRIES):
+            table[i] = first + ((i * step) << 12)
+        fill_of(table)[0] = ENTRIES
+        slot[0] = (<uint64_t>number_of(table) << 12) | 1
+        self.tables += 1
+        self.present += ENTRIES - 1
+
+    def detach(self, uint64_t index):
+        cdef uint64_t *slot = self.pmd(index)
+        cdef uint64_t *table
+        cdef list entries
+        cdef uint64_t i
+        if slot == NULL or slot[0] == 0:
+            return []
+        if slot[0] & HUGE:
+            raise InternalError(f"page {index:#x} lies in a huge entry: there is no table")
+        table = child_of(slot[0])
+        entries = [table[i] for i in range(<uint64_t>ENTRIES)]
+        self.zap(index & ~<uint64_t>(ENTRIES - 1), (index | (ENTRIES - 1)) + 1, False)
+        return entries
+
+    def attach(self, uint64_t index, list entries not None):
+        cdef uint64_t first = index & ~<uint64_t>(ENTRIES - 1)
+        cdef uint64_t i
+        if len(entries) not in (0, ENTRIES):
+            raise InternalError(f"{len(entries)} entries are no table")
+        if not self.pmd_none(index):
+            raise InternalError(f"page {index:#x}: there is a table already")
+        for i in range(<uint64_t>len(entries)):
+            if entries[i]:
+                self.store(first + i, entries[i])
 
     # ---- ranges ----
 
@@ -556,6 +632,18 @@ cdef int walk(PageTable tree, uint64_t *table, int level, uint64_t base, Pass *t
     return 0
 
 
+cdef inline void count_mapping(HostMemory host, uint64_t pfn, FrameMeta *folio, int level, int32_t delta) noexcept:
+    """An entry of ``level`` that maps ``pfn`` comes or goes."""
+    if not folio.head:
+        folio.mapcount += delta
+        return
+    folio.large_mapcount += delta
+    if level == 2:
+        folio.entire_mapcount += delta
+    else:
+        host.meta[pfn].mapcount += delta
+
+
 cdef inline int leaf(PageTable tree, uint64_t *table, uint64_t i, int level, uint64_t page, Pass *todo,
                      Gather gather, PageTable child, Segments parts) except -1:
     cdef uint64_t entry = table[i]
@@ -571,8 +659,8 @@ cdef inline int leaf(PageTable tree, uint64_t *table, uint64_t i, int level, uin
             table[i] = (entry & todo.keep) | todo.add
             todo.changed += 1
         return 0
-    if level == 2 and todo.verb != ZAP:
-        raise InternalError(f"page {page:#x}: a huge entry is not worked on page by page, split it first")
+    if level == 2 and todo.verb != ZAP and (page < todo.start or page + ENTRIES > todo.end):
+        raise InternalError(f"page {page:#x}: a huge entry is not worked on in part, split it first")
     if todo.verb == PROTECT:
         if not entry & (PTE_PRESENT | PTE_PROTNONE):
             if entry & PTE_MIGRATION:  # a fault will raise what it may
@@ -590,6 +678,8 @@ cdef inline int leaf(PageTable tree, uint64_t *table, uint64_t i, int level, uin
                 todo.flushes += 1
         return 0
     if todo.verb == COPY:
+        if level == 2 and not entry & (PTE_ANON | PTE_SPECIAL):
+            return 0  # of a file: a fault will map it
         if not entry & (PTE_PRESENT | PTE_PROTNONE):
             if entry & (PTE_SWAP | PTE_MIGRATION) and todo.cow:
                 table[i] = entry = entry & ~<uint64_t>(PTE_WRITE | PTE_EXCLUSIVE)
@@ -606,9 +696,9 @@ cdef inline int leaf(PageTable tree, uint64_t *table, uint64_t i, int level, uin
                 todo.changed += 1
         child.store(page, entry & ~<uint64_t>PTE_ACCESSED)
         if not entry & PTE_SPECIAL:
-            meta = &gather.host.meta[pfn]
+            meta = folio_of(gather.host.meta, pfn)
             meta.refcount += 1
-            meta.mapcount += 1
+            count_mapping(gather.host, pfn, meta, level, 1)
         return 0
     if todo.verb == ZAP_MAPPED:
         if not entry & (PTE_PRESENT | PTE_PROTNONE):
@@ -628,8 +718,8 @@ cdef inline int leaf(PageTable tree, uint64_t *table, uint64_t i, int level, uin
             return 0
         if not entry & PTE_SPECIAL:
             gather.add(pfn)
-            meta = &gather.host.meta[pfn]
-            meta.mapcount -= 1
+            meta = folio_of(gather.host.meta, pfn)
+            count_mapping(gather.host, pfn, meta, level, -1)
             if not entry & PTE_ANON:
                 if entry & PTE_DIRTY:
                     meta.flags |= PG_DIRTY
@@ -675,14 +765,15 @@ cdef class Gather:
     def free_all(self, bint runs=True):
         """Last gathered first, so that frames come back in the order in which they had been handed out."""
         cdef Runs freed
-        cdef uint64_t pfn
+        cdef uint64_t pfn, count
         memset(&freed, 0, sizeof(freed))
         while self.count:
             self.count -= 1
             pfn = self.pfns[self.count]
-            if self.host.meta[pfn].refcount <= 0:
+            if folio_of(self.host.meta, pfn).refcount <= 0:
                 free(freed.pairs)
                 raise InternalError(f"put of the free frame {pfn:#x}")
-            if self.host.put_frame(pfn) and runs:
-                add_run(&freed, pfn, 1)
+            count = self.host.put_frame(pfn)
+            if count and runs:
+                add_run(&freed, pfn & ~(count - 1), count)
         return take_runs(&freed)
