@@ -106,6 +106,9 @@ def cli() -> None:
     help="What guest time is: retired instructions (repeatable) or the host's time (faster).",
 )
 @click.option("--trace", metavar="FILE", help="Record everything that happens; see 'xipvm trace show'.")
+@click.option(
+    "--check", is_flag=True, help="Judge every event as 'xipvm check' does; end with status 1 at the first error."
+)
 @click.option("--timeout", type=SECONDS, help="End the run after so many seconds, with status 124.")
 @click.option(
     "--max-instructions",
@@ -168,6 +171,21 @@ def conform(paths: tuple[str, ...], detail: bool, skip_unsupported: bool, as_jso
     from xipvm.cli.conform import conform as replay_all
 
     return replay_all(list(paths), detail=detail, skip_unsupported=skip_unsupported, as_json=as_json)
+
+
+@cli.command()
+@click.argument("paths", metavar="TRACE...", nargs=-1, required=True)
+@click.option("--invariant", "invariants", multiple=True, metavar="NAME", help="Only this one, such as I5.")
+@click.option("--json", "as_json", is_flag=True, help="One line of JSON a trace.")
+def check(paths: tuple[str, ...], invariants: tuple[str, ...], as_json: bool) -> int:
+    """Judge recorded runs: was every translation invalidated before its page was reused?
+
+    The exit status is 0 when no invariant is broken, 1 when one is, 2 when a file is no trace. 'xipvm run --check'
+    judges a run while it goes on.
+    """
+    from xipvm.cli.check import check_traces
+
+    return check_traces(paths, invariants, as_json=as_json)
 
 
 @cli.group(no_args_is_help=False)

@@ -15,6 +15,7 @@ from xipvm.trace.funnel import Trace
 from xipvm.trace.history import History
 
 if TYPE_CHECKING:
+    from xipvm.check import Oracle, Violation
     from xipvm.trace.recorder import Recorder
 
 
@@ -28,6 +29,7 @@ def run_guest(
     secondary: str,
     clock: str,
     trace: str | None,
+    check: bool,
     timeout: float | None,
     max_instructions: int | None,
     input_file: str | None,
@@ -51,6 +53,16 @@ def run_guest(
     history = History()
     funnel.attach(history)
     machine: Machine | None = None
+    oracle: Oracle | None = None
+    if check:
+        from xipvm.check import Oracle
+
+        def broken(violation: Violation) -> None:
+            if machine is not None:
+                machine.request_exit("check", 1)
+
+        oracle = Oracle(stop=broken)
+        funnel.attach(oracle)
 
     def trace_failed(error: TraceFileError) -> None:
         if machine is None:
@@ -83,8 +95,11 @@ def run_guest(
                 machine.history = history
                 result = machine.run(timeout=timeout, max_instructions=max_instructions, until=until)
                 notes = () if machine.placement is None else machine.placement.notes
+                # Closing takes everything away at once, in no order.
                 if recorder is not None:
                     funnel.detach(recorder)
+                if oracle is not None:
+                    funnel.detach(oracle)
         finally:
             if recorder is not None:
                 if machine is None:
@@ -97,12 +112,19 @@ def run_guest(
         _say(result.report.render())
         for note in notes:
             _say(f"note: {note}")
+    if oracle is not None:
+        for violation in oracle.violations:
+            _say(violation.render())
     if not quiet:
         _summarise(result)
+        if oracle is not None:
+            _say(f"xipvm: {oracle.events} events checked, {len(oracle.violations)} violations")
         if until is not None and result.reason != "until":
             _say(f"xipvm: {until!r} did not come after the input")
     if recorder is not None and recorder.error is not None:
         raise recorder.error
+    if oracle is not None and oracle.violations:
+        return 1
     return result.status if 0 <= result.status <= 255 else (result.status & 0xFF or 1)
 
 
@@ -154,6 +176,7 @@ _ENDINGS = {
     "crash": "the guest crashed",
     "quit": "ended from the console",
     "interrupted": "interrupted",
+    "check": "the oracle stopped it",
     "trace": "the trace could not be written",
 }
 

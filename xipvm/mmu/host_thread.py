@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 from typing import TYPE_CHECKING
 
-from xipvm.address import PAGE_SHIFT
+from xipvm.address import PAGE_MASK, PAGE_SHIFT
 from xipvm.errors import MmError
 from xipvm.mmu.fault import handle_mm_fault
 from xipvm.mmu.file import VmFault
@@ -48,6 +48,8 @@ class HostThread:
     def exit(self) -> None:
         """The thread ends; its CPU forgets everything."""
         self.tlb.clear()
+        if self.mm.trace.on:
+            self.mm.trace.emit("host_tlb_drop", mm=self.mm.name, hva=None, thread=self.name)
         if self in self.mm.threads:
             self.mm.threads.remove(self)
 
@@ -91,8 +93,19 @@ class HostThread:
                 entry |= ACCESSED | (DIRTY if write else 0)
                 mm.pgd.set(page, entry)
                 self.tlb[page] = entry
+                if mm.trace.on:
+                    rights, thread = "rw" if entry & WRITE else "r", self.name
+                    mm.trace.emit(
+                        "host_tlb_insert",
+                        mm=mm.name,
+                        hva=hva & PAGE_MASK,
+                        pfn=pte_pfn(entry),
+                        rights=rights,
+                        thread=thread,
+                    )
                 return entry
-            self.tlb.pop(page, None)  # a CPU drops the translation it faulted on
+            if self.tlb.pop(page, None) is not None and mm.trace.on:  # a CPU drops the translation it faulted on
+                mm.trace.emit("host_tlb_drop", mm=mm.name, hva=hva & PAGE_MASK, thread=self.name)
             mm.check_alive(f"access of {self.name}")
             fault = handle_mm_fault(mm, hva, write)
             if fault:

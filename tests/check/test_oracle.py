@@ -1,0 +1,260 @@
+"""Every invariant is broken here by events that break it, and by nothing that merely looks like it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from xipvm.check import INVARIANTS, Oracle
+from xipvm.errors import BadInput
+from xipvm.trace.funnel import Trace
+
+PAGE = 0x1000
+HVA = 0x7000_0000
+PFN, OTHER = 0x20, 0x21
+GFN = 0x40000
+READ, WRITE = 1, 3
+"""Flags of a primary entry: present, and writable as well."""
+
+
+class Story:
+    """An mm with one page, behind one guest frame of vm0 that vcpu0 has in its TLB; then whatever a test tells."""
+
+    def __init__(self, invariants: tuple[str, ...] = tuple(INVARIANTS)) -> None:
+        self.trace = Trace()
+        self.oracle = Oracle(invariants)
+        self.trace.attach(self.oracle)
+        self.emit = self.trace.emit
+        self.emit("mmu_notifier_register", mm="mm0", notifier="vm0")
+        self.emit("memslot_set", vm="vm0", slot=0, gfn=GFN, pages=16, hva=HVA, flags=0)
+        self.emit("page_alloc", pfn=PFN)
+        self.set_pte(PFN)
+        self.set_spte(PFN)
+        self.emit("tlb_insert", vcpu=0, gfn=GFN, pfn=PFN, rights="rw")
+
+    def set_pte(self, pfn: int, flags: int = WRITE, page: int = 0) -> None:
+        self.emit("pte_set", mm="mm0", hva=HVA + page * PAGE, pfn=pfn, flags=flags)
+
+    def set_spte(self, pfn: int, rights: str = "rwx", page: int = 0) -> None:
+        self.emit("spte_set", vm="vm0", gfn=GFN + page, pfn=pfn, rights=rights)
+
+    def clear(self, pfn: int = PFN) -> None:
+        self.emit("pte_clear", mm="mm0", start=HVA, end=HVA + PAGE, pages=[(pfn, 1)])
+
+    def start(self, id: int = 1, pages: int = 1) -> None:
+        """A start that has returned: its actor goes on with something else."""
+        end = HVA + pages * PAGE
+        self.emit("mmu_notifier_invalidate_range_start", mm="mm0", start=HVA, end=end, event="CLEAR", range=id)
+        self.emit("host_access", mm="mm0", hva=0, access="read", thread="t")
+
+    def end(self, id: int = 1) -> None:
+        end = HVA + PAGE
+        self.emit("mmu_notifier_invalidate_range_end", mm="mm0", start=HVA, end=end, event="CLEAR", range=id)
+
+    def zap(self) -> None:
+        self.emit("spte_zap", vm="vm0", start=GFN, end=GFN + 1, pages=[(PFN, 1)])
+
+    def flush(self) -> None:
+        self.emit("tlb_flush", vcpu=0, reason="mmu_notifier")
+
+    def free(self, pfn: int = PFN) -> None:
+        self.emit("page_free", pages=[(pfn, 1)])
+
+    def broken(self) -> list[str]:
+        return [violation.invariant for violation in self.oracle.violations]
+
+
+@pytest.fixture
+def story() -> Iterator[Story]:
+    told = Story()
+    assert told.broken() == []
+    yield told
+    for violation in told.oracle.violations:
+        assert violation.history[-1] is violation.event
+        assert violation.render().startswith(f"{violation.invariant} broken at event #{violation.event.seq}: ")
+
+
+def test_the_right_order_is_not_flagged(story: Story) -> None:
+    story.start()
+    story.zap()
+    story.flush()
+    story.clear()
+    story.end()
+    story.emit("primary_tlb_flush", mm="mm0", start=HVA, end=HVA + PAGE)
+    story.free()
+    story.oracle.finish()
+    assert story.broken() == []
+    assert {name for name, count in story.oracle.checks.items() if count} >= {"I1", "I3", "I4", "I5", "I6", "I10"}
+
+
+def test_a_change_that_nobody_was_told_of(story: Story) -> None:
+    story.zap()
+    story.flush()
+    story.clear()
+    assert story.broken() == ["I1"]
+
+
+def test_a_change_beside_the_range(story: Story) -> None:
+    story.set_pte(OTHER, page=1)
+    story.start()
+    story.emit("pte_clear", mm="mm0", start=HVA + PAGE, end=HVA + 2 * PAGE, pages=[(OTHER, 1)])
+    assert story.broken() == ["I1"]
+
+
+def test_more_rights_need_no_range(story: Story) -> None:
+    story.set_pte(OTHER, READ, page=1)
+    story.set_pte(OTHER, WRITE, page=1)
+    assert story.broken() == []
+
+
+def test_without_notifiers_nobody_has_to_be_told(story: Story) -> None:
+    story.zap()
+    story.flush()
+    story.emit("mmu_notifier_unregister", mm="mm0", notifier="vm0")
+    story.clear()
+    story.free()
+    assert story.broken() == []
+
+
+def test_a_shadow_entry_that_stays(story: Story) -> None:
+    story.start()
+    story.flush()
+    story.clear()
+    assert story.broken() == ["I3"]
+
+
+def test_a_shadow_entry_that_stays_writable(story: Story) -> None:
+    story.start()
+    story.emit("pte_protect", mm="mm0", start=HVA, end=HVA + PAGE, flags=READ)
+    assert story.broken() == ["I3", "I10"]
+
+
+def test_write_protection_is_enough_for_that(story: Story) -> None:
+    story.start()
+    story.emit("spte_protect", vm="vm0", start=GFN, end=GFN + 1)
+    story.flush()
+    story.emit("pte_protect", mm="mm0", start=HVA, end=HVA + PAGE, flags=READ)
+    story.end()
+    assert story.broken() == []
+
+
+def test_an_entry_installed_inside_of_the_range(story: Story) -> None:
+    story.start()
+    story.zap()
+    story.flush()
+    story.set_spte(PFN)
+    assert story.broken() == ["I2"]
+    story.clear()
+    assert story.broken() == ["I2", "I2"], "and it is what goes wrong when the entry changes"
+
+
+def test_an_entry_installed_while_the_start_is_still_telling(story: Story) -> None:
+    seq = story.emit("mmu_notifier_invalidate_range_start", mm="mm0", start=HVA, end=HVA + PAGE, event="CLEAR", range=1)
+    with story.trace.because(seq):
+        story.set_spte(PFN)
+    assert story.broken() == [], "whoever is told will remove it"
+
+
+def test_a_flush_that_was_forgotten(story: Story) -> None:
+    story.start()
+    story.zap()
+    story.clear()
+    assert story.broken() == ["I10"]
+
+
+def test_a_tlb_that_knows_what_no_entry_says(story: Story) -> None:
+    story.zap()
+    story.flush()
+    story.emit("tlb_insert", vcpu=0, gfn=GFN, pfn=PFN, rights="rx")
+    assert story.broken() == ["I10"]
+
+
+@pytest.mark.parametrize(("pfn", "rights"), [(OTHER, "rx"), (PFN, "rwx")])
+def test_an_entry_that_is_not_the_host_s(story: Story, pfn: int, rights: str) -> None:
+    story.set_pte(PFN, READ, page=1)
+    story.set_spte(pfn, rights, page=1)
+    assert story.broken() == ["I4"]
+
+
+def test_an_entry_of_nothing(story: Story) -> None:
+    story.set_spte(OTHER, page=2)
+    assert story.broken() == ["I4"]
+
+
+def test_a_frame_freed_under_a_shadow_entry(story: Story) -> None:
+    story.flush()
+    story.free()
+    assert story.broken() == ["I5"]
+    assert "vm0 maps guest frame 0x40000" in story.oracle.violations[0].message
+
+
+def test_a_frame_freed_under_a_tlb(story: Story) -> None:
+    story.zap()
+    story.free()
+    assert story.broken() == ["I5"]
+    assert "vcpu0 has guest frame 0x40000 in its TLB" in story.oracle.violations[0].message
+
+
+def test_a_frame_freed_under_a_host_s_tlb(story: Story) -> None:
+    story.emit("host_tlb_insert", mm="mm0", hva=HVA + PAGE, pfn=OTHER, rights="r", thread="thread0")
+    story.free(OTHER)
+    assert story.broken() == ["I5"]
+    assert "thread0 of mm0" in story.oracle.violations[0].message
+
+
+def test_a_frame_freed_twice(story: Story) -> None:
+    story.free(OTHER)
+    story.emit("page_alloc", pfn=OTHER)
+    story.free(OTHER)
+    assert story.broken() == []
+    story.free(OTHER)
+    assert story.broken() == ["I5"]
+
+
+def test_ranges_that_do_not_pair(story: Story) -> None:
+    story.end(7)
+    assert story.broken() == ["I6"]
+    story.start(8)
+    story.start(8)
+    assert story.broken() == ["I6", "I6"]
+    story.oracle.finish()
+    assert story.broken() == ["I6", "I6", "I6"]
+
+
+def test_a_copy_written_while_the_old_page_is_read(story: Story) -> None:
+    story.emit("host_tlb_insert", mm="mm0", hva=HVA, pfn=PFN, rights="r", thread="thread0")
+    story.start()
+    story.zap()
+    story.flush()
+    story.clear()
+    story.set_pte(OTHER)
+    story.emit("mm_cow", mm="mm0", hva=HVA, old=PFN, new=OTHER)
+    assert story.broken() == ["I11"]
+
+
+def test_a_notifier_that_goes_on_after_its_time(story: Story) -> None:
+    story.emit("mmu_notifier_release", mm="mm0", notifier="vm0")
+    story.set_spte(PFN)
+    assert story.broken() == ["I13"]
+
+
+def test_only_the_chosen_invariants_count() -> None:
+    story = Story(("I3",))
+    story.clear()
+    assert story.broken() == ["I3"]
+    with pytest.raises(BadInput, match="no invariant is called 'I99'"):
+        Oracle(("I99",))
+
+
+def test_what_it_keeps_is_what_is_mapped(story: Story) -> None:
+    story.start()
+    story.zap()
+    story.flush()
+    story.clear()
+    story.end()
+    world = story.oracle._world
+    assert not world.holders
+    assert not world.open
+    assert not world.mms["mm0"].entries
+    assert not world.vms["vm0"].sptes

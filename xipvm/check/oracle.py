@@ -1,0 +1,362 @@
+"""The ordering oracle: a sink that judges every event by the protocol of MMU notifiers.
+
+Attach it to a trace (``trace.attach(Oracle())``) before the machine is built, or feed it a recorded one. It reads
+events only, so it judges any secondary MMU that tells what it does. The order that it holds everybody to::
+
+    range start → shadow entries removed, TLBs flushed → start returns → primary entries change → range end
+                                                                   primary TLB flush → frames are freed
+
+Not demanded, because the kernel does not keep it either: minimal ranges, an end behind the flush or behind the freeing,
+a word when rights are raised, a change inside every range, a word about where mremap moves to, about migration entries
+that go away, or about MADV_COLD.
+
+When an event breaks an invariant the oracle remembers a :class:`Violation` and calls ``stop`` with it. What it keeps
+is bounded by what is mapped: entries go when they are unmapped, history is a ring.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable
+from typing import Any, Final
+
+from xipvm.address import PAGE_SHIFT
+from xipvm.check.violation import INVARIANTS, Violation
+from xipvm.check.world import WRITE, Area, Entry, Range, World
+from xipvm.errors import BadInput
+from xipvm.trace.events import Event
+from xipvm.trace.history import History
+
+Fields = dict[str, Any]
+
+VIOLATION_LIMIT: Final = 100
+"""More are not remembered: what follows the first ones follows from them."""
+_HUGE: Final = 1 << 7
+_HUGE_PAGES: Final = 512
+
+
+def _nothing(violation: Violation) -> None:
+    pass
+
+
+class Oracle:
+    """A sink that checks ``invariants`` (names of INVARIANTS, all by default). Raises BadInput for an unknown one.
+
+    ``violations`` is what it found, at most VIOLATION_LIMIT; ``checks`` counts how often each invariant was asked.
+    ``stop`` is called with each violation while the event is delivered; what it raises goes to whoever emitted.
+    """
+
+    def __init__(
+        self,
+        invariants: Collection[str] = tuple(INVARIANTS),
+        *,
+        stop: Callable[[Violation], None] = _nothing,
+        history: int = 4096,
+    ) -> None:
+        for name in invariants:
+            if name not in INVARIANTS:
+                raise BadInput(f"no invariant is called {name!r}; known are {', '.join(INVARIANTS)}")
+        self.invariants = frozenset(invariants)
+        self.violations: list[Violation] = []
+        self.checks = dict.fromkeys(INVARIANTS, 0)
+        self.events = 0
+        self._stop = stop
+        self._world = World()
+        self._history = History(history)
+        self._returning: list[Range] = []
+        """Open ranges whose start may still be telling somebody."""
+        self._handlers: dict[str, Callable[[Event, Fields], None]] = {
+            name.removeprefix("_on_"): getattr(self, name) for name in dir(self) if name.startswith("_on_")
+        }
+
+    def __call__(self, event: Event) -> None:
+        """Judge ``event``."""
+        self.events += 1
+        self._history(event)
+        if self._returning:
+            self._see_returns(event)
+        handler = self._handlers.get(event.kind)
+        if handler is not None:
+            handler(event, event.fields)
+
+    def finish(self) -> None:
+        """No more events come: every range must have ended."""
+        for opened in self._world.open.values():
+            self.checks["I6"] += 1
+            last = self._history.events[-1]
+            self._broken("I6", f"range {opened.id} of {opened.mm}, begun at #{opened.seq}, never ended", last)
+
+    def check(self, events: Iterable[Event]) -> list[Violation]:
+        """Judge a whole recorded run; returns what was found."""
+        for event in events:
+            self(event)
+        self.finish()
+        return self.violations
+
+    # ---- ranges
+
+    def _see_returns(self, event: Event) -> None:
+        """What an actor says is caused by its start until that has returned."""
+        for opened in tuple(self._returning):
+            if event.actor == opened.actor and event.cause != opened.seq:
+                opened.returned = True
+                self._returning.remove(opened)
+
+    def _on_mmu_notifier_invalidate_range_start(self, event: Event, fields: Fields) -> None:
+        start, end = fields["start"] >> PAGE_SHIFT, -(-fields["end"] >> PAGE_SHIFT)
+        opened = Range(fields["range"], fields["mm"], start, end, event.actor, event.seq)
+        self.checks["I6"] += 1
+        if opened.id in self._world.open:
+            self._broken("I6", f"range {opened.id} begins, but it is open already", event, hva=fields["start"])
+        self._world.open[opened.id] = opened
+        self._returning.append(opened)
+
+    def _on_mmu_notifier_invalidate_range_end(self, event: Event, fields: Fields) -> None:
+        self.checks["I6"] += 1
+        opened = self._world.open.pop(fields["range"], None)
+        if opened is None:
+            self._broken("I6", f"range {fields['range']} ends, but never began", event, hva=fields["start"])
+        elif opened in self._returning:
+            self._returning.remove(opened)
+
+    # ---- who is told
+
+    def _on_mmu_notifier_register(self, event: Event, fields: Fields) -> None:
+        self._world.mm(fields["mm"]).notifiers.add(fields["notifier"])
+        vm = self._world.vm(fields["notifier"])
+        vm.mm, vm.gone = fields["mm"], False
+
+    def _on_mmu_notifier_unregister(self, event: Event, fields: Fields) -> None:
+        self._world.mm(fields["mm"]).notifiers.discard(fields["notifier"])
+        vm = self._world.vm(fields["notifier"])
+        vm.mm, vm.gone = None, True
+
+    _on_mmu_notifier_put = _on_mmu_notifier_unregister
+
+    def _on_mmu_notifier_release(self, event: Event, fields: Fields) -> None:
+        self._world.vm(fields["notifier"]).gone = True
+
+    def _on_mmu_interval_notifier_insert(self, event: Event, fields: Fields) -> None:
+        self._world.mm(fields["mm"]).intervals.add(fields["notifier"])
+
+    def _on_mmu_interval_notifier_remove(self, event: Event, fields: Fields) -> None:
+        self._world.mm(fields["mm"]).intervals.discard(fields["notifier"])
+
+    def _on_mm_exit(self, event: Event, fields: Fields) -> None:
+        # Whoever was told of the release has nothing left to be told of; see exit_mmap.
+        self._world.mm(fields["mm"]).intervals.clear()
+
+    # ---- primary entries
+
+    def _on_pte_set(self, event: Event, fields: Fields) -> None:
+        process = self._world.mm(fields["mm"])
+        page, pfn, flags = fields["hva"] >> PAGE_SHIFT, fields["pfn"], fields["flags"]
+        for offset in range(_HUGE_PAGES if flags & _HUGE else 1):
+            self._set(event, process.name, page + offset, pfn + offset, flags)
+
+    def _set(self, event: Event, mm: str, page: int, pfn: int, flags: int) -> None:
+        process = self._world.mm(mm)
+        before = process.entries.get(page)
+        if before is not None and (before[0] != pfn or before[1] & ~flags & WRITE):
+            self._lowered(event, mm, page, before, pfn, flags)
+        process.entries[page] = (pfn, flags)
+
+    def _on_mm_cow(self, event: Event, fields: Fields) -> None:
+        page, old, new = fields["hva"] >> PAGE_SHIFT, fields["old"], fields["new"]
+        self.checks["I11"] += 1
+        for thread, tlb in self._world.mm(fields["mm"]).tlbs.items():
+            seen = tlb.get(page)
+            if seen is not None and seen.pfn == old:
+                what = f"{thread} still reads frame {old:#x} at {fields['hva']:#x}"
+                self._broken("I11", f"frame {new:#x} can be written, but {what}", event, hva=fields["hva"])
+
+    def _on_pte_clear(self, event: Event, fields: Fields) -> None:
+        process = self._world.mm(fields["mm"])
+        entries = process.entries
+        pages = process.mapped(fields["start"] >> PAGE_SHIFT, -(-fields["end"] >> PAGE_SHIFT))
+        runs = fields["pages"]
+        if sum(count for _, count in runs) != len(pages):  # some stay
+            gone = {pfn for first, count in runs for pfn in range(first, first + count)}
+            pages = [page for page in pages if entries[page][0] in gone]
+        for page in pages:
+            self._lowered(event, process.name, page, entries.pop(page), None, 0)
+
+    def _on_pte_nonpresent(self, event: Event, fields: Fields) -> None:
+        process = self._world.mm(fields["mm"])
+        page = fields["hva"] >> PAGE_SHIFT
+        before = process.entries.pop(page, None)
+        if before is not None:
+            self._lowered(event, process.name, page, before, None, 0)
+
+    def _on_pte_protect(self, event: Event, fields: Fields) -> None:
+        process = self._world.mm(fields["mm"])
+        flags = fields["flags"]
+        for page in process.mapped(fields["start"] >> PAGE_SHIFT, -(-fields["end"] >> PAGE_SHIFT)):
+            before = process.entries[page]
+            if before[1] & ~flags & WRITE:
+                self._lowered(event, process.name, page, before, before[0], flags)
+            process.entries[page] = (before[0], flags)
+
+    def _on_pte_move(self, event: Event, fields: Fields) -> None:
+        process = self._world.mm(fields["mm"])
+        start, by = fields["start"] >> PAGE_SHIFT, (fields["to"] - fields["start"]) >> PAGE_SHIFT
+        moved = {page: process.entries.pop(page) for page in process.mapped(start, -(-fields["end"] >> PAGE_SHIFT))}
+        for page, before in moved.items():
+            self._lowered(event, process.name, page, before, None, 0)
+            process.entries[page + by] = before
+
+    def _on_pte_copy(self, event: Event, fields: Fields) -> None:
+        parent, child = self._world.mm(fields["mm"]), self._world.mm(fields["child"])
+        for page in parent.mapped(fields["start"] >> PAGE_SHIFT, -(-fields["end"] >> PAGE_SHIFT)):
+            child.entries[page] = parent.entries[page]
+
+    def _lowered(self, event: Event, mm: str, page: int, before: tuple[int, int], pfn: int | None, flags: int) -> None:
+        """The entry of ``page`` was ``before`` and is ``pfn`` with ``flags`` now, or nothing."""
+        world = self._world
+        process = world.mms[mm]
+        watchers = list(world.watchers(mm))
+        if not process.notifiers and not process.intervals:
+            return
+        hva = page << PAGE_SHIFT
+        told = list(world.covering(mm, page))
+        live = process.intervals or any(not vm.gone for vm in watchers)
+        if live:
+            self.checks["I1"] += 1
+            if not told:
+                self._broken("I1", f"the entry of {hva:#x} changes outside of every range", event, hva=hva)
+        self.checks["I3"] += 1
+        for vm in watchers:
+            for gfn in vm.gfns(page):
+                spte = vm.sptes.get(gfn)
+                if spte is not None and _stale(spte, before, pfn, flags):
+                    late = next((opened for opened in told if opened.returned and spte.seq > opened.seq), None)
+                    if late is None:
+                        name, how = "I3", "was not removed"
+                    else:
+                        name, how = "I2", f"was installed inside range {late.id}"
+                    what = f"{vm.name}'s entry of guest frame {gfn:#x} (frame {spte.pfn:#x}, since #{spte.seq}) {how}"
+                    self._broken(name, f"the entry of {hva:#x} changes, but {what}", event, hva=hva, pfn=spte.pfn)
+                self.checks["I10"] += 1
+                for vcpu, tlb in world.tlbs.items():
+                    seen = tlb.get(gfn)
+                    if seen is not None and _stale(seen, before, pfn, flags):
+                        what = f"vcpu{vcpu}'s TLB has guest frame {gfn:#x} (frame {seen.pfn:#x}, since #{seen.seq})"
+                        self._broken("I10", f"the entry of {hva:#x} changes, but {what}", event, hva=hva, pfn=seen.pfn)
+
+    # ---- frames
+
+    def _on_page_alloc(self, event: Event, fields: Fields) -> None:
+        self._world.freed.pop(fields["pfn"], None)
+
+    def _on_page_free(self, event: Event, fields: Fields) -> None:
+        world = self._world
+        for first, count in fields["pages"]:
+            for pfn in range(first, first + count):
+                self.checks["I5"] += 1
+                if pfn in world.freed:
+                    self._broken("I5", f"frame {pfn:#x} is free since #{world.freed[pfn]}", event, pfn=pfn)
+                elif pfn in world.holders:
+                    who = "; ".join(world.who_holds(pfn))
+                    self._broken("I5", f"frame {pfn:#x} is freed, but {who}", event, pfn=pfn)
+                world.freed[pfn] = event.seq
+
+    # ---- the hosts' own TLBs
+
+    def _on_host_tlb_insert(self, event: Event, fields: Fields) -> None:
+        tlb = self._world.mm(fields["mm"]).tlbs.setdefault(fields["thread"], {})
+        entry = Entry(fields["pfn"], fields["rights"] == "rw", event.seq)
+        self._world.hold(tlb, fields["hva"] >> PAGE_SHIFT, entry)
+
+    def _on_primary_tlb_flush(self, event: Event, fields: Fields) -> None:
+        for tlb in self._world.mm(fields["mm"]).tlbs.values():
+            self._world.release_range(tlb, fields["start"] >> PAGE_SHIFT, -(-fields["end"] >> PAGE_SHIFT))
+
+    def _on_host_tlb_drop(self, event: Event, fields: Fields) -> None:
+        tlb = self._world.mm(fields["mm"]).tlbs.get(fields["thread"], {})
+        if fields["hva"] is None:
+            self._world.release_all(tlb)
+        else:
+            self._world.release(tlb, fields["hva"] >> PAGE_SHIFT)
+
+    # ---- secondary MMUs
+
+    def _on_memslot_set(self, event: Event, fields: Fields) -> None:
+        slots = self._world.vm(fields["vm"]).slots
+        slots[fields["slot"]] = Area(fields["gfn"], fields["pages"], fields["hva"] >> PAGE_SHIFT)
+
+    def _on_memslot_delete(self, event: Event, fields: Fields) -> None:
+        self._world.vm(fields["vm"]).slots.pop(fields["slot"], None)
+
+    def _on_spte_set(self, event: Event, fields: Fields) -> None:
+        world = self._world
+        vm = world.vm(fields["vm"])
+        gfn, pfn, write = fields["gfn"], fields["pfn"], "w" in fields["rights"]
+        self.checks["I13"] += 1
+        if vm.gone:
+            self._broken("I13", f"{vm.name} installs an entry, but it is no notifier any more", event, gfn=gfn, pfn=pfn)
+        page = vm.page(gfn)
+        if page is not None and vm.mm is not None:
+            self._installed(event, vm.mm, page, gfn, pfn, write)
+        world.hold(vm.sptes, gfn, Entry(pfn, write, event.seq))
+
+    def _installed(self, event: Event, mm: str, page: int, gfn: int, pfn: int, write: bool) -> None:
+        hva = page << PAGE_SHIFT
+        self.checks["I2"] += 1
+        for opened in self._world.covering(mm, page):
+            if opened.returned:
+                what = f"range {opened.id}, begun at #{opened.seq}, is open"
+                self._broken("I2", f"guest frame {gfn:#x} gets frame {pfn:#x}, but {what}", event, hva=hva, pfn=pfn)
+        self.checks["I4"] += 1
+        entry = self._world.mm(mm).entries.get(page)
+        if entry is None:
+            self._broken("I4", f"guest frame {gfn:#x} gets frame {pfn:#x}, but {hva:#x} maps nothing", event, hva=hva)
+        elif entry[0] != pfn:
+            what = f"{hva:#x} maps frame {entry[0]:#x}"
+            self._broken("I4", f"guest frame {gfn:#x} gets frame {pfn:#x}, but {what}", event, hva=hva, pfn=pfn)
+        elif write and not entry[1] & WRITE:
+            self._broken("I4", f"guest frame {gfn:#x} may be written, but {hva:#x} may not", event, hva=hva, pfn=pfn)
+
+    def _on_spte_zap(self, event: Event, fields: Fields) -> None:
+        self._world.release_range(self._world.vm(fields["vm"]).sptes, fields["start"], fields["end"])
+
+    def _on_spte_protect(self, event: Event, fields: Fields) -> None:
+        for gfn, entry in self._world.vm(fields["vm"]).sptes.items():
+            if fields["start"] <= gfn < fields["end"]:
+                entry.write = False
+
+    def _on_tlb_insert(self, event: Event, fields: Fields) -> None:
+        world = self._world
+        gfn, pfn, write = fields["gfn"], fields["pfn"], "w" in fields["rights"]
+        tlb = world.tlbs.setdefault(fields["vcpu"], {})
+        self.checks["I10"] += 1
+        sptes = [vm.sptes[gfn] for vm in world.vms.values() if gfn in vm.sptes]
+        if not any(spte.pfn == pfn and (spte.write or not write) for spte in sptes):
+            what = "no shadow entry says so"
+            self._broken("I10", f"guest frame {gfn:#x} gets frame {pfn:#x}, but {what}", event, gfn=gfn, pfn=pfn)
+        before = tlb.get(gfn)
+        world.hold(
+            tlb, gfn, Entry(pfn, write or (before is not None and before.pfn == pfn and before.write), event.seq)
+        )
+
+    def _on_tlb_flush(self, event: Event, fields: Fields) -> None:
+        tlb = self._world.tlbs.get(fields["vcpu"])
+        if tlb:
+            self._world.release_all(tlb)
+
+    # ----
+
+    def _broken(self, invariant: str, message: str, event: Event, **page: int) -> None:
+        if invariant not in self.invariants or len(self.violations) >= VIOLATION_LIMIT:
+            return
+        history = self._history.touching(**page) if page else []
+        if not history or history[-1] is not event:
+            history.append(event)
+        violation = Violation(invariant, message, event, history)
+        self.violations.append(violation)
+        self._stop(violation)
+
+
+def _stale(held: Entry, before: tuple[int, int], pfn: int | None, flags: int) -> bool:
+    """``held`` is a translation by ``before`` that allows what ``pfn`` with ``flags`` does not."""
+    if held.pfn != before[0]:
+        return False
+    return pfn != held.pfn or (held.write and not flags & WRITE)

@@ -1,0 +1,47 @@
+"""A violation of the protocol, and how it is told.
+
+``INVARIANTS`` names what is checked. A violation carries the event at which it became visible, the page it is about
+and the remembered events that touched that page: who mapped it, who invalidated it, who freed it, who used it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from xipvm.trace.events import Event
+from xipvm.trace.show import format_event
+
+INVARIANTS = {
+    "I1": "an entry that loses rights or changes its page does so inside a range that was announced for it",
+    "I2": "no secondary MMU installs a translation of a range between its start and its end",
+    "I3": "once the start has returned no secondary MMU translates the range by what it is about to lose",
+    "I4": "a translation that is installed is the primary entry's page, with no more rights than it has",
+    "I5": "a frame is freed only when no TLB and no secondary MMU translates to it",
+    "I6": "every start has its end, and every end its start",
+    "I10": "what was removed from a secondary MMU's tables is flushed from its TLBs before anybody relies on it",
+    "I11": "once anybody can write the copy of a page, nobody reads the old page at that address",
+    "I13": "after it was unregistered or released, a notifier's MMU installs nothing",
+}
+"""By name, as in the kernel's own terms; see docs/check.md for how each is judged from events."""
+
+
+@dataclass(frozen=True)
+class Violation:
+    """One broken invariant. ``history`` ends with ``event``."""
+
+    invariant: str
+    message: str
+    event: Event
+    history: Sequence[Event] = ()
+
+    def render(self) -> str:
+        """Several lines, the first of which says it all."""
+        lines = [
+            f"{self.invariant} broken at event #{self.event.seq}: {self.message}",
+            f"  {self.invariant}: {INVARIANTS[self.invariant]}",
+        ]
+        if self.history:
+            lines.append("  what touched the page, oldest first:")
+            lines += [f"    {format_event(event)}" for event in self.history]
+        return "\n".join(lines)

@@ -1,0 +1,187 @@
+"""What the events so far say of the world: primary entries, shadow entries, TLBs, ranges that are open.
+
+This is state only; oracle.py asks it and judges. Page numbers throughout: a page of an mm is its hva >> 12.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+WRITE = 1 << 1
+"""The bit of a primary entry's flags that allows writing (mmu/pte.py)."""
+
+
+@dataclass(slots=True)
+class Area:
+    """A memslot: guest frames ``[gfn, gfn + pages)`` are the host's pages from ``page`` on."""
+
+    gfn: int
+    pages: int
+    page: int
+
+
+@dataclass(slots=True)
+class Range:
+    """A range that was announced and has not ended. Pages, half-open."""
+
+    id: int
+    mm: str
+    start: int
+    end: int
+    actor: str
+    seq: int
+    returned: bool = False
+    """Every notifier has been told."""
+
+
+@dataclass(slots=True)
+class Entry:
+    """A translation that somebody holds."""
+
+    pfn: int
+    write: bool
+    seq: int
+    """The event that put it there."""
+
+
+@dataclass(slots=True)
+class Vm:
+    """A secondary MMU with shadow entries by guest frame."""
+
+    name: str
+    mm: str | None = None
+    """The mm that it is a notifier of."""
+    gone: bool = False
+    """It was, and is not any more."""
+    slots: dict[int, Area] = field(default_factory=dict)
+    sptes: dict[int, Entry] = field(default_factory=dict)
+
+    def gfns(self, page: int) -> Iterator[int]:
+        """Where the guest sees the host's ``page``."""
+        for slot in self.slots.values():
+            offset = page - slot.page
+            if 0 <= offset < slot.pages:
+                yield slot.gfn + offset
+
+    def page(self, gfn: int) -> int | None:
+        """The host's page behind ``gfn``."""
+        for slot in self.slots.values():
+            if 0 <= gfn - slot.gfn < slot.pages:
+                return slot.page + gfn - slot.gfn
+        return None
+
+
+@dataclass(slots=True)
+class Process:
+    """An mm: its entries by page, flags as in ``pte_set``; and the TLBs of its threads."""
+
+    name: str
+    entries: dict[int, tuple[int, int]] = field(default_factory=dict)
+    notifiers: set[str] = field(default_factory=set)
+    intervals: set[str] = field(default_factory=set)
+    tlbs: dict[str, dict[int, Entry]] = field(default_factory=dict)
+    """By thread, by page."""
+
+    def mapped(self, start: int, end: int) -> list[int]:
+        """The pages of ``[start, end)`` that have an entry, in no order."""
+        if end - start > len(self.entries):
+            return [page for page in self.entries if start <= page < end]
+        return [page for page in range(start, end) if page in self.entries]
+
+
+class World:
+    """Everything that the events have said. Names that were never announced come into being when they are used."""
+
+    def __init__(self) -> None:
+        self.mms: dict[str, Process] = {}
+        self.vms: dict[str, Vm] = {}
+        self.tlbs: dict[int, dict[int, Entry]] = {}
+        """By vCPU, by guest frame."""
+        self.open: dict[int, Range] = {}
+        self.freed: dict[int, int] = {}
+        """Frames on the free list, and the event that put them there."""
+        self.holders: dict[int, int] = {}
+        """How many shadow and TLB entries translate to a frame; none are left out."""
+
+    def mm(self, name: str) -> Process:
+        """The mm ``name``."""
+        found = self.mms.get(name)
+        if found is None:
+            found = self.mms[name] = Process(name)
+        return found
+
+    def vm(self, name: str) -> Vm:
+        """The secondary MMU ``name``."""
+        found = self.vms.get(name)
+        if found is None:
+            found = self.vms[name] = Vm(name)
+        return found
+
+    def covering(self, mm: str, page: int) -> Iterator[Range]:
+        """The open ranges that contain ``page``."""
+        for opened in self.open.values():
+            if opened.start <= page < opened.end and opened.mm == mm:
+                yield opened
+
+    def watchers(self, mm: str) -> Iterator[Vm]:
+        """The secondary MMUs that are notifiers of ``mm``."""
+        for vm in self.vms.values():
+            if vm.mm == mm:
+                yield vm
+
+    def hold(self, table: dict[int, Entry], key: int, entry: Entry) -> None:
+        """``table[key] = entry``."""
+        before = table.get(key)
+        if before is not None:
+            self._drop(before.pfn)
+        table[key] = entry
+        self.holders[entry.pfn] = self.holders.get(entry.pfn, 0) + 1
+
+    def release(self, table: dict[int, Entry], key: int) -> None:
+        """``del table[key]``, if it is there."""
+        before = table.pop(key, None)
+        if before is not None:
+            self._drop(before.pfn)
+
+    def release_range(self, table: dict[int, Entry], start: int, end: int) -> None:
+        """:meth:`release` of ``[start, end)``."""
+        keys = [key for key in table if start <= key < end] if end - start > len(table) else range(start, end)
+        for key in keys:
+            self.release(table, key)
+
+    def release_all(self, table: dict[int, Entry]) -> None:
+        """:meth:`release` of everything."""
+        for entry in table.values():
+            self._drop(entry.pfn)
+        table.clear()
+
+    def _drop(self, pfn: int) -> None:
+        left = self.holders[pfn] - 1
+        if left:
+            self.holders[pfn] = left
+        else:
+            del self.holders[pfn]
+
+    def who_holds(self, pfn: int) -> list[str]:
+        """Everybody who translates to ``pfn``, in words."""
+        found = [
+            f"{vm.name} maps guest frame {gfn:#x} to it since #{entry.seq}"
+            for vm in self.vms.values()
+            for gfn, entry in vm.sptes.items()
+            if entry.pfn == pfn
+        ]
+        found += [
+            f"vcpu{vcpu} has guest frame {gfn:#x} in its TLB since #{entry.seq}"
+            for vcpu, tlb in self.tlbs.items()
+            for gfn, entry in tlb.items()
+            if entry.pfn == pfn
+        ]
+        found += [
+            f"{thread} of {process.name} has {page << 12:#x} in its TLB since #{entry.seq}"
+            for process in self.mms.values()
+            for thread, tlb in process.tlbs.items()
+            for page, entry in tlb.items()
+            if entry.pfn == pfn
+        ]
+        return found
