@@ -76,6 +76,15 @@ class MmError(XipvmError):
         self.what = what
 
 
+class ProtocolUnsupported(XipvmError):
+    """``what`` cannot be announced in the notifier ``protocol`` of the mm. State is unchanged."""
+
+    def __init__(self, what: str, protocol: str) -> None:
+        super().__init__(f"{what}: the {protocol} notifier protocol has no such thing")
+        self.what = what
+        self.protocol = protocol
+
+
 class GuestError(XipvmError):
     """The guest did something it cannot be resumed from. Exit status 1."""
 

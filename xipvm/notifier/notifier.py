@@ -1,4 +1,6 @@
-"""The callbacks of a secondary MMU that is told of every change of one mm.
+"""The callbacks of a secondary MMU that is told of every change of one mm, as they are today.
+
+Those of 2008 are in notifier_2008.py.
 
 What the caller guarantees, and what the callee owes:
 
@@ -30,8 +32,8 @@ if TYPE_CHECKING:
     from xipvm.notifier.registry import MmuNotifiers
 
 
-class MmuNotifier:
-    """Base of everything that registers with an mm. Every callback may be left out; the defaults do nothing."""
+class Subscriber:
+    """What every notifier is, whichever protocol it speaks."""
 
     name: str = "notifier"
     """What it is called in traces and errors."""
@@ -44,6 +46,10 @@ class MmuNotifier:
 
     def release(self, mm: NotifiedMm) -> None:
         """Drop every translation, for good."""
+
+
+class MmuNotifier(Subscriber):
+    """Base of everything that registers with an mm. Every callback may be left out; the defaults do nothing."""
 
     def invalidate_range_start(self, range: MmuNotifierRange) -> int:
         """Drop every translation of the range and allow no new one. Returns 0.

@@ -35,15 +35,15 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from types import TracebackType
-from typing import TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from xipvm.actors import point, wait
-from xipvm.errors import InternalError, MmError
+from xipvm.errors import InternalError, MmError, ProtocolUnsupported
 from xipvm.locks.check import atomic, might_sleep
 from xipvm.notifier.interval import ULONG_MAX, IntervalTree, MmuIntervalNotifier
+from xipvm.notifier.invalidation import Invalidation, Unobserved
 from xipvm.notifier.mm import NotifiedMm
-from xipvm.notifier.notifier import MmuNotifier, implements
+from xipvm.notifier.notifier import MmuNotifier, Subscriber, implements
 from xipvm.notifier.range import MmuNotifierRange, RangeEvent
 from xipvm.notifier.srcu import Srcu
 
@@ -78,6 +78,17 @@ class MmuNotifiers:
         "signal_pending",
     )
 
+    protocol: ClassVar[str] = "modern"
+    """Which protocol it speaks; registry_2008.py is the other one."""
+    flush_in_range: ClassVar[bool] = False
+    """mprotect flushes the host's TLBs before the end of its range, not behind it."""
+    gather_per_area: ClassVar[bool] = False
+    """DONTNEED frees the pages of an area before it begins with the next one."""
+    unmap_asks_young: ClassVar[bool] = False
+    """Reclaim asks once more whether an entry was used when it is about to take it away."""
+    move_limit: ClassVar[int | None] = None
+    """The most bytes that mremap moves in one range, None without a limit."""
+
     def __init__(self, mm: NotifiedMm) -> None:
         self._mm = mm
         self._link(())
@@ -97,7 +108,7 @@ class MmuNotifiers:
     def __len__(self) -> int:
         return len(self._list)
 
-    def __iter__(self) -> Iterator[MmuNotifier]:
+    def __iter__(self) -> Iterator[Subscriber]:
         """In the order of dispatch."""
         return iter(self._list)
 
@@ -116,31 +127,34 @@ class MmuNotifiers:
         """The interval notifiers, None before the first insert."""
         return self._intervals
 
-    def _link(self, notifiers: tuple[MmuNotifier, ...]) -> None:
-        """The list is replaced, never changed: a walk keeps the one it began with."""
+    def _link(self, notifiers: tuple[Any, ...]) -> None:
+        """The list is replaced, never changed: a walk keeps the one it began with.
+
+        What is in it is of the protocol's kind; ``_check_kind`` has seen to that.
+        """
         self._list = notifiers
         self._clear_flush_young = tuple(n for n in notifiers if implements(n, "clear_flush_young"))
         self._clear_young = tuple(n for n in notifiers if implements(n, "clear_young"))
         self._test_young = tuple(n for n in notifiers if implements(n, "test_young"))
         self._secondary_tlbs = tuple(n for n in notifiers if implements(n, "arch_invalidate_secondary_tlbs"))
 
-    def _unlink(self, notifier: MmuNotifier) -> None:
+    def _unlink(self, notifier: Subscriber) -> None:
         self._link(tuple(other for other in self._list if other is not notifier))
 
     # ---- joining and leaving
 
-    def register(self, notifier: MmuNotifier) -> None:
+    def register(self, notifier: Subscriber) -> None:
         """Let ``notifier`` be told of every change from now on, before all others.
 
         Raises MmError, and nothing is changed: EINVAL when it is registered already (here or on another mm) or has both
         ``arch_invalidate_secondary_tlbs`` and a start or an end, ESRCH when the mm is dead, ENOMEM, EINTR, EDEADLK when
-        a range is open or a callback runs that cannot end meanwhile.
+        a range is open or a callback runs that cannot end meanwhile. ProtocolUnsupported for one of the other protocol.
         """
         might_sleep("mmu_notifier_register")
         with self._mm.mmap_write_lock():
             self._register_locked(notifier)
 
-    def _register_locked(self, notifier: MmuNotifier) -> None:
+    def _register_locked(self, notifier: Subscriber) -> None:
         self._check(notifier)
         locks = self._all_locks("mmu_notifier_register")
         self._check(notifier)  # others may have run
@@ -152,15 +166,20 @@ class MmuNotifiers:
         if self._mm.trace.on:
             self._mm.trace.emit("mmu_notifier_register", mm=self._mm.name, notifier=notifier.name)
 
-    def _check(self, notifier: MmuNotifier) -> None:
+    def _check(self, notifier: Subscriber) -> None:
         if notifier.subscribed_to is not None:
             raise MmError(errno.EINVAL, f"mmu_notifier_register: {notifier.name} is registered already")
+        self._check_kind(notifier)
+        if self._dead:
+            raise MmError(errno.ESRCH, f"mmu_notifier_register: {self._mm.name} is dead")
+
+    def _check_kind(self, notifier: Subscriber) -> None:
+        if not isinstance(notifier, MmuNotifier):
+            raise ProtocolUnsupported(f"registering {notifier.name}", self.protocol)
         if implements(notifier, "arch_invalidate_secondary_tlbs") and (
             implements(notifier, "invalidate_range_start") or implements(notifier, "invalidate_range_end")
         ):
             raise MmError(errno.EINVAL, f"mmu_notifier_register: {notifier.name} wants ranges and the host's flushes")
-        if self._dead:
-            raise MmError(errno.ESRCH, f"mmu_notifier_register: {self._mm.name} is dead")
 
     def _all_locks(self, what: str) -> AbstractContextManager[object]:
         if not self._has_notifiers and self.out_of_memory():
@@ -172,7 +191,7 @@ class MmuNotifiers:
     def _idle(self) -> bool:
         return not (self._open or self._unobserved or self._srcu.read)
 
-    def unregister(self, notifier: MmuNotifier) -> None:
+    def unregister(self, notifier: Subscriber) -> None:
         """Release ``notifier`` if it is still linked, and forget it: no callback runs after the return.
 
         Raises MmError, and nothing is changed: EINVAL when it is not registered here or was put, EDEADLK inside a
@@ -193,7 +212,7 @@ class MmuNotifiers:
                 self._mm.trace.emit("mmu_notifier_unregister", mm=self._mm.name, notifier=notifier.name)
         self._srcu.synchronize("mmu_notifier_unregister")
 
-    def _check_here(self, notifier: MmuNotifier) -> None:
+    def _check_here(self, notifier: Subscriber) -> None:
         if notifier.subscribed_to is not self or not notifier.users:
             raise MmError(errno.EINVAL, f"mmu_notifier_unregister: {notifier.name} is not on {self._mm.name}")
 
@@ -283,7 +302,7 @@ class MmuNotifiers:
         finally:
             intervals.end()
 
-    def _call_release(self, notifier: MmuNotifier) -> None:
+    def _call_release(self, notifier: Subscriber) -> None:
         trace = self._mm.trace
         cause = trace.cause
         if trace.on:
@@ -372,7 +391,7 @@ class MmuNotifiers:
         """As :meth:`clear_flush_young`, without a flush: what a TLB still holds may be used unnoticed."""
         return bool(self._clear_young) and self._age("clear_young", self._clear_young, start, end)
 
-    def _age(self, callback: str, notifiers: tuple[MmuNotifier, ...], start: int, end: int) -> bool:
+    def _age(self, callback: str, notifiers: tuple[Any, ...], start: int, end: int) -> bool:
         young = False
         section = self._srcu.read_lock()
         try:
@@ -417,6 +436,21 @@ class MmuNotifiers:
                     notifier.arch_invalidate_secondary_tlbs(start, end)
         finally:
             self._srcu.read_unlock(section)
+
+    # ---- single entries
+
+    def around_entry(self, start: int, end: int, event: RangeEvent) -> AbstractContextManager[MmuNotifierRange | None]:
+        """A context in which one entry, that of bytes ``[start, end)``, may be changed: a range.
+
+        What changes it goes by ``Mm.ptep_clear_flush_notify``, which calls :meth:`invalidate_page`.
+        """
+        return self.invalidate_range(start, end, event)
+
+    def invalidate_page(self, address: int) -> None:
+        """The entry of the page at ``address`` is cleared and flushed: which the range around it has announced."""
+
+    def needs_modern(self, what: str) -> None:
+        """Raises ProtocolUnsupported where ``what``, which came after 2008, cannot be announced."""
 
     # ---- ranges
 
@@ -468,7 +502,7 @@ class MmuNotifiers:
             raise
         return range
 
-    def _start(self, range: MmuNotifierRange, notifiers: tuple[MmuNotifier, ...]) -> None:
+    def _start(self, range: MmuNotifierRange, notifiers: tuple[Any, ...]) -> None:
         intervals: IntervalTree | None = None  # that count the range
         begun = 0
         declined: list[MmuNotifier] = []
@@ -513,7 +547,7 @@ class MmuNotifiers:
         point("notifier.range_end.done")
 
     def _finish(
-        self, range: MmuNotifierRange, notifiers: Sequence[MmuNotifier], intervals: IntervalTree | None
+        self, range: MmuNotifierRange, notifiers: Sequence[Any], intervals: IntervalTree | None
     ) -> list[BaseException]:
         """Close the range and tell ``notifiers``; returns what they raised."""
         errors: list[BaseException] = []
@@ -531,56 +565,17 @@ class MmuNotifiers:
         trace.cause = cause
         for notifier in notifiers:
             try:
-                notifier.invalidate_range_end(range)
+                self._end(notifier, range)
             except BaseException as error:
                 errors.append(error)
         trace.cause = before
         self._srcu.read_unlock(section)
         return errors
 
+    def _end(self, notifier: Any, range: MmuNotifierRange) -> None:
+        notifier.invalidate_range_end(range)
+
     def _emit(self, kind: str, range: MmuNotifierRange) -> int:
         return self._mm.trace.emit(
             kind, mm=range.mm, start=range.start, end=range.end, event=range.event.name, range=range.id
         )
-
-
-class Unobserved:
-    """The context of every range that begins while nobody listens."""
-
-    __slots__ = ("_notifiers",)
-
-    def __init__(self, notifiers: MmuNotifiers) -> None:
-        self._notifiers = notifiers
-
-    def __enter__(self) -> None:
-        notifiers = self._notifiers
-        notifiers._unobserved += 1
-        if notifiers._intervals is not None:
-            notifiers._intervals.begin()
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        notifiers = self._notifiers
-        notifiers._unobserved -= 1
-        if notifiers._intervals is not None:
-            notifiers._intervals.end()
-
-
-class Invalidation:
-    """What :meth:`MmuNotifiers.invalidate_range` returns; good for one ``with``."""
-
-    __slots__ = ("_arguments", "_notifiers", "_range")
-
-    def __init__(
-        self, notifiers: MmuNotifiers, start: int, end: int, event: RangeEvent, blockable: bool, owner: object
-    ) -> None:
-        self._notifiers = notifiers
-        self._arguments = (start, end, event, blockable, owner)
-        self._range: MmuNotifierRange | None = None
-
-    def __enter__(self) -> MmuNotifierRange | None:
-        start, end, event, blockable, owner = self._arguments
-        self._range = self._notifiers.invalidate_range_start(start, end, event, blockable=blockable, owner=owner)
-        return self._range
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self._notifiers.invalidate_range_end(self._range)
