@@ -29,7 +29,7 @@ def compare_detail(world: World, names: Names, taken: Taken) -> list[Difference]
         got["flush_requests"] = vm.vcpu.flushes
         got["spte_delta"] = _spte_delta(taken)
         got["prefetched"] = _other_sptes(taken)
-    got["order"] = _order(taken)
+    got["order"] = _order(world, taken)
     want = dict(detail)
     if "prefetched" in want:
         want["prefetched"] = [{name: one[name] for name in ("gfn", "perm", "level")} for one in want["prefetched"]]
@@ -100,12 +100,16 @@ _TOKENS: Final = {
 }
 
 
-def _order(taken: Taken) -> list[str]:
-    """The events of a step as tokens, as far as the trace has them at the same places: calls, flushes, faults."""
+def _order(world: World, taken: Taken) -> list[str]:
+    """The events of a step as tokens, as far as the trace has them at the same places: calls, flushes, faults.
+
+    The trace has one event for a range, the recording one for each VM that is told of it.
+    """
+    listeners = sum(vm.probe.subscribed_to is not None for vm in world.vms.values())
     tokens = []
     for event in taken.events:
         if event.kind == "mmu_notifier_invalidate_range_start":
-            tokens.append("inv-alt" if event.fields["start"] >= hva("alt", 0) else "inv")
+            tokens += ["inv-alt" if event.fields["start"] >= hva("alt", 0) else "inv"] * max(listeners, 1)
         elif event.kind in _TOKENS:
             tokens.append(_TOKENS[event.kind])
     return tokens
