@@ -85,7 +85,7 @@ def coldfault(bench: Bench) -> Iterator[Figure]:
         times["raw"],
         unit="µs",
         target=Target(6, of_value=True),
-        note="both contain the host kernel's own fault, raw Unicorn's of anonymous memory, ours of a memfd",
+        note="both contain the host kernel's own fault of anonymous memory",
     )
     supply = times["supply"]
     yield value("of it: the host's kernel supplies the arena's page", supply, unit="µs")

@@ -46,9 +46,12 @@ cdef class HostMemory:
     cdef int nr_regions
     cdef code_hook_t code_hook  # called before bytes of a frame with x_mask or code_mask change
     cdef void *code_ctx
-    cdef readonly int fd
     cdef uint64_t free_head             # freed frames, 0 for none
     cdef uint64_t free_blocks           # freed compound pages, 0 for none
+    cdef uint64_t pool_head             # free pages of the hugetlb pool, 0 for none
+    cdef readonly uint64_t huge_pages           # in the pool
+    cdef readonly uint64_t free_huge_pages      # of these, with refcount 0
+    cdef public int64_t reserved_huge_pages     # of these, promised to mappings
     cdef uint64_t fresh                 # this frame and all behind it were never handed out
     cdef readonly uint64_t free_frames
     cdef public uint64_t watermark      # alloc_frame fails rather than leave fewer free
@@ -70,6 +73,8 @@ cdef class HostMemory:
     cdef void _prepare(self, uint64_t pfn, bint zero) noexcept
     cdef void _retire(self, uint64_t pfn) noexcept
     cdef uint64_t _find_block(self) noexcept
+    cdef void _enter_pool(self, uint64_t pfn) noexcept
+    cdef uint64_t _leave_pool(self) noexcept
     cdef void before_write(self, uint64_t pfn) noexcept     # host or DMA is about to change bytes
     cdef void lru_add(self, uint64_t pfn, int list) noexcept    # it is on none
     cdef void lru_del(self, uint64_t pfn) noexcept              # it is on one

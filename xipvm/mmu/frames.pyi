@@ -18,6 +18,7 @@ PG_DEVICE: int
 PG_USED: int
 PG_KSM: int
 PG_SWAPCACHE: int
+PG_HUGETLB: int
 PG_WORKINGSET: int
 PG_ACTIVE: int
 PG_FILE: int
@@ -32,7 +33,7 @@ DEVICE_STEP: int
 ZERO_PFN: Pfn
 
 class HostMemory:
-    """An arena of ``size_bytes`` (whole pages, at most 64 GiB), backed by a memfd, lazily.
+    """An arena of ``size_bytes`` (whole pages, at most 64 GiB), backed by anonymous memory, lazily.
 
     ``poison``: a freed frame is filled with ``POISON_FREE`` in its first 64 bytes ("head") or wholly ("frame").
     A pfn that is no frame raises IndexError everywhere; a broken reference count InternalError.
@@ -42,7 +43,12 @@ class HostMemory:
     free_frames: int
     watermark: int
     """So many frames are not handed out; 0 at first. Whoever sets it has to make room when there is no other left."""
-    fd: int
+    huge_pages: int
+    """Pages of the hugetlb pool."""
+    free_huge_pages: int
+    """Those of them that nobody has."""
+    reserved_huge_pages: int
+    """Those of the free ones that are promised to mappings (hugetlb_pool.py)."""
     rmap: ReverseMap | None
     def __init__(self, size_bytes: int, *, poison: Literal["head", "frame"] = "head") -> None:
         """Raises HostMemoryError when the size is impossible or the host refuses it."""
@@ -95,6 +101,16 @@ class HostMemory:
 
     def partially_mapped(self) -> list[Pfn]:
         """Heads of compound pages of which a part is not mapped any more."""
+
+    def reserve_huge_pages(self, count: int) -> None:
+        """Moves frames for ``count`` more pages of 2 MiB to the hugetlb pool. Raises OutOfFrames, and none went."""
+
+    def unreserve_huge_pages(self, count: int) -> None:
+        """Takes ``count`` pages out of the pool. Raises MmError EBUSY when not so many are free and unreserved."""
+
+    def alloc_huge_page(self, zero: bool = True) -> Pfn:
+        """A page of the pool with refcount 1; its first frame. The last reference puts it back. Raises OutOfFrames."""
+
     def flags(self, pfn: int) -> int: ...
     def set_flags(self, pfn: int, mask: int) -> None: ...
     def clear_flags(self, pfn: int, mask: int) -> None: ...
