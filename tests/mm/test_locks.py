@@ -16,6 +16,7 @@ from xipvm.mmu.mm import Mm
 from xipvm.mmu.page_cache import ShmemFile
 from xipvm.mmu.verify import verify
 from xipvm.mmu.vma import MAP_ANONYMOUS, MAP_FIXED, MAP_PRIVATE, MAP_SHARED
+from xipvm.scheduler import Scheduler
 from xipvm.trace.funnel import Trace
 
 PAGE = 4096
@@ -117,19 +118,20 @@ def test_the_locks_are_free_after_an_operation_that_was_aborted(mm: Mm, start: i
 
 
 @pytest.mark.parametrize("meanwhile", ["munmap", "mmap over", "split"])
-def test_a_truncation_that_lost_its_race_leaves_new_areas_alone(
+def test_who_changes_the_areas_of_a_file_waits_for_its_truncation(
     mm: Mm, host: HostMemory, trace: Trace, meanwhile: str
 ) -> None:
-    """The file's side takes no mmap_lock."""
+    """The file's side takes no mmap_lock, but holds i_mmap_rwsem while it goes through the areas."""
     file = ShmemFile(host, trace, "file", 4 * PAGE)
     start = mm.mmap(4 * PAGE, RW, MAP_SHARED, file=file)
     mm.write(start, b"x" * 4 * PAGE)
-    done: list[str] = []
+    log: list[str] = []
 
-    def at(label: str) -> None:
-        if label != S_DONE or done:
-            return
-        done.append(label)
+    def truncate() -> None:
+        file.truncate(0)
+        log.append("truncated")
+
+    def change() -> None:
         if meanwhile == "munmap":
             mm.munmap(start + PAGE, PAGE)
         elif meanwhile == "split":
@@ -137,9 +139,13 @@ def test_a_truncation_that_lost_its_race_leaves_new_areas_alone(
         else:
             OPERATIONS["mmap over"](mm, start + PAGE)
             mm.write(start + PAGE, b"new")
+        log.append("changed")
 
-    with on_point(at):
-        file.truncate(0)
+    scheduler = Scheduler(lambda n, label: int(label == S_DONE and scheduler.running is first), trace=trace)
+    first = scheduler.spawn("truncate", truncate)
+    scheduler.spawn("change", change)
+    scheduler.run()
+    assert log == ["truncated", "changed"]
     if meanwhile == "mmap over":
         assert mm.read(start + PAGE, 3) == b"new"
     assert file.pages == {}

@@ -12,6 +12,8 @@ from enum import IntEnum
 from typing import TYPE_CHECKING, ClassVar
 
 from xipvm.errors import MmError
+from xipvm.locks.lock import RwLock
+from xipvm.locks.order import HUGETLB_I_MMAP, I_MMAP
 from xipvm.mmu.rmap import reverse_map
 
 if TYPE_CHECKING:
@@ -56,8 +58,12 @@ class AddressSpace:
         self.name = name
         self.writable = writable
         """Shared mappings may be written."""
+        self.swapped: dict[int, int] = {}
+        """Swap slots of pages that are in swap, by page offset."""
         self.areas: dict[Vma, None] = {}
         """Who maps it, in the order of mapping."""
+        self.i_mmap = RwLock(f"i_mmap_rwsem of {name}", HUGETLB_I_MMAP if self.hugetlb else I_MMAP)
+        """Guards ``areas``: for reading by who walks them to change entries, for writing by who changes them."""
         self.id = reverse_map(host).add_file(self)
         """Its number as a root of the reverse map."""
 
@@ -76,6 +82,10 @@ class AddressSpace:
         """The frame of a page that can be mapped without sleeping, None otherwise. No reference is taken."""
         return None
 
+    def has_page(self, pgoff: int) -> bool | None:
+        """Whether a memory file has the page, in memory or in swap. None: it has no such page, or is no memory file."""
+        return None
+
     def readahead(self, pgoff: int, count: int) -> None:
         """Pages that will be needed soon. Raises OutOfFrames."""
 
@@ -83,9 +93,29 @@ class AddressSpace:
         """Makes the pages read as zero, in every mapping. Raises MmError EOPNOTSUPP where the file cannot."""
         raise MmError(errno.EOPNOTSUPP, f"a hole in {self.name}")
 
+    def can_reclaim(self) -> bool:
+        """Whether there is a place for pages that leave memory."""
+        return False
+
+    def reclaim(self, pgoff: int, pfn: int) -> bool:
+        """Lets go of a page that nobody maps, and to which only the caller refers beside the file; written if need be.
+
+        False when it has to stay. Raises OSError, and it stays.
+        """
+        return False
+
+    def bring_back(self, pgoff: int) -> None:
+        """Reads a page from swap, if it is there. Raises OutOfFrames and OSError."""
+
     def fsync(self, pgoff: int = 0, count: int | None = None) -> int:
         """Writes back the dirty pages of the range (all by default); how many there were."""
         return 0
+
+    def mmap(self, area: Vma) -> None:
+        """``area`` is about to map the file. Raises MmError, having changed nothing."""
+
+    def vma_close(self, area: Vma) -> None:
+        """``area``, whose entries are gone, does not map the file any more."""
 
     def unmapped(self) -> None:
         """The last area is gone."""

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 
 from xipvm.address import PAGE_MASK, PAGE_SHIFT, Hva, page_up
 from xipvm.errors import MmError
+from xipvm.mmu.rmap import AreaLocks
 from xipvm.mmu.vma import (
     MAP_ANONYMOUS,
     MAP_FIXED,
@@ -163,6 +164,11 @@ def brk(mm: Mm, addr: int) -> Hva:
 
 def insert(mm: Mm, area: Vma) -> None:
     """Links a new area, which overlaps nothing."""
+    with AreaLocks(area, anon=False):
+        _link(mm, area)
+
+
+def _link(mm: Mm, area: Vma) -> None:
     mm.vmas.insert(bisect_left(mm.vmas, area.start, key=_start), area)
     mm.rmap.enter(area)
 
@@ -179,9 +185,10 @@ def split(mm: Mm, hva: int) -> None:
     if area is None or area.start == hva:
         return
     upper = Vma(mm, hva, area.end, area.prot, area.flags, area.file, area.page_offset(hva))
-    area.end = hva
-    mm.rmap.clone(area, upper)
-    insert(mm, upper)
+    with AreaLocks(area):
+        area.end = hva
+        mm.rmap.clone(area, upper)
+        _link(mm, upper)
 
 
 def merge(mm: Mm, start: int, end: int) -> None:
@@ -190,13 +197,14 @@ def merge(mm: Mm, start: int, end: int) -> None:
     while at + 1 < len(mm.vmas) and mm.vmas[at].start < end:
         lower, upper = mm.vmas[at], mm.vmas[at + 1]
         if lower.prot == upper.prot and _adjoin(lower, upper) and _compatible(lower, upper):
-            remove(mm, upper)
-            lower.end = upper.end
-            if lower.flags != upper.flags:
-                lower.flags |= VM_SOFTDIRTY
-                lower.set_prot(lower.prot)
-            if lower.anon_vma is None:
-                mm.rmap.clone(upper, lower)
+            with AreaLocks(lower if lower.anon_chain else upper):
+                remove(mm, upper)
+                lower.end = upper.end
+                if lower.flags != upper.flags:
+                    lower.flags |= VM_SOFTDIRTY
+                    lower.set_prot(lower.prot)
+                if lower.anon_vma is None:
+                    mm.rmap.clone(upper, lower)
             mm.rmap.leave(upper)
         else:
             at += 1

@@ -18,9 +18,12 @@ from typing import TYPE_CHECKING, Final
 
 from xipvm.address import PAGE_MASK, PAGE_SHIFT, Hva, page_up
 from xipvm.errors import MmError
-from xipvm.mmu.mapping import insert, merge, munmap, unmapped_area
+from xipvm.mmu.huge_pmd import HPAGE_MASK, huge_up
+from xipvm.mmu.hugetlb import adjust_range_if_pmd_sharing_possible
+from xipvm.mmu.mapping import insert, merge, munmap, split, unmapped_area
 from xipvm.mmu.pte import MAPPED, SOFT_DIRTY, pte_pfn
-from xipvm.mmu.vma import TASK_SIZE, VM_LOCKED, Vma
+from xipvm.mmu.rmap import AreaLocks
+from xipvm.mmu.vma import TASK_SIZE, VM_HUGETLB, VM_LOCKED, Vma
 from xipvm.notifier import RangeEvent
 
 if TYPE_CHECKING:
@@ -49,6 +52,11 @@ def mremap(mm: Mm, addr: int, old_len: int, new_len: int, flags: int, new_addr: 
     area = mm.find_vma(addr)
     if area is None:
         raise MmError(errno.EFAULT, f"{call}: nothing is mapped there")
+    if area.flags & VM_HUGETLB:
+        old_len, new_len = huge_up(old_len), huge_up(new_len)
+        target = new_addr or 0 if flags & MREMAP_FIXED else 0
+        if (addr | target) & ~HPAGE_MASK or new_len > old_len or flags & MREMAP_DONTUNMAP:
+            raise MmError(errno.EINVAL, f"{call}: {area!r}")
     if not old_len and not area.shared:
         raise MmError(errno.EINVAL, f"{call}: private memory cannot be mapped twice")
     if flags & MREMAP_FIXED:
@@ -102,15 +110,26 @@ def _move(mm: Mm, addr: int, length: int, new_addr: int, new_len: int, keep: boo
     """Moves ``[addr, addr + length)``, a part of one area, to free addresses; ``keep``: the source stays mapped."""
     area = mm.find_vma(addr)
     assert area is not None
+    if area.huge_reserve is not None:  # its pages go along, those of the rest stay
+        split(mm, addr)
+        split(mm, addr + length)
+        area = mm.find_vma(addr)
+        assert area is not None
     untouched = area.file is None and area.anon_vma is None  # no page knows its offset yet
     pgoff = new_addr >> PAGE_SHIFT if untouched else area.page_offset(addr)
     new = Vma(mm, new_addr, new_addr + new_len, area.prot, area.flags, area.file, pgoff)
-    mm.rmap.clone(area, new)
+    with AreaLocks(area):
+        mm.rmap.clone(area, new)
     insert(mm, new)
     if mm.trace.on:
         mm.trace.emit("vma_map", mm=mm.name, start=new.start, end=new.end, prot=new.prot, kind=new.kind)
     if length:
-        with mm.notifiers.invalidate_range(addr, addr + length, RangeEvent.UNMAP):
+        start, end, event = addr, addr + length, RangeEvent.UNMAP
+        if area.flags & VM_HUGETLB:
+            start, end = adjust_range_if_pmd_sharing_possible(area, start, end)
+            event = RangeEvent.CLEAR
+            new.huge_reserve, area.huge_reserve = area.huge_reserve, None
+        with mm.notifiers.invalidate_range(start, end, event):
             _move_page_tables(mm, addr, length, new_addr)
         if not keep:
             munmap(mm, addr, length)

@@ -14,27 +14,65 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 from xipvm.address import PAGE_SHIFT
+from xipvm.locks.lock import KeyedLocks, RwLock
+from xipvm.locks.order import ANON_VMA, PAGE_LOCK
 from xipvm.mmu.frames import HostMemory
 from xipvm.mmu.pte import MAPPED, pte_pfn
 
 if TYPE_CHECKING:
     from xipvm.mmu.file import AddressSpace
     from xipvm.mmu.mm import Mm
+    from xipvm.mmu.reclaim import Reclaim
     from xipvm.mmu.swap import Swap
     from xipvm.mmu.vma import Vma
 
 
 class AnonVma:
-    """A root of anonymous pages. ``areas`` keeps the order in which they joined."""
+    """A root of anonymous pages. ``areas`` keeps the order in which they joined.
 
-    __slots__ = ("areas", "id")
+    ``rwsem`` is the lock of the whole family: of the oldest one that it descends from by forks.
+    """
 
-    def __init__(self, id: int) -> None:
+    __slots__ = ("areas", "id", "rwsem")
+
+    def __init__(self, id: int, parent: AnonVma | None = None) -> None:
         self.id = id
         self.areas: dict[Vma, None] = {}
+        self.rwsem = RwLock(f"anon_vma {id}", ANON_VMA) if parent is None else parent.rwsem
+
+
+class AreaLocks:
+    """A context for who changes which areas a walk finds, or where: i_mmap of the file and the anon_vma, for writing.
+
+    Of those that ``area`` has; ``anon`` is False for who changes only what walks from the file's side find.
+    """
+
+    __slots__ = ("_locks",)
+
+    def __init__(self, area: Vma, *, anon: bool = True) -> None:
+        locks = [] if area.file is None else [area.file.i_mmap.write]
+        if anon and area.anon_chain:
+            locks.append(area.anon_chain[0].rwsem.write)
+        self._locks = locks
+
+    def __enter__(self) -> None:
+        taken = 0
+        try:
+            for lock in self._locks:
+                lock.__enter__()
+                taken += 1
+        except BaseException:
+            del self._locks[taken:]
+            self.__exit__()
+            raise
+
+    def __exit__(self, *_: object) -> None:
+        for lock in reversed(self._locks):
+            lock.__exit__()
 
 
 class KsmRoot:
@@ -61,8 +99,12 @@ class ReverseMap:
         self._last_id = 0
         self.swap: Swap | None = None
         """The swap of this memory, None before the first swapon."""
+        self.reclaim: Reclaim | None = None
+        """Who makes room in this memory, None where nobody does."""
         self.ksm: object = None
         """What ksm.py knows of this memory."""
+        self.page_lock = KeyedLocks("page lock of frame {:#x}", PAGE_LOCK)
+        """The locks of its frames."""
 
     def areas(self, root: int) -> tuple[Vma, ...]:
         """The areas that may map pages of the anon_vma or address space ``root``."""
@@ -85,9 +127,9 @@ class ReverseMap:
         """Every address space that still exists, oldest first."""
         return [self._files[id] for id in sorted(self._files)]
 
-    def _new_anon_vma(self) -> AnonVma:
+    def _new_anon_vma(self, parent: AnonVma | None = None) -> AnonVma:
         self._last_id += 1
-        root = self._roots[self._last_id] = AnonVma(self._last_id)
+        root = self._roots[self._last_id] = AnonVma(self._last_id, parent)
         return root
 
     def new_ksm_root(self, host: HostMemory, pfn: int) -> KsmRoot:
@@ -107,21 +149,28 @@ class ReverseMap:
         del self._ksm_roots[root.id]
 
     def prepare(self, area: Vma, reuse: AnonVma | None) -> AnonVma:
-        """Gives ``area``, which has none, the anon_vma ``reuse`` or a new one."""
-        area.anon_vma = root = reuse or self._new_anon_vma()
-        self._join(area, (root,))
-        return root
+        """Gives ``area``, which has none, the anon_vma ``reuse`` or a new one.
+
+        A new one also when ``reuse`` is locked: a fault that fills an entry passes no point, and cannot wait.
+        """
+        if reuse is None or reuse.rwsem.taken:
+            reuse = self._new_anon_vma()
+        with reuse.rwsem.write:
+            area.anon_vma = reuse
+            self._join(area, (reuse,))
+        return reuse
 
     def clone(self, source: Vma, target: Vma) -> None:
-        """``target`` may map the pages that ``source`` maps: after a split."""
+        """``target`` may map the pages that ``source`` maps: after a split. The anon_vma is locked."""
         target.anon_vma = source.anon_vma
         self._join(target, source.anon_chain)
 
     def fork(self, source: Vma, target: Vma) -> None:
         """``target`` is ``source`` in a forked mm."""
         if source.anon_vma is not None:
-            target.anon_vma = self._new_anon_vma()
-            self._join(target, (*source.anon_chain, target.anon_vma))
+            with source.anon_vma.rwsem.write:
+                target.anon_vma = self._new_anon_vma(source.anon_vma)
+                self._join(target, (*source.anon_chain, target.anon_vma))
 
     def _join(self, area: Vma, roots: tuple[AnonVma, ...]) -> None:
         for root in roots:
@@ -129,29 +178,54 @@ class ReverseMap:
         area.anon_chain += roots
 
     def enter(self, area: Vma) -> None:
-        """``area`` is new: its file may have pages here from now on."""
+        """``area`` is new: its file may have pages here from now on. i_mmap of the file is locked."""
         if area.file is not None:
             area.file.areas[area] = None
 
     def leave(self, area: Vma) -> None:
-        """``area`` goes away; its entries have gone before."""
+        """``area`` goes away; its entries have gone before. Waits for walks that are under way."""
+        self.leave_anon(area)
         file = area.file
         if file is not None:
-            del file.areas[area]
+            with file.i_mmap.write:
+                del file.areas[area]
+            file.vma_close(area)
             if not file.areas:
                 file.unmapped()
-        self.leave_anon(area)
 
     def leave_anon(self, area: Vma) -> None:
         """No anonymous page of ``area`` is left."""
-        for root in area.anon_chain:
-            del root.areas[area]
-            if not root.areas:
-                del self._roots[root.id]
-        area.anon_chain = ()
-        area.anon_vma = None
+        chain = area.anon_chain
+        if not chain:
+            return
+        with chain[0].rwsem.write:
+            for root in chain:
+                del root.areas[area]
+                if not root.areas:
+                    del self._roots[root.id]
+            area.anon_chain = ()
+            area.anon_vma = None
 
     # ---- from a frame to its entries
+
+    def walk_lock(self, host: HostMemory, pfn: int) -> AbstractContextManager[object]:
+        """A context in which what :meth:`places` finds for ``pfn`` stays: i_mmap or the anon_vma, locked for reading.
+
+        The caller has locked the page, so that its root stays. A page that KSM shares has places under many anon_vmas;
+        Linux locks one after the other, and so does the caller (:meth:`place_lock`).
+        """
+        root = host.mapping(pfn)
+        anon = self._roots.get(root)
+        if anon is not None:
+            return anon.rwsem.read
+        file = self._files.get(root)
+        return nullcontext() if file is None else file.i_mmap.read
+
+    def place_lock(self, host: HostMemory, pfn: int, area: Vma) -> AbstractContextManager[object]:
+        """What is to be locked for a place in ``area`` of ``pfn``, beside :meth:`walk_lock`."""
+        if host.mapping(pfn) in self._ksm_roots and area.anon_chain:
+            return area.anon_chain[0].rwsem.read
+        return nullcontext()
 
     def places(self, host: HostMemory, pfn: int) -> Iterator[tuple[Vma, int]]:
         """(area, hva) wherever ``pfn`` may be mapped, whether it is or not."""

@@ -91,20 +91,16 @@ def unmap_mapping_range(file: AddressSpace, pgoff: int, count: int, *, even_cows
 
     Every area that covers a part of them gets a range, a flush and a free of its own.
     """
-    for area in tuple(file.areas):
-        lo = max(area.start, area.start + ((pgoff - area.pgoff) << PAGE_SHIFT))
-        hi = min(area.end, area.start + ((pgoff + count - area.pgoff) << PAGE_SHIFT))
-        if lo >= hi or area not in file.areas:
-            continue
-        mm, place = area.mm, (area.start, area.end, area.pgoff)
-        gather = MmuGather(mm)
-        with mm.notifiers.invalidate_range(lo, hi, RangeEvent.CLEAR):
-            if area in file.areas and place == (area.start, area.end, area.pgoff):
+    with file.i_mmap.read:
+        for area in tuple(file.areas):
+            lo = max(area.start, area.start + ((pgoff - area.pgoff) << PAGE_SHIFT))
+            hi = min(area.end, area.start + ((pgoff + count - area.pgoff) << PAGE_SHIFT))
+            if lo >= hi:
+                continue
+            gather = MmuGather(area.mm)
+            with area.mm.notifiers.invalidate_range(lo, hi, RangeEvent.CLEAR):
                 gather.zap(lo, hi, keep_anon=not even_cows, keep_markers=True)
-            else:  # split, or gone: somebody was faster
-                for part in [part for part in file.areas if part.mm is mm and part.start < hi and lo < part.end]:
-                    gather.zap(max(lo, part.start), min(hi, part.end), keep_anon=not even_cows, keep_markers=True)
-        gather.finish()
+            gather.finish()
 
 
 def exit_mmap(mm: Mm) -> None:
