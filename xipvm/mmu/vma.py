@@ -14,6 +14,7 @@ from xipvm.mmu.pte import ACCESSED, ANON, DIRTY, EXCLUSIVE, EXEC, PRESENT, PROTN
 
 if TYPE_CHECKING:
     from xipvm.mmu.file import AddressSpace
+    from xipvm.mmu.hugetlb import HugeReserve
     from xipvm.mmu.mm import Mm
     from xipvm.mmu.rmap import AnonVma
 
@@ -28,7 +29,21 @@ MAP_PRIVATE: Final = 0x02
 MAP_FIXED: Final = 0x10
 MAP_ANONYMOUS: Final = 0x20
 MAP_FIXED_NOREPLACE: Final = 0x100000
-MAP_KNOWN: Final = MAP_SHARED | MAP_PRIVATE | MAP_FIXED | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE
+MAP_NORESERVE: Final = 0x4000
+"""Huge pages are not set aside (hugetlb.py); other mappings set nothing aside anyway."""
+MAP_HUGETLB: Final = 0x40000
+MAP_HUGE_2MB: Final = 21 << 26
+"""With MAP_HUGETLB: the size of huge pages, which is this one without it, too."""
+MAP_KNOWN: Final = (
+    MAP_SHARED
+    | MAP_PRIVATE
+    | MAP_FIXED
+    | MAP_ANONYMOUS
+    | MAP_NORESERVE
+    | MAP_HUGETLB
+    | MAP_FIXED_NOREPLACE
+    | MAP_HUGE_2MB
+)
 
 TASK_SIZE: Final = (1 << 47) - PAGE_SIZE
 """End of the addresses that can be mapped."""
@@ -44,6 +59,10 @@ VM_MERGEABLE: Final = 0x80000000
 """KSM may merge its pages (MADV_MERGEABLE)."""
 VM_MIXEDMAP: Final = 0x10000000
 """Maps frames that have no reference count."""
+VM_NORESERVE: Final = 0x200000
+"""No huge pages were set aside for it."""
+VM_HUGETLB: Final = 0x400000
+"""Made of huge pages of the pool (hugetlb.py)."""
 
 
 class Vma:
@@ -61,6 +80,7 @@ class Vma:
         "pgoff",
         "prot",
         "rights",
+        "huge_reserve",
         "start",
         "upgrade",
     )
@@ -85,8 +105,12 @@ class Vma:
         self.prot = prot
         self.rights = PROTNONE if prot == PROT_NONE else PRESENT | (EXEC if prot & PROT_EXEC else 0)
         """The permission bits of an entry here, without WRITE."""
+        self.huge_reserve: HugeReserve | None = None
+        """Which huge pages of a private area are set aside, None for all others."""
+        self.uffd: Userfaultfd | None = None
+        """Where it is registered, with one of the flags VM_UFFD."""
         shared, tracked = bool(self.flags & VM_SHARED), self.file is not None and self.file.tracks_writes
-        untouched = bool(self.flags & VM_SOFTDIRTY)
+        untouched = bool(self.flags & (VM_SOFTDIRTY | VM_HUGETLB))  # huge pages of the pool are not tracked
         writable = WRITE if prot & PROT_WRITE else 0
         self.new_anon = self.rights | writable | DIRTY | SOFT_DIRTY | ACCESSED
         """The flags of an entry whose private page was just written or is about to be, but for ANON and EXCLUSIVE.
@@ -101,7 +125,7 @@ class Vma:
         A private page has them when this entry is its only one; a page of a file that tracks writes when its first
         write was announced, which left it dirty. Where soft-dirty bits are collected, the page has to have its own.
         """
-        if prot & PROT_WRITE:
+        if prot & PROT_WRITE and not self.flags & VM_HUGETLB:
             self.upgrade = (DIRTY if shared else ANON | EXCLUSIVE) | (0 if untouched else SOFT_DIRTY)
 
     @property

@@ -1,0 +1,174 @@
+"""Faults in areas of huge pages.
+
+An empty entry is filled with the file's page, or with a private one that is zero: there is no shared zero page here, so
+a read takes a page out of the pool as a write does. Nobody is told. A write to a private area whose entry is read-only
+reuses the page when this entry is its only one, and copies it otherwise, all of it::
+
+    huge page allocated, data copied → range start (CLEAR, 2 MiB) → entry unchanged? cleared → TLB flush → new entry
+    → range end → old put
+
+**Who pays for the copy.** The page that a parent shares with its child has consumed what the parent's mapping had set
+aside, so the parent's copy must come out of what is free beyond that. If there is none, the mapping's owner is served
+all the same: the page is taken out of the children (unmap_ref_private), whose later faults are SIGBUS, rather than
+reads of zeros where they left data, and is then the owner's alone. A child that cannot copy gets SIGBUS at once.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from xipvm.actors import point
+from xipvm.address import PAGE_SHIFT, Pfn
+from xipvm.mmu.file import VmFault
+from xipvm.mmu.frames import HUGE_PAGES, PG_ANON
+from xipvm.mmu.huge_pmd import HPAGE_MASK, HPAGE_SIZE, pmdp_clear_flush
+from xipvm.mmu.hugetlb import LOST, HugeReserve, own_reserve, unmap_hugepage_range
+from xipvm.mmu.hugetlb_pool import HugePagesInFlightError, alloc_hugetlb_page
+from xipvm.mmu.mapping import anon_vma_prepare
+from xipvm.mmu.pte import ACCESSED, ANON, DIRTY, EXCLUSIVE, HUGE, MAPPED, PFN_SHIFT, SOFT_DIRTY, WRITE, pte_pfn
+from xipvm.mmu.unmap import migration_entry_wait
+from xipvm.mmu.vma import PROT_WRITE, Vma
+from xipvm.notifier import RangeEvent
+from xipvm.notifier.sleep import wait_until
+
+if TYPE_CHECKING:
+    from xipvm.mmu.hugetlb_file import HugetlbFile
+    from xipvm.mmu.mm import Mm
+
+Outcome = tuple[VmFault, str]
+_NO_PAGE: Final = (VmFault.SIGBUS, "sigbus")
+_WRITTEN: Final = WRITE | DIRTY | SOFT_DIRTY | ACCESSED
+
+
+def hugetlb_fault(mm: Mm, area: Vma, hva: int, write: bool) -> Outcome:
+    """How the fault went, and the word for it in the trace."""
+    hva &= HPAGE_MASK
+    entry = mm.pgd.get(hva >> PAGE_SHIFT)
+    try:
+        if not entry:
+            return _no_page(mm, area, hva, write)
+        if not entry & MAPPED:
+            migration_entry_wait(mm, hva, entry)
+            return VmFault.OK, "migration"
+        if write and not entry & WRITE:
+            return _wp(mm, area, hva, entry)
+    except HugePagesInFlightError:
+        came = wait_until(lambda: mm.host.free_huge_pages > 0, "mm.hugetlb.pool")
+        return (VmFault.OK, "retry") if came else _NO_PAGE
+    return VmFault.OK, "spurious"
+
+
+def _no_page(mm: Mm, area: Vma, hva: int, write: bool) -> Outcome:
+    """Fills an empty entry."""
+    file: HugetlbFile = area.file  # type: ignore[assignment]
+    pgoff = area.page_offset(hva)
+    if area.huge_reserve is LOST or pgoff + HUGE_PAGES > file.size >> PAGE_SHIFT:
+        return _NO_PAGE
+    if area.shared:
+        pfn = file.grab(pgoff)
+        if pfn is None:
+            return _NO_PAGE
+        _map_cached(mm, area, hva, pfn, WRITE | DIRTY if area.prot & PROT_WRITE else 0)
+        return VmFault.OK, "file"
+    pfn = file.pages.get(pgoff)
+    if pfn is not None:
+        _map_cached(mm, area, hva, pfn, 0)
+        return _wp(mm, area, hva, mm.pgd.get(hva >> PAGE_SHIFT)) if write else (VmFault.OK, "file")
+    pfn, _ = _alloc_private(mm, own_reserve(area), pgoff)
+    if pfn is None:
+        return _NO_PAGE
+    _map_new_anon(mm, area, hva, pfn, write)
+    return VmFault.OK, "anon"
+
+
+def _map_cached(mm: Mm, area: Vma, hva: int, pfn: int, flags: int) -> None:
+    mm.host.get(pfn)
+    mm.host.add_entire_mapcount(pfn, 1)
+    mm.set_pte(hva, pfn << PFN_SHIFT | area.rights | HUGE | ACCESSED | flags)
+
+
+def _map_new_anon(mm: Mm, area: Vma, hva: int, pfn: int, write: bool) -> None:
+    """Fills the empty entry with a page that nobody else knows, takes its reference; read-only unless ``write``."""
+    mm.host.set_flags(pfn, PG_ANON)
+    mm.host.set_rmap(pfn, anon_vma_prepare(area).id, area.page_offset(hva))
+    mm.host.add_entire_mapcount(pfn, 1)
+    flags = area.new_anon if write else area.rights | ACCESSED
+    mm.set_pte(hva, pfn << PFN_SHIFT | flags | HUGE | ANON | EXCLUSIVE)
+
+
+def _wp(mm: Mm, area: Vma, hva: int, entry: int) -> Outcome:
+    """``entry``, which is mapped without WRITE, is written to; the area allows it."""
+    host, old = mm.host, pte_pfn(entry)
+    if area.shared:
+        mm.set_pte(hva, entry | _WRITTEN)
+        return VmFault.OK, "mkwrite"
+    while not (entry & ANON and host.mapcount(old) == 1):
+        reserve = own_reserve(area)
+        owner = bool(entry & ANON) and reserve is not None
+        new, promised = _alloc_private(mm, None if owner else reserve, area.page_offset(hva))
+        if new is not None:
+            return VmFault.OK, "cow" if _copy(mm, area, hva, entry, new, promised) else "retry"
+        if not owner:
+            return _NO_PAGE
+        _unmap_ref_private(area, area.page_offset(hva), old)
+        if mm.pgd.get(hva >> PAGE_SHIFT) != entry:
+            return VmFault.OK, "retry"
+    if not entry & EXCLUSIVE:
+        host.set_rmap(old, anon_vma_prepare(area).id, area.page_offset(hva))
+    mm.set_pte(hva, entry | _WRITTEN | EXCLUSIVE)
+    return VmFault.OK, "reuse"
+
+
+def _copy(mm: Mm, area: Vma, hva: int, entry: int, new: Pfn, reserve: HugeReserve | None) -> bool:
+    """Replaces the page of ``entry`` by its copy ``new``; False when the entry changed.
+
+    ``reserve`` is what ``new`` came from, and gets it back if it is not used.
+    """
+    host, old = mm.host, pte_pfn(entry)
+    for offset in range(HUGE_PAGES):
+        host.copy(old + offset, new + offset)
+    host.get(old)
+    spare: int = new
+    try:
+        with mm.mmap_lock.read:
+            point("mm.cow.copied")
+            with mm.notifiers.invalidate_range(hva, hva + HPAGE_SIZE, RangeEvent.CLEAR):
+                if mm.pgd.get(hva >> PAGE_SHIFT) == entry:
+                    pmdp_clear_flush(mm, hva)
+                    _map_new_anon(mm, area, hva, new, True)
+                    spare = old
+                    host.add_entire_mapcount(old, -1)
+                    if mm.trace.on:
+                        mm.trace.emit("mm_cow", mm=mm.name, hva=hva, old=old, new=new)
+        return spare == old
+    finally:
+        mm.put_frame(old)
+        mm.put_frame(spare)
+        now = mm.find_vma(hva)
+        if spare == new and reserve is not None and now is not None and now.huge_reserve is reserve:
+            reserve.consumed.discard(now.page_offset(hva))
+            host.reserved_huge_pages += 1
+
+
+def _alloc_private(mm: Mm, reserve: HugeReserve | None, pgoff: int) -> tuple[Pfn | None, HugeReserve | None]:
+    """A page for ``pgoff`` of a private mapping, None without one; and ``reserve`` if that had it set aside."""
+    promised = reserve is not None and pgoff not in reserve.consumed
+    pfn = alloc_hugetlb_page(mm.host, mm.trace, reserved=promised)
+    if pfn is not None and reserve is not None:
+        reserve.consumed.add(pgoff)
+    return pfn, reserve if promised else None
+
+
+def _unmap_ref_private(area: Vma, pgoff: int, pfn: int) -> None:
+    """Takes the page ``pfn`` out of the areas that share it with ``area`` and have nothing set aside."""
+    assert area.file is not None
+    for other in tuple(area.file.areas):
+        hva = other.address_of(pgoff)
+        if other is area or hva is None or other.shared or other not in area.file.areas:
+            continue
+        if own_reserve(other) is not None:
+            continue
+        entry = other.mm.pgd.get(hva >> PAGE_SHIFT)
+        if entry & MAPPED and pte_pfn(entry) == pfn:
+            unmap_hugepage_range(other, hva, hva + HPAGE_SIZE)
+            other.huge_reserve = LOST
