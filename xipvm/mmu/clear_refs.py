@@ -35,6 +35,7 @@ def clear_refs(mm: Mm, mode: int) -> None:
     """See :meth:`Mm.clear_refs`. mmap_lock is held for writing."""
     mm.check_alive("clear_refs")
     if mode == CLEAR_REFS_SOFT_DIRTY:
+        mm.notifiers.needs_modern("soft-dirty bits")
         _clear_soft_dirty(mm)
         return
     if mode not in (CLEAR_REFS_ALL, CLEAR_REFS_ANON, CLEAR_REFS_MAPPED):

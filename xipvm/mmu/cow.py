@@ -90,9 +90,9 @@ def wp_page_copy(mm: Mm, area: Vma, hva: int, entry: int, *, unshare: bool = Fal
         start = hva & PAGE_MASK
         with mm.mmap_lock.read:
             point("mm.cow.copied")
-            with mm.notifiers.invalidate_range(start, start + PAGE_SIZE, RangeEvent.CLEAR):
+            with mm.notifiers.around_entry(start, start + PAGE_SIZE, RangeEvent.CLEAR):
                 if mm.pgd.get(page) == entry:
-                    mm.clear_flush(start)
+                    mm.ptep_clear_flush_notify(start)
                     map_new_anon(mm, area, start, new, _WRITTEN & ~(entry & SOFT_DIRTY) if unshare else 0)
                     spare = old
                     if counted:

@@ -26,7 +26,7 @@ def fork(mm: Mm, name: str | None) -> Mm:
     """See :meth:`Mm.fork`."""
     mm.check_alive("fork")
     mm.children += 1
-    child = type(mm)(mm.host, mm.trace, name=name or f"{mm.name}.{mm.children}")
+    child = type(mm)(mm.host, mm.trace, name=name or f"{mm.name}.{mm.children}", protocol=mm.protocol)
     child.start_brk, child.end_brk = mm.start_brk, mm.end_brk
     child.memcg = mm.memcg
     with mm.because("mm_fork", child=child.name):

@@ -102,11 +102,11 @@ class HostFile(PageCache):
 
     def _mkclean_one(self, area: Vma, hva: int, pfn: int) -> None:
         mm = area.mm
-        with mm.notifiers.invalidate_range(hva, hva + PAGE_SIZE, RangeEvent.PROTECTION_PAGE):
+        with mm.notifiers.around_entry(hva, hva + PAGE_SIZE, RangeEvent.PROTECTION_PAGE):
             entry = mm.pgd.get(hva >> PAGE_SHIFT)
             if not entry & MAPPED or not entry & (WRITE | DIRTY) or pte_pfn(entry) != pfn:
                 return
-            mm.clear_flush(hva)
+            mm.ptep_clear_flush_notify(hva)
             mm.set_pte(hva, entry & ~(WRITE | DIRTY))
 
     def direct_write(self, offset: int, data: bytes) -> None:

@@ -52,12 +52,17 @@ MADV_POPULATE_WRITE: Final = 23
 MADV_GUARD_INSTALL: Final = 102
 MADV_GUARD_REMOVE: Final = 103
 
+_AFTER_2008: Final = frozenset((MADV_FREE, *range(MADV_MERGEABLE, 26), MADV_GUARD_INSTALL, MADV_GUARD_REMOVE))
+"""What nobody had thought of when notifiers began."""
+
 Piece = tuple[Vma, int, int]
 """An area and the part of it that the advice is about, in bytes."""
 
 
 def madvise(mm: Mm, addr: int, length: int, advice: int) -> None:
     """See :meth:`Mm.madvise`."""
+    if advice in _AFTER_2008:
+        mm.notifiers.needs_modern(f"madvise: advice {advice}")
     if advice in _PAGES:
         name, refused, work = _PAGES[advice]
         with mm.mmap_lock.read:
@@ -67,6 +72,9 @@ def madvise(mm: Mm, addr: int, length: int, advice: int) -> None:
                     gather = MmuGather(mm)
                     for area, start, end in pieces:
                         work(mm, gather, area, start, end)
+                        if mm.notifiers.gather_per_area:
+                            gather.finish()
+                            gather = MmuGather(mm)
                     gather.finish()
     elif advice in (MADV_POPULATE_READ, MADV_POPULATE_WRITE):
         _populate(mm, addr, length, advice == MADV_POPULATE_WRITE)

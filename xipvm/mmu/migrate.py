@@ -103,6 +103,8 @@ def _remove_migration_entries(host: HostMemory, old: int, new: int) -> None:
 
 def compact_memory(host: HostMemory, trace: Trace) -> int:
     """Moves every mapped page that can be moved; how many were."""
+    for mm in reverse_map(host).mms:
+        mm.notifiers.needs_modern("compaction")
     moved = 0
     pages: dict[int, None] = {}
     for mm in reverse_map(host).mms:

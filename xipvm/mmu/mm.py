@@ -42,11 +42,11 @@ from xipvm.mmu import clear_refs, fork, gup, ksm, madvise, mapping, migrate, mlo
 from xipvm.mmu.all_locks import AllLocks
 from xipvm.mmu.frames import HostMemory
 from xipvm.mmu.page_cache import ShmemFile
-from xipvm.mmu.pte import FLAGS, PFN_SHIFT, pte_pfn
+from xipvm.mmu.pte import ACCESSED, FLAGS, PFN_SHIFT, pte_pfn
 from xipvm.mmu.rmap import reverse_map
 from xipvm.mmu.tables import GupPage, PageTable
 from xipvm.mmu.vma import MAP_ANONYMOUS, MAP_PRIVATE, MAP_SHARED, PROT_WRITE, VM_LOCKED, Vma
-from xipvm.notifier import MmuNotifiers
+from xipvm.notifier import notifiers_of
 
 if TYPE_CHECKING:
     from xipvm.mmu.file import AddressSpace
@@ -65,6 +65,9 @@ START_BRK: Final = 0x5555_5600_0000
 
 class Mm:
     """An empty address space over ``host``. ``name`` is what traces call it.
+
+    ``protocol`` says how its notifiers are told of changes (xipvm.notifier): as today, or as in ``2008``, when much of
+    what is here did not exist: that raises ProtocolUnsupported, and has changed nothing. Children speak it, too.
 
     Operations raise MmError with Linux's errno and then have changed nothing; ESRCH when the mm has exited, EDEADLK
     when one would have to wait for another that nobody lets go on (locking.py). Where Linux does a part of the work and
@@ -91,7 +94,7 @@ class Mm:
         "vmas",
     )
 
-    def __init__(self, host: HostMemory, trace: Trace, *, name: str = "mm0") -> None:
+    def __init__(self, host: HostMemory, trace: Trace, *, name: str = "mm0", protocol: str = "modern") -> None:
         self.host = host
         self.trace = trace
         self.name = name
@@ -99,7 +102,7 @@ class Mm:
         self.vmas: list[Vma] = []
         """All areas, ascending."""
         self.threads: list[HostThread] = []
-        self.notifiers = MmuNotifiers(self)
+        self.notifiers = notifiers_of(self, protocol)
         self.rmap = reverse_map(host)
         self.rmap.mms[self] = None
         self.mmap_lock = RwLock(f"mmap_lock of {name}", MMAP_LOCK)
@@ -203,6 +206,7 @@ class Mm:
 
     def soft_dirty(self, start: int, end: int) -> list[tuple[int, int]]:
         """What of ``[start, end)`` was written or mapped since the last ``clear_refs(4)``, in bytes, ascending."""
+        self.notifiers.needs_modern("soft-dirty bits")
         return clear_refs.soft_dirty(self, start, end)
 
     def msync(self, addr: int, length: int, flags: int = MS_SYNC) -> None:
@@ -262,6 +266,7 @@ class Mm:
 
         A page is merged when two scans have found it unchanged, or when it equals one that is shared already.
         """
+        self.notifiers.needs_modern("KSM")
         return ksm.ksm_scan(self, until_sharing)
 
     def swapon(self, pages: int, path: str | None = None) -> None:
@@ -316,6 +321,7 @@ class Mm:
 
     def process_vm_writev(self, addr: int, data: bytes) -> int:
         """Writes as another process does. Returns as :meth:`access_remote_vm`. Errors: EFAULT when nothing was."""
+        self.notifiers.needs_modern("process_vm_writev")
         return gup.access_remote_vm(self, addr, data, False)
 
     def alloc_frame(self, zero: bool) -> Pfn:
@@ -349,6 +355,30 @@ class Mm:
             self.trace.emit("pte_clear", mm=self.name, start=start, end=start + PAGE_SIZE, pages=[(pte_pfn(old), 1)])
         self.flush_tlb_range(start, start + PAGE_SIZE)
 
+    def ptep_clear_flush_notify(self, hva: int) -> None:
+        """:meth:`clear_flush` of an entry that gets another page, or loses its own. Inside ``notifiers.around_entry``.
+
+        The one step in which the notifier protocols differ: today the range around it has told everybody, in 2008 they
+        are told now. A callback that raises leaves the entry as it was.
+        """
+        entry = self.pgd.get(hva >> PAGE_SHIFT)
+        self.clear_flush(hva)
+        try:
+            self.notifiers.invalidate_page(hva & PAGE_MASK)
+        except BaseException:
+            self.set_pte(hva, entry)
+            raise
+
+    def ptep_clear_flush_young_notify(self, hva: int) -> bool:
+        """Whether the page at ``hva``, a mapped one, was used by the host or by a secondary MMU; all forget it."""
+        page, start = hva >> PAGE_SHIFT, hva & PAGE_MASK
+        entry = self.pgd.get(page)
+        young = bool(entry & ACCESSED)
+        if young:
+            self.pgd.set(page, entry & ~ACCESSED)
+            self.flush_tlb_range(start, start + PAGE_SIZE)
+        return self.notifiers.clear_flush_young(start, start + PAGE_SIZE) or young
+
     def flush_tlb_range(self, start: int, end: int) -> None:
         """Makes every CPU that runs a thread of this mm forget its translations of ``[start, end)``."""
         for thread in self.threads:
@@ -381,6 +411,11 @@ class Mm:
         if not self.trace.on:
             return nullcontext()
         return self.trace.because(self.trace.emit(kind, mm=self.name, **fields))
+
+    @property
+    def protocol(self) -> str:
+        """How its notifiers are told of changes: ``modern`` or ``2008``."""
+        return self.notifiers.protocol
 
     def check_alive(self, what: str) -> None:
         """Raises MmError ESRCH when the mm has exited."""

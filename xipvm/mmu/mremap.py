@@ -8,7 +8,8 @@ and the destination never, which is empty: what was mapped there has been unmapp
 
 The flush comes before anybody else can see the entries at their new place: a page can be taken from there, and freed,
 as soon as that is so, and the source's translations must be gone by then. Frames, reference counts and the pages'
-offsets in their backing stay. With MREMAP_DONTUNMAP the source area stays, empty, and the munmap is left out.
+offsets in their backing stay. With MREMAP_DONTUNMAP the source area stays, empty, and the munmap is left out. (In 2008
+every step of up to 64 pages had a range of its own, and each entry was flushed before it appeared again.)
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ MREMAP_MAYMOVE: Final = 1
 MREMAP_FIXED: Final = 2
 MREMAP_DONTUNMAP: Final = 4
 _KNOWN: Final = MREMAP_MAYMOVE | MREMAP_FIXED | MREMAP_DONTUNMAP
+_PMD_MASK: Final = -(1 << 21)
 
 
 def mremap(mm: Mm, addr: int, old_len: int, new_len: int, flags: int, new_addr: int | None) -> Hva:
@@ -52,6 +54,8 @@ def mremap(mm: Mm, addr: int, old_len: int, new_len: int, flags: int, new_addr: 
     area = mm.find_vma(addr)
     if area is None:
         raise MmError(errno.EFAULT, f"{call}: nothing is mapped there")
+    if flags & MREMAP_DONTUNMAP or area.flags & VM_HUGETLB:
+        mm.notifiers.needs_modern("MREMAP_DONTUNMAP" if flags & MREMAP_DONTUNMAP else f"mremap of {area!r}")
     if area.flags & VM_HUGETLB:
         old_len, new_len = huge_up(old_len), huge_up(new_len)
         target = new_addr or 0 if flags & MREMAP_FIXED else 0
@@ -129,7 +133,7 @@ def _move(mm: Mm, addr: int, length: int, new_addr: int, new_len: int, keep: boo
             start, end = adjust_range_if_pmd_sharing_possible(area, start, end)
             event = RangeEvent.CLEAR
             new.huge_reserve, area.huge_reserve = area.huge_reserve, None
-        with mm.notifiers.invalidate_range(start, end, event):
+        with mm.notifiers.around_entry(start, end, event):  # in 2008 the steps have ranges of their own
             _move_page_tables(mm, addr, length, new_addr)
         if not keep:
             munmap(mm, addr, length)
@@ -142,6 +146,9 @@ def _move(mm: Mm, addr: int, length: int, new_addr: int, new_len: int, keep: boo
 
 
 def _move_page_tables(mm: Mm, addr: int, length: int, new_addr: int) -> None:
+    if mm.notifiers.move_limit:
+        _move_in_steps(mm, addr, length, new_addr, mm.notifiers.move_limit)
+        return
     pgd, shift = mm.pgd, (new_addr - addr) >> PAGE_SHIFT
     moved = pgd.entries(addr >> PAGE_SHIFT, (addr + length) >> PAGE_SHIFT)
     for page, entry in moved:
@@ -154,6 +161,30 @@ def _move_page_tables(mm: Mm, addr: int, length: int, new_addr: int) -> None:
         end, pages = addr + length, _runs([pte_pfn(entry) for _, entry in moved if entry & MAPPED])
         trace.emit("pte_move", mm=mm.name, start=addr, end=end, to=new_addr, length=length >> PAGE_SHIFT, pages=pages)
     mm.flush_tlb_range(addr, addr + length)
+
+
+def _move_in_steps(mm: Mm, addr: int, length: int, new_addr: int, limit: int) -> None:
+    """As in 2008: one range for each step, which moves at most ``limit`` bytes and stays in one page table each side.
+
+    Every entry is cleared and flushed before it appears at its new place. Where there is no page table nothing is said.
+    """
+    pgd, end, shift = mm.pgd, addr + length, new_addr - addr
+    while addr < end:
+        table_end = (addr | ~_PMD_MASK) + 1
+        if pgd.next_present(addr >> PAGE_SHIFT, min(table_end, end) >> PAGE_SHIFT) < 0:
+            addr = table_end
+            continue
+        stop = min(end, addr + limit, table_end, ((addr + shift) | ~_PMD_MASK) + 1 - shift)
+        with mm.notifiers.invalidate_range(addr, stop, RangeEvent.UNMAP):
+            for page, entry in pgd.entries(addr >> PAGE_SHIFT, stop >> PAGE_SHIFT):
+                hva = page << PAGE_SHIFT
+                if entry & MAPPED:
+                    mm.clear_flush(hva)
+                    mm.set_pte(hva + shift, entry | SOFT_DIRTY)
+                else:
+                    pgd.set(page, 0)
+                    pgd.set(page + (shift >> PAGE_SHIFT), entry)
+        addr = stop
 
 
 def _runs(pfns: list[int]) -> list[tuple[int, int]]:

@@ -4,6 +4,8 @@ One range for each area whose protection really changes, if anything is mapped i
 covers (from the first 1 GiB on that has a page table), whatever the direction of the change. The frames stay, so
 nothing is freed. One flush follows behind the last range end; it is left out when no TLB can know the entries. Pages
 that may be written without a fault get WRITE back at once; the rest fault.
+
+In 2008 the range was the whole piece, mapped or not, and each had a flush of its own before its end.
 """
 
 from __future__ import annotations
@@ -53,7 +55,8 @@ def mprotect(mm: Mm, addr: int, length: int, prot: int) -> None:
 def _change_protection(mm: Mm, area: Vma) -> bool:
     """Brings the entries of ``area`` in line with its protection; whether TLBs must be flushed."""
     first, end = area.start >> PAGE_SHIFT, area.end >> PAGE_SHIFT
-    populated = mm.pgd.next_present(first, end)
+    early = mm.notifiers.flush_in_range
+    populated = first if early else mm.pgd.next_present(first, end)
     if populated < 0:
         return False
     start = max(first, populated & ~(_PUD_PAGES - 1)) << PAGE_SHIFT
@@ -62,4 +65,6 @@ def _change_protection(mm: Mm, area: Vma) -> bool:
         flushes, changed = mm.pgd.protect(first, end, area.page_prot, area.upgrade, trace.on)
         for lo, hi, flags in changed:
             trace.emit("pte_protect", mm=mm.name, start=lo << PAGE_SHIFT, end=hi << PAGE_SHIFT, flags=flags)
-    return flushes > 0
+        if early:
+            mm.flush_tlb_range(start, area.end)
+    return flushes > 0 and not early

@@ -70,14 +70,18 @@ def unmap_all(host: HostMemory, pfn: int, replacement: Replacement, *, skip: int
 
 
 def _unmap_one(area: Vma, hva: int, pfn: int, replacement: Replacement) -> bool:
-    """False when ``replacement`` has declined."""
+    """False when ``replacement`` has declined, or in 2008 somebody has used the page a moment ago."""
     mm = area.mm
     host, page = mm.host, hva >> PAGE_SHIFT
-    with mm.notifiers.invalidate_range(hva, hva + PAGE_SIZE, RangeEvent.CLEAR):
+    with mm.notifiers.around_entry(hva, hva + PAGE_SIZE, RangeEvent.CLEAR):
         entry = mm.pgd.get(page)
         if not entry & MAPPED or pte_pfn(entry) != pfn:
             return True
-        mm.clear_flush(hva)
+        if mm.notifiers.unmap_asks_young and replacement is not migration_entry:
+            if mm.ptep_clear_flush_young_notify(hva):
+                return False
+            entry = mm.pgd.get(page)
+        mm.ptep_clear_flush_notify(hva)
         if entry & DIRTY:
             host.set_flags(pfn, PG_DIRTY)
         if entry & ACCESSED:
