@@ -18,7 +18,7 @@ from xipvm.conform.guest import Access, Vcpu
 from xipvm.conform.scenario import Step, fill_values
 from xipvm.conform.world import BASE, UnsupportedError, Vm, World, hva, method
 from xipvm.errors import MmError
-from xipvm.mmu import madvise, vma
+from xipvm.mmu import madvise, pagemap, uffd_message, uffd_wp, userfaultfd, vma
 from xipvm.mmu.host_file import HostFile
 from xipvm.mmu.host_thread import HostAccessError
 from xipvm.mmu.migrate import compact_memory
@@ -32,6 +32,20 @@ Observed = dict[str, Any]
 
 _RIGHTS: Final = {"r": vma.PROT_READ, "w": vma.PROT_WRITE, "x": vma.PROT_EXEC}
 _SLOT_FLAGS: Final = {"READONLY": MEM_READONLY, "LOG_DIRTY_PAGES": MEM_LOG_DIRTY_PAGES}
+_UFFD_FLAGS: Final = {
+    "write": uffd_message.UFFD_PAGEFAULT_FLAG_WRITE,
+    "wp": uffd_message.UFFD_PAGEFAULT_FLAG_WP,
+    "minor": uffd_message.UFFD_PAGEFAULT_FLAG_MINOR,
+}
+_UFFD_FEATURES: Final = {
+    "WP_ASYNC": uffd_wp.UFFD_FEATURE_WP_ASYNC,
+    "WP_UNPOPULATED": uffd_wp.UFFD_FEATURE_WP_UNPOPULATED,
+}
+_UFFD_MODES: Final = {
+    "MISSING": userfaultfd.UFFDIO_REGISTER_MODE_MISSING,
+    "WP": userfaultfd.UFFDIO_REGISTER_MODE_WP,
+    "MINOR": userfaultfd.UFFDIO_REGISTER_MODE_MINOR,
+}
 _SPIN_LIMIT: Final = 10_000
 _DONE: Final = {"rc": 0}
 
@@ -40,7 +54,7 @@ def execute(world: World, step: Step) -> tuple[Observed, str]:
     """Does one step; what it observed, and if it failed, why. Raises UnsupportedError."""
     try:
         with world.running():
-            return STEPS[step.op](world, step.args), ""
+            return {"uffd": world.messages, **STEPS[step.op](world, step.args)}, ""
     except HostAccessError as error:
         return {"signal": error.signal}, str(error)
     except MmError as error:
@@ -192,11 +206,16 @@ def _direct_read_into(world: World, args: Args) -> Observed:
 
 
 def _pagemap_scan(world: World, args: Args) -> Observed:
-    scan = method(world.mm, "pagemap_scan", "pagemap_scan")
     addr, length = _range(args)
     base = BASE[args["space"]]
-    found = scan(addr, addr + length, write_protect=args["write_protect"])
-    written = [[(start - base) >> PAGE_SHIFT, (end - base) >> PAGE_SHIFT] for start, end in found]
+    found = world.mm.pagemap_scan(
+        addr,
+        addr + length,
+        flags=pagemap.PM_SCAN_WP_MATCHING | pagemap.PM_SCAN_CHECK_WPASYNC if args["write_protect"] else 0,
+        category_mask=pagemap.PAGE_IS_WRITTEN,
+        return_mask=pagemap.PAGE_IS_WRITTEN,
+    ).regions
+    written = [[(start - base) >> PAGE_SHIFT, (end - base) >> PAGE_SHIFT] for start, end, _ in found]
     return {"rc": len(written), "written": written}
 
 
@@ -349,31 +368,59 @@ def _wait_damon(world: World, args: Args) -> Observed:
 # ---- userfaultfd
 
 
+def _monitor(world: World, answers: Args) -> userfaultfd.Handler:
+    """Notes every message and does what the scenario says."""
+    content = _word(int(answers.get("value", "0x0"), 16)).ljust(PAGE_SIZE, b"\0")
+
+    def answer(uffd: userfaultfd.Userfaultfd, message: uffd_message.UffdMsg) -> None:
+        flags = [name for name, flag in _UFFD_FLAGS.items() if message.flags & flag]
+        page = (message.address - BASE["slot"]) >> PAGE_SHIFT
+        world.messages.append({"page": page, "flags": flags})
+        if "wp" in flags and "wp" in answers:
+            uffd.writeprotect(message.address, PAGE_SIZE, 0)
+        elif "minor" in flags and "minor" in answers:
+            uffd.continue_(message.address, PAGE_SIZE)
+        elif answers.get("missing") == "zeropage":
+            uffd.zeropage(message.address, PAGE_SIZE)
+        elif answers.get("missing") == "copy":
+            uffd.copy(message.address, content)
+
+    return answer
+
+
 def _uffd_open(world: World, args: Args) -> Observed:
-    method(world.mm, "userfaultfd", "uffd_open")(args["handler"], args.get("features", []))
+    features = sum(_UFFD_FEATURES[name] for name in args.get("features", []))
+    world.uffd = world.mm.userfaultfd(_monitor(world, args["handler"]), features)
     return _DONE
 
 
 def _uffd_register(world: World, args: Args) -> Observed:
-    method(world.mm, "uffd_register", "uffd_register")(*_range(args), args["mode"])
+    _uffd(world).register(*_range(args), _UFFD_MODES[args["mode"]])
     return _DONE
 
 
 def _uffd_unregister(world: World, args: Args) -> Observed:
-    method(world.mm, "uffd_unregister", "uffd_unregister")(*_range(args))
+    _uffd(world).unregister(*_range(args))
     return _DONE
 
 
 def _uffd_writeprotect(world: World, args: Args) -> Observed:
-    method(world.mm, "uffd_writeprotect", "uffd_writeprotect")(*_range(args), args["on"])
+    mode = userfaultfd.UFFDIO_WRITEPROTECT_MODE_WP if args["on"] else 0
+    _uffd(world).writeprotect(*_range(args), mode)
     return _DONE
 
 
 def _uffd_move(world: World, args: Args) -> Observed:
     source, length = _range(args)
     to = args["to"]
-    method(world.mm, "uffd_move", "uffd_move")(hva(to["space"], to["page"]), source, length)
-    return _DONE
+    moved = _uffd(world).move(hva(to["space"], to["page"]), source, length)
+    return _DONE if moved == length else {"rc": -1, "errno": "EAGAIN"}
+
+
+def _uffd(world: World) -> userfaultfd.Userfaultfd:
+    if world.uffd is None:
+        raise MmError(errno.EBADF, "there is no userfaultfd: opening it failed")
+    return world.uffd
 
 
 # ---- VM and guest

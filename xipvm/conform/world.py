@@ -26,6 +26,7 @@ from xipvm.mmu.mm import Mm
 from xipvm.mmu.page_cache import PageCache
 from xipvm.mmu.pte import GUARD, HUGE, MAPPED, SPECIAL, SWAP, pte_pfn
 from xipvm.mmu.secondary.kvm import Kvm
+from xipvm.mmu.userfaultfd import Userfaultfd
 from xipvm.mmu.vma import TASK_SIZE
 from xipvm.notifier import MmuNotifier, MmuNotifierRange, NotifiedMm
 from xipvm.trace.events import Event
@@ -170,6 +171,10 @@ class World:
         """Notifier calls of the current step."""
         self.events: list[Event] = []
         """What happened in the current step."""
+        self.uffd: Userfaultfd | None = None
+        """The one that the scenario has opened."""
+        self.messages: list[dict[str, Any]] = []
+        """What its monitor was told in the current step."""
         self.births: dict[int, int] = {}
         """When each allocated frame was allocated, by pfn."""
         self.allocations = 0
@@ -234,6 +239,7 @@ class World:
         """Forgets what was observed; frames that are allocated from now on are born after the result."""
         self.calls.clear()
         self.events.clear()
+        self.messages.clear()
         for vm in self.vms.values():
             vm.vcpu.begin_step()
         return self.allocations

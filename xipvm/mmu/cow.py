@@ -11,6 +11,7 @@ address. The old page keeps a reference until behind the range end.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Final
 
 from xipvm.actors import point
@@ -18,8 +19,11 @@ from xipvm.address import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE
 from xipvm.mmu.file import VmFault
 from xipvm.mmu.frames import PG_ANON, PG_KSM, PG_SWAPBACKED, ZERO_PFN
 from xipvm.mmu.mapping import anon_vma_prepare
-from xipvm.mmu.pte import ACCESSED, ANON, DIRTY, EXCLUSIVE, PFN_SHIFT, SOFT_DIRTY, SPECIAL, WRITE, pte_pfn
-from xipvm.mmu.vma import Vma
+from xipvm.mmu.pte import ACCESSED, ANON, DIRTY, EXCLUSIVE, PFN_SHIFT, SOFT_DIRTY, SPECIAL, UFFD_WP, WRITE, pte_pfn
+from xipvm.mmu.rmap import PMD_SHIFT
+from xipvm.mmu.uffd_message import UFFD_PAGEFAULT_FLAG_WP, UFFD_PAGEFAULT_FLAG_WRITE, Userfault
+from xipvm.mmu.uffd_wp import is_async
+from xipvm.mmu.vma import VM_UFFD_WP, Vma
 from xipvm.notifier import RangeEvent
 
 if TYPE_CHECKING:
@@ -32,8 +36,13 @@ _WRITTEN: Final = WRITE | DIRTY | SOFT_DIRTY
 def do_wp_page(mm: Mm, area: Vma, hva: int, entry: int) -> tuple[VmFault, str]:
     """``entry`` maps ``hva`` without WRITE; the area allows writing, or it is forced.
 
-    Raises OutOfFrames, having changed nothing.
+    Raises OutOfFrames, having changed nothing, and Userfault.
     """
+    if entry & UFFD_WP:
+        if area.flags & VM_UFFD_WP and not is_async(area):
+            raise Userfault(area, hva, UFFD_PAGEFAULT_FLAG_WRITE | UFFD_PAGEFAULT_FLAG_WP)
+        entry &= ~UFFD_WP
+        mm.set_pte(hva, entry)
     if area.shared:
         return _wp_page_shared(mm, area, hva, entry)
     if entry & ANON and (entry & EXCLUSIVE or _ours_alone(mm, pte_pfn(entry))):
@@ -48,6 +57,9 @@ def _ours_alone(mm: Mm, pfn: int) -> bool:
     The swap cache gives its reference up if it can.
     """
     host, swap = mm.host, mm.rmap.swap
+    if host.is_compound(pfn):
+        only = host.mapcount(pfn) == 1 and host.refcount(pfn) == host.total_mapcount(pfn)
+        return only and all(area.mm is mm for area in mm.rmap.areas(host.mapping(pfn)))
     if swap is not None and host.refcount(pfn) == 2:
         swap.give_up_slot(pfn)
     return host.refcount(pfn) == 1 and not host.flags(pfn) & PG_KSM
@@ -68,17 +80,20 @@ def _wp_page_shared(mm: Mm, area: Vma, hva: int, entry: int) -> tuple[VmFault, s
 
 def _reuse(mm: Mm, area: Vma, hva: int, entry: int) -> None:
     """The page is ours alone from now on, also in the reverse map: the mms it was shared with need not be searched."""
-    mm.host.set_rmap(pte_pfn(entry), anon_vma_prepare(area).id, area.page_offset(hva))
+    if not mm.host.is_compound(pte_pfn(entry)):  # the rest of a compound one may be shared
+        mm.host.set_rmap(pte_pfn(entry), anon_vma_prepare(area).id, area.page_offset(hva))
     mm.set_pte(hva, entry | area.new_anon | EXCLUSIVE)
 
 
-def wp_page_copy(mm: Mm, area: Vma, hva: int, entry: int, *, unshare: bool = False) -> bool:
+def wp_page_copy(mm: Mm, area: Vma, hva: int, entry: int, *, unshare: bool = False, locked: bool = False) -> bool:
     """Replaces the page of ``entry`` by a writable copy; False when the entry changed meanwhile.
 
     ``unshare``: the copy is exclusive, but read-only until somebody writes, and as soft-dirty as the page was.
+    ``locked``: mmap_lock is held.
     """
     host, page = mm.host, hva >> PAGE_SHIFT
     old = pte_pfn(entry)
+    anon_vma_prepare(area)  # which is too late under the page table lock
     new = mm.alloc_frame(old == ZERO_PFN)
     if old != ZERO_PFN:
         host.copy(old, new)
@@ -88,12 +103,13 @@ def wp_page_copy(mm: Mm, area: Vma, hva: int, entry: int, *, unshare: bool = Fal
     spare: int = new  # what is left over in the end
     try:
         start = hva & PAGE_MASK
-        with mm.mmap_lock.read:
+        with nullcontext() if locked else mm.mmap_lock.read:
             point("mm.cow.copied")
-            with mm.notifiers.around_entry(start, start + PAGE_SIZE, RangeEvent.CLEAR):
+            with mm.notifiers.around_entry(start, start + PAGE_SIZE, RangeEvent.CLEAR), mm.ptl(start >> PMD_SHIFT):
                 if mm.pgd.get(page) == entry:
                     mm.ptep_clear_flush_notify(start)
-                    map_new_anon(mm, area, start, new, _WRITTEN & ~(entry & SOFT_DIRTY) if unshare else 0)
+                    without = _WRITTEN & ~(entry & SOFT_DIRTY) if unshare else 0
+                    map_new_anon(mm, area, start, new, without, entry & UFFD_WP)
                     spare = old
                     if counted:
                         host.add_mapcount(old, -1)
@@ -109,13 +125,15 @@ def wp_page_copy(mm: Mm, area: Vma, hva: int, entry: int, *, unshare: bool = Fal
             mm.rmap.swap.forget((old,))
 
 
-def map_new_anon(mm: Mm, area: Vma, hva: int, pfn: int, without: int = 0) -> None:
+def map_new_anon(mm: Mm, area: Vma, hva: int, pfn: int, without: int = 0, wp: int = 0) -> None:
     """Fills the empty entry of ``hva`` with ``pfn``, a private page that nobody else knows yet; takes its reference.
 
-    The entry lacks the flags ``without``.
+    The entry lacks the flags ``without``; with ``wp``, UFFD_WP, it is protected.
     """
     host = mm.host
     host.set_flags(pfn, PG_ANON | PG_SWAPBACKED)
     host.set_rmap(pfn, anon_vma_prepare(area).id, area.page_offset(hva))
     host.add_mapcount(pfn, 1)
-    mm.set_pte(hva, pfn << PFN_SHIFT | area.new_anon & ~without | ANON | EXCLUSIVE)
+    if wp:
+        without |= WRITE
+    mm.set_pte(hva, pfn << PFN_SHIFT | area.new_anon & ~without | ANON | EXCLUSIVE | wp)

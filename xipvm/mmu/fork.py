@@ -15,11 +15,16 @@ from typing import TYPE_CHECKING
 from xipvm.actors import point
 from xipvm.address import PAGE_SHIFT
 from xipvm.mmu.mapping import insert
-from xipvm.mmu.vma import TASK_SIZE, VM_DONTCOPY, VM_LOCKED, VM_MIXEDMAP, Vma
+from xipvm.mmu.thp import thp_of
+from xipvm.mmu.uffd_message import UFFD_EVENT_FORK, UffdMsg
+from xipvm.mmu.uffd_reach import inherit
+from xipvm.mmu.uffd_wp import forget
+from xipvm.mmu.vma import TASK_SIZE, VM_DONTCOPY, VM_HUGETLB, VM_LOCKED, VM_MIXEDMAP, VM_UFFD_WP, Vma
 from xipvm.notifier import RangeEvent
 
 if TYPE_CHECKING:
     from xipvm.mmu.mm import Mm
+    from xipvm.mmu.userfaultfd import Userfaultfd
 
 
 def fork(mm: Mm, name: str | None) -> Mm:
@@ -29,33 +34,43 @@ def fork(mm: Mm, name: str | None) -> Mm:
     child = type(mm)(mm.host, mm.trace, name=name or f"{mm.name}.{mm.children}", protocol=mm.protocol)
     child.start_brk, child.end_brk = mm.start_brk, mm.end_brk
     child.memcg = mm.memcg
+    child.uffd_used = mm.uffd_used
+    uffds: dict[Userfaultfd, Userfaultfd] = {}
     with mm.because("mm_fork", child=child.name):
         for area in tuple(mm.vmas):
             if not area.flags & VM_DONTCOPY:
-                _dup_area(mm, child, area)
+                _dup_area(mm, child, area, uffds)
         point("mm.fork.unflushed")
         mm.flush_tlb_range(0, TASK_SIZE)
+    for uffd, heir in uffds.items():
+        mm.uffd_reports.add(uffd, UffdMsg(UFFD_EVENT_FORK, ufd=heir))
     return child
 
 
-def _dup_area(mm: Mm, child: Mm, area: Vma) -> None:
+def _dup_area(mm: Mm, child: Mm, area: Vma, uffds: dict[Userfaultfd, Userfaultfd]) -> None:
     twin = Vma(child, area.start, area.end, area.prot, area.flags & ~VM_LOCKED, area.file, area.pgoff)
+    if area.uffd is not None:
+        inherit(area, twin, uffds)
     mm.rmap.fork(area, twin)
     insert(child, twin)
     if mm.trace.on:
         mm.trace.emit("vma_map", mm=child.name, start=twin.start, end=twin.end, prot=twin.prot, kind=twin.kind)
-    if area.anon_vma is None and not area.flags & VM_MIXEDMAP:
+    if area.anon_vma is None and not area.flags & VM_MIXEDMAP and not twin.flags & VM_UFFD_WP:
         return
     if area.shared:
         _copy_entries(mm, child, area)
     else:
-        with mm.notifiers.invalidate_range(area.start, area.end, RangeEvent.PROTECTION_PAGE):
+        event = RangeEvent.CLEAR if area.flags & VM_HUGETLB else RangeEvent.PROTECTION_PAGE
+        with mm.notifiers.invalidate_range(area.start, area.end, event):
             _copy_entries(mm, child, area)
+    if mm.uffd_used and not twin.flags & VM_UFFD_WP:
+        forget(child, area.start >> PAGE_SHIFT, area.end >> PAGE_SHIFT)
 
 
 def _copy_entries(mm: Mm, child: Mm, area: Vma) -> None:
     start, end = area.start >> PAGE_SHIFT, area.end >> PAGE_SHIFT
     trace = mm.trace
+    thp_of(mm.host).share_zero(mm, child)
     swaps: list[int] = []
     changed = mm.pgd.copy_to(child.pgd, start, end, mm.host, not area.shared, trace.on, swaps)
     for slot in swaps:

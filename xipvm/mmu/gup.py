@@ -13,7 +13,8 @@ from xipvm.address import PAGE_SHIFT, PAGE_SIZE
 from xipvm.errors import MmError
 from xipvm.mmu.fault import handle_mm_fault
 from xipvm.mmu.file import VmFault
-from xipvm.mmu.pte import ACCESSED, ANON, DIRTY, EXCLUSIVE, MAPPED, SOFT_DIRTY, WRITE, pte_pfn
+from xipvm.mmu.frames import PG_HUGETLB
+from xipvm.mmu.pte import ACCESSED, ANON, DIRTY, EXCLUSIVE, HUGE, MAPPED, SOFT_DIRTY, UFFD_WP, WRITE, pte_pfn
 
 if TYPE_CHECKING:
     from xipvm.mmu.mm import Mm
@@ -77,9 +78,10 @@ def _get_forced(mm: Mm, hva: int) -> int:
     """The frame to write to: the process's own, also behind an entry that does not allow it. Raises EFAULT, ENOMEM."""
     own = ANON | EXCLUSIVE | SOFT_DIRTY
     while True:
-        entry = mm.pgd.get(hva >> PAGE_SHIFT)
-        if entry & WRITE or (entry & MAPPED and entry & own == own):
-            mm.pgd.set(hva >> PAGE_SHIFT, entry | ACCESSED | DIRTY)
+        entry = mm.pgd.pte(hva >> PAGE_SHIFT)
+        may = entry & MAPPED and entry & own == own and not entry & UFFD_WP
+        if entry & WRITE or (may and not (entry & HUGE and mm.host.flags(pte_pfn(entry)) & PG_HUGETLB)):
+            mm.pgd.set_bits(hva >> PAGE_SHIFT, (hva >> PAGE_SHIFT) + 1, ACCESSED | DIRTY)
             return pte_pfn(entry)
         fault = handle_mm_fault(mm, hva, True, True)
         if fault:

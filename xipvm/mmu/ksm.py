@@ -26,9 +26,21 @@ from xipvm.actors import point
 from xipvm.address import PAGE_SHIFT, PAGE_SIZE
 from xipvm.mmu.cow import wp_page_copy
 from xipvm.mmu.frames import PG_DIRTY, PG_KSM, PG_SWAPCACHE, HostMemory
-from xipvm.mmu.pte import ACCESSED, ANON, DIRTY, EXCLUSIVE, MAPPED, PFN_SHIFT, PRESENT, SOFT_DIRTY, WRITE, pte_pfn
-from xipvm.mmu.rmap import KsmRoot, reverse_map
-from xipvm.mmu.vma import VM_MERGEABLE, VM_MIXEDMAP, VM_SHARED
+from xipvm.mmu.pte import (
+    ACCESSED,
+    ANON,
+    DIRTY,
+    EXCLUSIVE,
+    MAPPED,
+    PFN_SHIFT,
+    PRESENT,
+    SOFT_DIRTY,
+    UFFD_WP,
+    WRITE,
+    pte_pfn,
+)
+from xipvm.mmu.rmap import PMD_SHIFT, KsmRoot, reverse_map
+from xipvm.mmu.vma import VM_HUGETLB, VM_MERGEABLE, VM_MIXEDMAP, VM_SHARED
 from xipvm.notifier import RangeEvent
 
 if TYPE_CHECKING:
@@ -36,7 +48,7 @@ if TYPE_CHECKING:
     from xipvm.mmu.vma import Vma
     from xipvm.trace.funnel import Trace
 
-UNFIT: Final = VM_SHARED | VM_MIXEDMAP
+UNFIT: Final = VM_SHARED | VM_HUGETLB | VM_MIXEDMAP
 """Areas with one of these are left as they are by MADV_MERGEABLE."""
 
 Place = tuple["Mm", int]
@@ -138,6 +150,16 @@ class Ksm:
 
     def _merge(self, mm: Mm, hva: int, pfn: int, root: KsmRoot | None) -> bool:
         """Makes the page at ``hva`` the shared page, or replaces it by that of ``root``; False if it could not be."""
+        with mm.mmap_lock.read:
+            page_lock = self._rmap.page_lock.attempt(pfn)
+            if page_lock is None:
+                return False
+            try:
+                return self._merge_locked(mm, hva, pfn, root)
+            finally:
+                page_lock.drop()
+
+    def _merge_locked(self, mm: Mm, hva: int, pfn: int, root: KsmRoot | None) -> bool:
         host = self._host
         held = [pfn] if root is None else [pfn, root.pfn]
         for frame in held:
@@ -158,7 +180,7 @@ class Ksm:
     def _write_protect(self, mm: Mm, hva: int, pfn: int) -> int:
         """The entry of ``hva``, which maps ``pfn`` and cannot be written through; 0 if that is not to be had."""
         host = self._host
-        with mm.notifiers.invalidate_range(hva, hva + PAGE_SIZE, RangeEvent.CLEAR):
+        with mm.notifiers.invalidate_range(hva, hva + PAGE_SIZE, RangeEvent.CLEAR), mm.ptl(hva >> PMD_SHIFT):
             if self._mapped(mm, hva) != pfn:
                 return 0
             entry = mm.pgd.get(hva >> PAGE_SHIFT)
@@ -185,7 +207,7 @@ class Ksm:
 
     def _replace(self, mm: Mm, hva: int, entry: int, root: KsmRoot, shared: int) -> bool:
         host, old = self._host, pte_pfn(entry)
-        with mm.notifiers.invalidate_range(hva, hva + PAGE_SIZE, RangeEvent.CLEAR):
+        with mm.notifiers.invalidate_range(hva, hva + PAGE_SIZE, RangeEvent.CLEAR), mm.ptl(hva >> PMD_SHIFT):
             area = mm.find_vma(hva)
             if area is None or area.anon_vma is None or root.pfn != shared or not self._same(mm, area, hva, entry):
                 return False
@@ -193,7 +215,7 @@ class Ksm:
             root.places[area.anon_vma, area.page_offset(hva)] = None
             host.get(shared)
             host.add_mapcount(shared, 1)
-            mm.set_pte(hva, shared << PFN_SHIFT | area.rights | ANON | entry & SOFT_DIRTY)
+            mm.set_pte(hva, shared << PFN_SHIFT | area.rights | ANON | entry & (SOFT_DIRTY | UFFD_WP))
             host.add_mapcount(old, -1)
             if self._trace.on:
                 self._trace.emit("ksm_merge", mm=mm.name, hva=hva, old=old, new=shared, root=root.id)
@@ -226,7 +248,7 @@ def ksm_scan(mm: Mm, until_sharing: int | None) -> int:
 def unmerge(mm: Mm, start: int, end: int) -> None:
     """Gives every place in ``[start, end)`` that maps a shared page a page of its own. Raises OutOfFrames.
 
-    mmap_lock is not held for writing, and no area of the range is mergeable any more.
+    mmap_lock is held for reading, and no area of the range is mergeable any more.
     """
     for page, _ in mm.pgd.entries(start >> PAGE_SHIFT, end >> PAGE_SHIFT):
         hva = page << PAGE_SHIFT
@@ -234,4 +256,4 @@ def unmerge(mm: Mm, start: int, end: int) -> None:
             entry, area = mm.pgd.get(page), mm.find_vma(hva)
             if area is None or not entry & MAPPED or not entry & ANON or not mm.host.flags(pte_pfn(entry)) & PG_KSM:
                 break
-            wp_page_copy(mm, area, hva, entry, unshare=True)
+            wp_page_copy(mm, area, hva, entry, unshare=True, locked=True)

@@ -25,12 +25,23 @@ from xipvm.address import PAGE_SHIFT, PAGE_SIZE
 from xipvm.errors import MmError, OutOfFrames
 from xipvm.mmu.fault import handle_mm_fault
 from xipvm.mmu.file import VmFault
-from xipvm.mmu.frames import PG_DIRTY, PG_REFERENCED, PG_SWAPBACKED
+from xipvm.mmu.frames import (
+    LRU_INACTIVE_ANON,
+    LRU_INACTIVE_FILE,
+    PG_ACTIVE,
+    PG_DIRTY,
+    PG_FILE,
+    PG_REFERENCED,
+    PG_SWAPBACKED,
+)
+from xipvm.mmu.hugetlb import check_split
+from xipvm.mmu.hugetlb import dontneed as hugetlb_dontneed
 from xipvm.mmu.ksm import UNFIT, unmerge
 from xipvm.mmu.mapping import anon_vma_prepare, merge, split
-from xipvm.mmu.pte import ACCESSED, DIRTY, GUARD, PRESENT, SPECIAL, WRITE, pte_pfn
-from xipvm.mmu.swap import pageout
-from xipvm.mmu.vma import PROT_WRITE, VM_DONTCOPY, VM_LOCKED, VM_MERGEABLE, VM_MIXEDMAP, Vma
+from xipvm.mmu.pageout import pageout
+from xipvm.mmu.pte import ACCESSED, DIRTY, GUARD, PRESENT, SPECIAL, UFFD_WP, WRITE, pte_pfn
+from xipvm.mmu.uffd_reach import removing
+from xipvm.mmu.vma import PROT_WRITE, VM_DONTCOPY, VM_HUGETLB, VM_LOCKED, VM_MERGEABLE, VM_MIXEDMAP, Vma
 from xipvm.mmu.zap import MmuGather
 from xipvm.notifier import RangeEvent
 
@@ -65,6 +76,10 @@ def madvise(mm: Mm, addr: int, length: int, advice: int) -> None:
         mm.notifiers.needs_modern(f"madvise: advice {advice}")
     if advice in _PAGES:
         name, refused, work = _PAGES[advice]
+        if mm.uffd_used and advice in (MADV_DONTNEED, MADV_FREE):
+            with mm.mmap_lock.read:
+                removed = _pieces(mm, addr, length, refused, name)
+            removing(removed)
         with mm.mmap_lock.read:
             pieces = _pieces(mm, addr, length, refused, name)
             if pieces:
@@ -93,12 +108,14 @@ def _pieces(mm: Mm, addr: int, length: int, refused: int, name: str) -> list[Pie
     """What the range covers. Raises EINVAL when an area has a flag of ``refused``, ENOMEM for a hole."""
     start, end = mm.check_range("madvise", addr, length)
     only = mm.find_vma(start)
-    if only is not None and start < end <= only.end and not only.flags & refused and name != "FREE":
+    if only is not None and start < end <= only.end and not only.flags & (refused | VM_HUGETLB) and name != "FREE":
         return [(only, start, end)]  # nearly always
     areas = mm.areas_in(start, end)
     for area in areas:
         if area.flags & refused or (name == "FREE" and area.file is not None):
             raise MmError(errno.EINVAL, f"madvise: MADV_{name} of {area!r}")
+        if name == "DONTNEED" and area.start <= start:
+            check_split(mm, "madvise", start)  # the end may cut a page: it is rounded down
     mm.covered("madvise", start, end)
     return [(area, max(area.start, start), min(area.end, end)) for area in areas]
 
@@ -107,6 +124,9 @@ def _pieces(mm: Mm, addr: int, length: int, refused: int, name: str) -> list[Pie
 
 
 def _dontneed(mm: Mm, gather: MmuGather, area: Vma, start: int, end: int) -> None:
+    if area.flags & VM_HUGETLB:
+        hugetlb_dontneed(mm, gather, area, start, end)
+        return
     with mm.notifiers.invalidate_range(start, end, RangeEvent.CLEAR):
         gather.zap(start, end, keep_markers=True)
 
@@ -126,6 +146,7 @@ def _free(mm: Mm, gather: MmuGather, area: Vma, start: int, end: int) -> None:
                 pgd.set(page, entry & ~(ACCESSED | DIRTY))
                 gather.flush_later(page << PAGE_SHIFT)
             host.clear_flags(pfn, PG_SWAPBACKED | PG_REFERENCED)
+            host.lru_move(pfn, LRU_INACTIVE_FILE)
 
 
 def _cold(mm: Mm, gather: MmuGather, area: Vma, start: int, end: int) -> None:
@@ -133,7 +154,10 @@ def _cold(mm: Mm, gather: MmuGather, area: Vma, start: int, end: int) -> None:
     for page, entry in pgd.entries(start >> PAGE_SHIFT, end >> PAGE_SHIFT):
         if entry & SPECIAL or not entry & PRESENT or host.mapcount(pte_pfn(entry)) != 1:
             continue
-        host.clear_flags(pte_pfn(entry), PG_REFERENCED)
+        pfn = pte_pfn(entry)
+        host.clear_flags(pfn, PG_REFERENCED)
+        if host.flags(pfn) & PG_ACTIVE:
+            host.lru_move(pfn, LRU_INACTIVE_FILE if host.flags(pfn) & PG_FILE else LRU_INACTIVE_ANON)
         if entry & ACCESSED:
             pgd.set(page, entry & ~ACCESSED)
             gather.flush_later(page << PAGE_SHIFT)
@@ -146,7 +170,7 @@ def _pageout(mm: Mm, gather: MmuGather, area: Vma, start: int, end: int) -> None
 def _guard_install(mm: Mm, gather: MmuGather, area: Vma, start: int, end: int) -> None:
     pgd, first, last = mm.pgd, start >> PAGE_SHIFT, end >> PAGE_SHIFT
     anon_vma_prepare(area)  # so that fork copies the markers
-    while any(entry != GUARD for _, entry in pgd.entries(first, last)):
+    while any(entry not in (GUARD, UFFD_WP) for _, entry in pgd.entries(first, last)):
         with mm.notifiers.invalidate_range(start, end, RangeEvent.CLEAR):
             gather.zap(start, end, keep_markers=True)
     for page in range(first, last):
@@ -166,10 +190,10 @@ def _guard_remove(mm: Mm, gather: MmuGather, area: Vma, start: int, end: int) ->
 _PAGES: Final[dict[int, tuple[str, int, Callable[[Mm, MmuGather, Vma, int, int], None]]]] = {
     MADV_DONTNEED: ("DONTNEED", VM_LOCKED, _dontneed),
     MADV_FREE: ("FREE", VM_LOCKED, _free),
-    MADV_COLD: ("COLD", VM_LOCKED, _cold),
-    MADV_PAGEOUT: ("PAGEOUT", VM_LOCKED, _pageout),
-    MADV_GUARD_INSTALL: ("GUARD_INSTALL", VM_LOCKED | VM_MIXEDMAP, _guard_install),
-    MADV_GUARD_REMOVE: ("GUARD_REMOVE", VM_MIXEDMAP, _guard_remove),
+    MADV_COLD: ("COLD", VM_LOCKED | VM_HUGETLB, _cold),
+    MADV_PAGEOUT: ("PAGEOUT", VM_LOCKED | VM_HUGETLB, _pageout),
+    MADV_GUARD_INSTALL: ("GUARD_INSTALL", VM_LOCKED | VM_HUGETLB | VM_MIXEDMAP, _guard_install),
+    MADV_GUARD_REMOVE: ("GUARD_REMOVE", VM_HUGETLB | VM_MIXEDMAP, _guard_remove),
 }
 """Advice by number: its name, the flags of areas that refuse it, and what to do."""
 
@@ -204,7 +228,11 @@ def _set_mergeable(mm: Mm, addr: int, length: int, on: bool) -> None:
 
 
 def change_flags(mm: Mm, start: int, end: int, flag: int, on: bool) -> None:
-    """Sets or clears ``flag`` of the areas in ``[start, end)``, splitting and merging them. mmap_lock is held."""
+    """Sets or clears ``flag`` of the areas in ``[start, end)``, splitting and merging them. mmap_lock is held.
+
+    Raises EINVAL where that would cut a huge page.
+    """
+    check_split(mm, "madvise", start, end)
     split(mm, start)
     split(mm, end)
     for area in mm.areas_in(start, end):
@@ -250,6 +278,8 @@ def _advise_files(mm: Mm, addr: int, length: int, advice: int) -> None:
                 raise MmError(errno.EACCES, f"madvise: MADV_REMOVE of {area!r}")
     if not pieces:
         return
+    if remove:
+        removing(pieces)
     with mm.because("mm_madvise", start=addr, end=pieces[-1][2], advice=name):
         for file, pgoff, count in todo:
             if file is not None and remove:

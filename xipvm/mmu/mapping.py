@@ -1,7 +1,8 @@
 """mmap and munmap: the areas of an mm, split and merged so that neighbours of one kind are one area.
 
 Merging follows Linux: neighbours with the same protection, flags and file, whose page offsets continue and whose
-anonymous pages have compatible roots. It is not cosmetic: fork and MADV_DONTNEED announce one range per area.
+anonymous pages have compatible roots; areas of huge pages of the pool (hugetlb.py) stay as they are. It is not
+cosmetic: fork and MADV_DONTNEED announce one range per area.
 """
 
 from __future__ import annotations
@@ -13,19 +14,27 @@ from typing import TYPE_CHECKING, Final
 
 from xipvm.address import PAGE_MASK, PAGE_SHIFT, Hva, page_up
 from xipvm.errors import MmError
+from xipvm.mmu.huge_pmd import huge_up, vma_adjust_trans_huge
+from xipvm.mmu.hugetlb import check_mmap, check_split, hugetlb_split
 from xipvm.mmu.rmap import AreaLocks
+from xipvm.mmu.uffd_reach import unmapping
 from xipvm.mmu.vma import (
     MAP_ANONYMOUS,
     MAP_FIXED,
     MAP_FIXED_NOREPLACE,
+    MAP_HUGE_2MB,
+    MAP_HUGETLB,
     MAP_KNOWN,
+    MAP_NORESERVE,
     MAP_PRIVATE,
     MAP_SHARED,
     PROT_ALL,
     PROT_READ,
     PROT_WRITE,
     TASK_SIZE,
+    VM_HUGETLB,
     VM_MIXEDMAP,
+    VM_NORESERVE,
     VM_SHARED,
     VM_SOFTDIRTY,
     Vma,
@@ -50,18 +59,22 @@ _start = attrgetter("start")
 
 def mmap(mm: Mm, length: int, prot: int, flags: int, addr: int | None, file: AddressSpace | None, pgoff: int) -> Hva:
     """See :meth:`Mm.mmap`."""
-    size = page_up(length)
+    size = huge_up(length) if file is not None and file.hugetlb else page_up(length)
     start = _check(mm, size, prot, flags, addr, file, pgoff)
+    vm_flags = VM_SOFTDIRTY | (VM_SHARED if flags & MAP_SHARED else 0)
     if file is None:
         pgoff = start >> PAGE_SHIFT
+    elif file.mixed:
+        vm_flags |= VM_MIXEDMAP
+    elif file.hugetlb:
+        vm_flags |= VM_HUGETLB | (VM_NORESERVE if flags & MAP_NORESERVE else 0)
+    area = Vma(mm, start, start + size, prot, vm_flags, file, pgoff)
+    if flags & MAP_FIXED:
+        check_split(mm, "mmap", start, start + size)
+    if file is not None:
+        file.mmap(area)
     if flags & MAP_FIXED and mm.areas_in(start, start + size):
         munmap(mm, start, size)
-    vm_flags = (
-        VM_SOFTDIRTY
-        | (VM_SHARED if flags & MAP_SHARED else 0)
-        | (VM_MIXEDMAP if file is not None and file.mixed else 0)
-    )
-    area = Vma(mm, start, start + size, prot, vm_flags, file, pgoff)
     insert(mm, area)
     if mm.trace.on:
         mm.trace.emit("vma_map", mm=mm.name, start=start, end=start + size, prot=prot, kind=area.kind)
@@ -86,6 +99,9 @@ def _check(mm: Mm, size: int, prot: int, flags: int, addr: int | None, file: Add
         raise MmError(errno.EINVAL, call)
     if file is None and not flags & MAP_ANONYMOUS:
         raise MmError(errno.EBADF, call)
+    if flags & MAP_HUGE_2MB not in (0, MAP_HUGE_2MB):
+        raise MmError(errno.EINVAL, f"{call}: huge pages have 2 MiB")
+    check_mmap(call, file, bool(flags & MAP_HUGETLB), addr if fixed and addr is not None else 0, pgoff)
     if pgoff + (size >> PAGE_SHIFT) > _MAX_PGOFF:
         raise MmError(errno.EOVERFLOW, call)
     if file is not None and flags & MAP_SHARED and prot & PROT_WRITE and not file.writable:
@@ -98,6 +114,8 @@ def _check(mm: Mm, size: int, prot: int, flags: int, addr: int | None, file: Add
             if flags & MAP_FIXED_NOREPLACE and mm.areas_in(start, start + size):
                 raise MmError(errno.EEXIST, call)
             return start
+        if file is not None and file.hugetlb:
+            addr = huge_up(addr)
     start = unmapped_area(mm, size, addr)
     if not start:
         raise MmError(errno.ENOMEM, call)
@@ -134,10 +152,13 @@ def munmap(mm: Mm, addr: int, length: int, *, downgrade: bool = False) -> None:
         raise MmError(errno.EINVAL, f"munmap({addr:#x}, {length:#x})")
     if not mm.areas_in(start, end):
         return
+    check_split(mm, "munmap", start, end)
     split(mm, start)
     split(mm, end)
     areas = mm.areas_in(start, end)
     for area in areas:
+        if area.uffd is not None:
+            unmapping(area, start, end)
         remove(mm, area)
     if downgrade:
         mm.mmap_lock.downgrade()
@@ -184,7 +205,12 @@ def split(mm: Mm, hva: int) -> None:
     area = mm.find_vma(hva)
     if area is None or area.start == hva:
         return
+    if area.flags & VM_HUGETLB:
+        hugetlb_split(area, hva)
+    vma_adjust_trans_huge(area, hva)
     upper = Vma(mm, hva, area.end, area.prot, area.flags, area.file, area.page_offset(hva))
+    upper.huge_reserve = area.huge_reserve
+    upper.uffd = area.uffd
     with AreaLocks(area):
         area.end = hva
         mm.rmap.clone(area, upper)
@@ -214,8 +240,10 @@ def _adjoin(lower: Vma, upper: Vma) -> bool:
     """They would be one area but for the protection and the roots of their pages."""
     return (
         lower.end == upper.start
+        and not lower.flags & VM_HUGETLB
         and not (lower.flags ^ upper.flags) & ~VM_SOFTDIRTY
         and lower.file is upper.file
+        and lower.uffd is upper.uffd
         and lower.page_offset(lower.end) == upper.pgoff
     )
 

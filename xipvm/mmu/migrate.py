@@ -27,7 +27,7 @@ from xipvm.address import PAGE_SHIFT
 from xipvm.errors import MmError, OutOfFrames
 from xipvm.mmu.frames import PG_ANON, PG_DIRTY, PG_KSM, PG_REFERENCED, PG_RESERVED, PG_SWAPBACKED, HostMemory
 from xipvm.mmu.page_cache import PageCache
-from xipvm.mmu.pte import MAPPED, MIGRATION, PFN_SHIFT, SPECIAL, WRITE, pte_pfn
+from xipvm.mmu.pte import FLAGS, MAPPED, MIGRATION, PFN_SHIFT, SPECIAL, UFFD_WP, WRITE, pte_pfn
 from xipvm.mmu.rmap import reverse_map
 from xipvm.mmu.unmap import try_to_migrate
 from xipvm.mmu.vma import PROT_WRITE
@@ -44,6 +44,11 @@ def migrate_page(host: HostMemory, trace: Trace, pfn: int) -> int:
 
     Raises OutOfFrames, and MmError EAGAIN for a page that somebody holds, EBUSY for one that cannot be moved.
     """
+    with reverse_map(host).page_lock(pfn):
+        return _migrate_page(host, trace, pfn)
+
+
+def _migrate_page(host: HostMemory, trace: Trace, pfn: int) -> int:
     if host.is_device(pfn) or host.flags(pfn) & PG_RESERVED or not host.mapping(pfn):
         raise MmError(errno.EBUSY, f"frame {pfn:#x} is no page that can be moved")
     new = host.alloc(False)
@@ -95,7 +100,7 @@ def _remove_migration_entries(host: HostMemory, old: int, new: int) -> None:
         entry = mm.pgd.get(page)
         if entry & MAPPED or not entry & MIGRATION or pte_pfn(entry) != old:
             continue
-        keep = 0xFFF if area.prot & PROT_WRITE else 0xFFF & ~WRITE
+        keep = FLAGS | UFFD_WP if area.prot & PROT_WRITE else (FLAGS | UFFD_WP) & ~WRITE
         host.get(new)
         host.add_mapcount(new, 1)
         mm.set_pte(hva, new << PFN_SHIFT | area.rights | entry & keep)

@@ -13,9 +13,14 @@ zap.py                  taking entries away: the gather, truncation, exit
 fault.py, cow.py        what a missing or a read-only entry leads to
 gup.py                  get_user_pages, and copies to and from the address space
 unmap.py, migrate.py    a page out of all its entries; to another frame
-swap.py                 swap, and reclaim to it
+swap*.py                swap: slots and their cache, and the way back
+pageout.py, lru.py      a page out of memory; which ones
+reclaim.py, oom.py      memory pressure, and when there is no way out
 ksm.py                  equal pages become one
+hugetlb*.py             huge pages of a pool
 fork.py                 a child that shares pages until somebody writes
+userfaultfd.py, uffd_*  faults that somebody else resolves
+pagemap.py              scans for pages that were written
 ======================  ==========================================================
 
 Which operations exclude each other is said in :mod:`xipvm.mmu.locking`.
@@ -36,21 +41,29 @@ from typing import TYPE_CHECKING, Any, Final
 
 from xipvm.address import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE, Hva, Pfn, page_up
 from xipvm.errors import MmError
-from xipvm.locks.lock import RwLock
-from xipvm.locks.order import MMAP_LOCK
-from xipvm.mmu import clear_refs, fork, gup, ksm, madvise, mapping, migrate, mlock, mremap, protect, swap, zap
+from xipvm.locks.lock import KeyedLocks, RwLock
+from xipvm.locks.order import MMAP_LOCK, PTL
+from xipvm.mmu import clear_refs, fork, gup, ksm, madvise, mapping, migrate, mlock, mremap, pageout, protect, swap, zap
 from xipvm.mmu.all_locks import AllLocks
 from xipvm.mmu.frames import HostMemory
+from xipvm.mmu.huge_pmd import huge_up
+from xipvm.mmu.hugetlb_file import HugetlbFile
 from xipvm.mmu.page_cache import ShmemFile
-from xipvm.mmu.pte import ACCESSED, FLAGS, PFN_SHIFT, pte_pfn
-from xipvm.mmu.rmap import reverse_map
+from xipvm.mmu.pagemap import PagemapLimits, PagemapScan, pagemap_scan
+from xipvm.mmu.pte import ACCESSED, FLAGS, UFFD_WP, pte_pfn
+from xipvm.mmu.rmap import PMD_SHIFT, reverse_map
 from xipvm.mmu.tables import GupPage, PageTable
-from xipvm.mmu.vma import MAP_ANONYMOUS, MAP_PRIVATE, MAP_SHARED, PROT_WRITE, VM_LOCKED, Vma
+from xipvm.mmu.uffd_message import UffdReports
+from xipvm.mmu.userfaultfd import Handler, Userfaultfd
+from xipvm.mmu.vma import MAP_ANONYMOUS, MAP_HUGETLB, MAP_PRIVATE, MAP_SHARED, PROT_WRITE, VM_LOCKED, Vma
 from xipvm.notifier import notifiers_of
 
 if TYPE_CHECKING:
+    from typing import Unpack
+
     from xipvm.mmu.file import AddressSpace
     from xipvm.mmu.host_thread import HostThread
+    from xipvm.mmu.oom import OomKill
     from xipvm.trace.funnel import Trace
 
 _end = attrgetter("end")
@@ -86,11 +99,17 @@ class Mm:
         "mmap_lock",
         "name",
         "notifiers",
+        "oom",
+        "oom_score_adj",
+        "oom_skip",
         "pgd",
+        "ptl",
         "rmap",
         "start_brk",
         "threads",
         "trace",
+        "uffd_reports",
+        "uffd_used",
         "vmas",
     )
 
@@ -106,12 +125,23 @@ class Mm:
         self.rmap = reverse_map(host)
         self.rmap.mms[self] = None
         self.mmap_lock = RwLock(f"mmap_lock of {name}", MMAP_LOCK)
+        self.ptl = KeyedLocks(f"page table lock {{:#x}} of {name}", PTL)
+        """One a page table of 2 MiB; its number is the address without the bits of ``PMD_SHIFT``."""
         self.dead = False
+        self.oom: OomKill | None = None
+        """Why the OOM killer has killed it, if it has."""
+        self.oom_skip = False
+        """The OOM killer has had all from it that it could get."""
+        self.oom_score_adj = 0
+        """Added to the OOM killer's idea of it, in thousandths of all memory; -1000: never kill it."""
         self.memcg: Mm | None = None
         """The mm for which its memory cgroup was made, None for the one that everybody begins in."""
         self.children = 0
         self.start_brk = self.end_brk = START_BRK
         self.cached_vma: Vma | None = None
+        self.uffd_used = False
+        """There was a userfaultfd: entries may be markers of its, or protected."""
+        self.uffd_reports = UffdReports(self)
         self._gup_fast = self.pgd.gup
 
     # ---- areas
@@ -129,9 +159,16 @@ class Mm:
         """Maps ``length`` bytes (rounded up to pages) of ``file`` from page ``pgoff``, or of anonymous memory.
 
         ``addr`` is a wish unless ``flags`` say MAP_FIXED (replaces what is there) or MAP_FIXED_NOREPLACE (EEXIST).
-        Errors: EINVAL, EOVERFLOW, EBADF (no file), ENOMEM (no room), EACCES (shared and writable, the file is not).
+        MAP_HUGETLB: huge pages of the pool (hugetlb.py), set aside now unless MAP_NORESERVE; lengths are rounded up to
+        one, as for a :class:`~xipvm.mmu.hugetlb_file.HugetlbFile`.
+        Errors: EINVAL, EOVERFLOW, EBADF (no file), ENOMEM (no room, or not so many huge pages), EACCES (shared and
+        writable, the file is not).
         """
-        if file is None and flags & MAP_SHARED and flags & MAP_ANONYMOUS:
+        if file is None and flags & MAP_HUGETLB and flags & MAP_ANONYMOUS:
+            size = huge_up(max(length, 0))
+            file, pgoff, flags = HugetlbFile(self.host, self.trace, "/anon_hugepage", size), 0, flags ^ MAP_ANONYMOUS
+            file.close()
+        elif file is None and flags & MAP_SHARED and flags & MAP_ANONYMOUS:
             # As in Linux: a memory file that nobody else has, and that goes with its last mapping.
             file, pgoff, flags = (
                 ShmemFile(self.host, self.trace, "/dev/zero", page_up(length)),
@@ -139,13 +176,13 @@ class Mm:
                 flags ^ MAP_ANONYMOUS,
             )
             file.close()
-        with self.mmap_lock.write:
+        with self.uffd_reports, self.mmap_lock.write:
             self.check_alive("mmap")
             return mapping.mmap(self, length, prot, flags, addr, file, pgoff)
 
     def munmap(self, addr: int, length: int) -> None:
         """Unmaps what is mapped in the range; areas are split where needed. Errors: EINVAL."""
-        with self.mmap_lock.write:
+        with self.uffd_reports, self.mmap_lock.write:
             mapping.munmap(self, addr, length, downgrade=True)
 
     def mremap(self, addr: int, old_len: int, new_len: int, flags: int = 0, new_addr: int | None = None) -> Hva:
@@ -155,7 +192,7 @@ class Mm:
         An ``old_len`` of 0 maps shared memory a second time. Lengths are rounded up to pages. Returns the place.
         Errors: EINVAL, EFAULT (not one area), ENOMEM (no room, or it may not move).
         """
-        with self.mmap_lock.write:
+        with self.uffd_reports, self.mmap_lock.write:
             place = mremap.mremap(self, addr, old_len, new_len, flags, new_addr)
             area = self.find_vma(place)
         if area is not None and area.flags & VM_LOCKED and new_len > old_len:
@@ -168,7 +205,7 @@ class Mm:
 
         The heap is private anonymous memory from ``start_brk`` on. Errors: none.
         """
-        with self.mmap_lock.write:
+        with self.uffd_reports, self.mmap_lock.write:
             return mapping.brk(self, addr)
 
     def mprotect(self, addr: int, length: int, prot: int) -> None:
@@ -250,6 +287,20 @@ class Mm:
             last += 1
         return self.vmas[first:last]
 
+    def userfaultfd(self, handler: Handler | None = None, features: int = 0) -> Userfaultfd:
+        """A userfaultfd, whose ``handler`` is called with every message; without one they queue for ``read``.
+
+        ``features``: UFFD_FEATURE_*. Errors: EINVAL (a feature that there is not).
+        """
+        return Userfaultfd(self, handler, features)
+
+    def pagemap_scan(self, start: int, end: int, **limits: Unpack[PagemapLimits]) -> PagemapScan:
+        """PAGEMAP_SCAN: the pages of ``[start, end)``, in bytes, of some categories, protected again if asked for.
+
+        :func:`xipvm.mmu.pagemap.pagemap_scan` says what can be asked for, and the errors.
+        """
+        return pagemap_scan(self, start, end, **limits)
+
     def move_pages(self, addr: int, length: int, node: int) -> list[int]:
         """Moves the pages of the range to a NUMA node; a status a page: 0, or a negative errno.
 
@@ -292,7 +343,7 @@ class Mm:
 
         Each pass asks every page once whether somebody used it, and takes those that nobody did.
         """
-        return swap.memcg_reclaim(self, passes)
+        return pageout.memcg_reclaim(self, passes)
 
     # ---- pages
 
@@ -332,23 +383,26 @@ class Mm:
         return pfn
 
     def put_frame(self, pfn: int) -> None:
-        """Drops a reference to ``pfn``; the last one frees it."""
-        if self.host.put(pfn) and self.trace.on:
-            self.trace.emit("page_free", pages=[(pfn, 1)])
+        """Drops a reference to ``pfn``; the last one frees it, with all of the compound page that it belongs to."""
+        freed = self.host.put_page(pfn)
+        if freed and self.trace.on:
+            self.trace.emit("page_free", pages=freed)
 
     def set_pte(self, hva: int, entry: int) -> None:
         """Writes the entry of ``hva``."""
+        if self.ptl.held:
+            self.ptl.not_others(hva >> PMD_SHIFT)
         self.pgd.set(hva >> PAGE_SHIFT, entry)
         if self.trace.on:
             self.emit_pte_set(hva, entry)
 
     def emit_pte_set(self, hva: int, entry: int) -> None:
         """Tells the trace of an entry that was written."""
-        pfn, flags = entry >> PFN_SHIFT, entry & FLAGS
+        pfn, flags = pte_pfn(entry), entry & (FLAGS | UFFD_WP)
         self.trace.emit("pte_set", mm=self.name, hva=hva & PAGE_MASK, pfn=pfn, flags=flags)
 
     def clear_flush(self, hva: int) -> None:
-        """Clears the entry of ``hva``, which maps a page, and makes every CPU forget it."""
+        """Clears the entry of ``hva``, which maps a page, and makes every CPU forget it. Under its page table lock."""
         old = self.pgd.set(hva >> PAGE_SHIFT, 0)
         start = hva & PAGE_MASK
         if self.trace.on:
@@ -399,7 +453,7 @@ class Mm:
 
     def fork(self, name: str | None = None) -> Mm:
         """A child with the same mappings; private pages are shared until one side writes."""
-        with self.mmap_lock.write:
+        with self.uffd_reports, self.mmap_lock.write:
             return fork.fork(self, name)
 
     def exit(self) -> None:
@@ -419,8 +473,8 @@ class Mm:
 
     def check_alive(self, what: str) -> None:
         """Raises MmError ESRCH when the mm has exited."""
-        if self.dead:
-            raise MmError(errno.ESRCH, f"{what}: {self.name} has exited")
+        if self.dead or self.oom is not None:
+            raise MmError(errno.ESRCH, f"{what}: {self.name} {'has exited' if self.oom is None else 'was killed'}")
 
     def check_range(self, what: str, addr: int, length: int) -> tuple[int, int]:
         """``[addr, addr + length)`` with the length rounded up to pages. Raises ESRCH and EINVAL."""

@@ -19,11 +19,14 @@ from typing import TYPE_CHECKING, Final
 
 from xipvm.address import PAGE_MASK, PAGE_SHIFT, Hva, page_up
 from xipvm.errors import MmError
-from xipvm.mmu.huge_pmd import HPAGE_MASK, huge_up
+from xipvm.mmu.frames import HUGE_PAGES
+from xipvm.mmu.huge_pmd import HPAGE_MASK, huge_up, split_huge_edges, split_huge_pmd
 from xipvm.mmu.hugetlb import adjust_range_if_pmd_sharing_possible
 from xipvm.mmu.mapping import insert, merge, munmap, split, unmapped_area
-from xipvm.mmu.pte import MAPPED, SOFT_DIRTY, pte_pfn
+from xipvm.mmu.pte import HUGE, MAPPED, SOFT_DIRTY, pte_pfn
 from xipvm.mmu.rmap import AreaLocks
+from xipvm.mmu.uffd_reach import move_along
+from xipvm.mmu.uffd_wp import forget
 from xipvm.mmu.vma import TASK_SIZE, VM_HUGETLB, VM_LOCKED, Vma
 from xipvm.notifier import RangeEvent
 
@@ -122,6 +125,8 @@ def _move(mm: Mm, addr: int, length: int, new_addr: int, new_len: int, keep: boo
     untouched = area.file is None and area.anon_vma is None  # no page knows its offset yet
     pgoff = new_addr >> PAGE_SHIFT if untouched else area.page_offset(addr)
     new = Vma(mm, new_addr, new_addr + new_len, area.prot, area.flags, area.file, pgoff)
+    if area.uffd is not None:
+        move_along(area, new, addr, length)
     with AreaLocks(area):
         mm.rmap.clone(area, new)
     insert(mm, new)
@@ -134,6 +139,8 @@ def _move(mm: Mm, addr: int, length: int, new_addr: int, new_len: int, keep: boo
             event = RangeEvent.CLEAR
             new.huge_reserve, area.huge_reserve = area.huge_reserve, None
         with mm.notifiers.around_entry(start, end, event):  # in 2008 the steps have ranges of their own
+            if area.uffd is not new.uffd:
+                forget(mm, addr >> PAGE_SHIFT, (addr + length) >> PAGE_SHIFT)
             _move_page_tables(mm, addr, length, new_addr)
         if not keep:
             munmap(mm, addr, length)
@@ -150,6 +157,7 @@ def _move_page_tables(mm: Mm, addr: int, length: int, new_addr: int) -> None:
         _move_in_steps(mm, addr, length, new_addr, mm.notifiers.move_limit)
         return
     pgd, shift = mm.pgd, (new_addr - addr) >> PAGE_SHIFT
+    _split_for_move(mm, addr, addr + length, new_addr - addr)
     moved = pgd.entries(addr >> PAGE_SHIFT, (addr + length) >> PAGE_SHIFT)
     for page, entry in moved:
         pgd.set(page, 0)
@@ -158,7 +166,7 @@ def _move_page_tables(mm: Mm, addr: int, length: int, new_addr: int) -> None:
         return
     trace = mm.trace
     if trace.on:
-        end, pages = addr + length, _runs([pte_pfn(entry) for _, entry in moved if entry & MAPPED])
+        end, pages = addr + length, _runs([entry for _, entry in moved if entry & MAPPED])
         trace.emit("pte_move", mm=mm.name, start=addr, end=end, to=new_addr, length=length >> PAGE_SHIFT, pages=pages)
     mm.flush_tlb_range(addr, addr + length)
 
@@ -187,11 +195,22 @@ def _move_in_steps(mm: Mm, addr: int, length: int, new_addr: int, limit: int) ->
         addr = stop
 
 
-def _runs(pfns: list[int]) -> list[tuple[int, int]]:
+def _split_for_move(mm: Mm, start: int, end: int, distance: int) -> None:
+    """Huge entries move as they are where they are huge at the destination, too, and are split otherwise."""
+    if not distance & ~HPAGE_MASK:
+        split_huge_edges(mm, start, end)
+        return
+    for page, entry in mm.pgd.entries(start >> PAGE_SHIFT, end >> PAGE_SHIFT):
+        if entry & HUGE:
+            split_huge_pmd(mm, page << PAGE_SHIFT)
+
+
+def _runs(entries: list[int]) -> list[tuple[int, int]]:
     runs: list[tuple[int, int]] = []
-    for pfn in pfns:
+    for entry in entries:
+        pfn, count = pte_pfn(entry), HUGE_PAGES if entry & HUGE else 1
         if runs and pfn == sum(runs[-1]):
-            runs[-1] = runs[-1][0], runs[-1][1] + 1
+            runs[-1] = runs[-1][0], runs[-1][1] + count
         else:
-            runs.append((pfn, 1))
+            runs.append((pfn, count))
     return runs

@@ -1,7 +1,9 @@
 """Files whose pages are frames of the arena: the page cache, and memory files, which have nothing else.
 
 ``pages`` holds one reference to each cached frame; every mapping holds another. A page leaves the cache only unmapped:
-truncation and hole punching take the entries away first (with notification), then the pages.
+truncation, hole punching and reclaim take the entries away first (with notification), then the pages.
+
+When a page of a disk file is reclaimed, what it leaves is a shadow (workingset.py); of a memory file, its swap slot.
 """
 
 from __future__ import annotations
@@ -10,10 +12,10 @@ from typing import TYPE_CHECKING
 
 from xipvm.actors import point
 from xipvm.address import PAGE_SHIFT, PAGE_SIZE, page_up
-from xipvm.errors import OutOfFrames
 from xipvm.mmu.file import AddressSpace, FaultResult, VmFault
 from xipvm.mmu.frames import PG_DIRTY, PG_SWAPBACKED
 from xipvm.mmu.gup import pieces
+from xipvm.mmu.reclaim import retry
 from xipvm.mmu.rmap import reverse_map
 from xipvm.mmu.vma import TASK_SIZE
 from xipvm.mmu.zap import unmap_mapping_range
@@ -34,8 +36,8 @@ class PageCache(AddressSpace):
         self.size = size
         self.pages: dict[int, int] = {}
         """Cached frames by page offset."""
-        self.swapped: dict[int, int] = {}
-        """Swap slots of pages that are not cached."""
+        self.shadows: dict[int, int] = {}
+        """When pages that are not cached were reclaimed."""
         self.rmap = reverse_map(host)
         self.closed = False
 
@@ -52,26 +54,29 @@ class PageCache(AddressSpace):
     # ---- for the fault handler
 
     def fault(self, area: Vma, pgoff: int, write: bool) -> FaultResult:
-        """The cached page, read in if it is not."""
+        """The cached page, read in if it is not. Raises OutOfFrames."""
         if pgoff >= page_up(self.size) >> PAGE_SHIFT:
             return 0, VmFault.SIGBUS
         try:
             pfn = self._grab(pgoff)
-        except OutOfFrames:
-            return 0, VmFault.OOM
+        except OSError:
+            pfn = None
         if pfn is None:
             return 0, VmFault.SIGBUS
+        if not self.rmap.page_lock.free(pfn) and self.rmap.page_lock.wait(pfn):
+            return 0, VmFault.NOPAGE
         self.host.get(pfn)
         return pfn, VmFault.OK
 
     def cached(self, pgoff: int) -> int | None:
-        """The cached frame that a fault nearby may map along."""
-        return self.pages.get(pgoff) if pgoff < page_up(self.size) >> PAGE_SHIFT else None
+        """The cached frame that a fault nearby may map along; None for one that is locked."""
+        pfn = self.pages.get(pgoff) if pgoff < page_up(self.size) >> PAGE_SHIFT else None
+        return pfn if pfn is None or self.rmap.page_lock.free(pfn) else None
 
     # ---- the cache
 
     def _grab(self, pgoff: int) -> int | None:
-        """The frame of ``pgoff``, None when the file ends before it by now. Raises OutOfFrames."""
+        """The frame of ``pgoff``, None when the file ends before it by now. Raises OutOfFrames and OSError."""
         while True:
             pfn = self.pages.get(pgoff)
             if pfn is not None:
@@ -92,7 +97,14 @@ class PageCache(AddressSpace):
                 continue
             self.host.set_rmap(pfn, self.id, pgoff)
             self.pages[pgoff] = pfn
+            shadow = self.shadows.pop(pgoff, None)
+            if shadow is not None and self.rmap.reclaim is not None:
+                self.rmap.reclaim.workingset.refault(pfn, shadow, swap=self.rmap.swap is not None)
             return pfn
+
+    def _need(self, pgoff: int) -> int | None:
+        """As :meth:`_grab`, for who is no fault; makes room if it has to."""
+        return retry(self.host, lambda: self._grab(pgoff))
 
     def _read_page(self, pgoff: int, pfn: int) -> None:
         """Fills a new zeroed frame with what the file has at ``pgoff``. May sleep."""
@@ -102,10 +114,18 @@ class PageCache(AddressSpace):
         for pgoff in sorted(pgoff for pgoff in self.swapped if first <= pgoff < end):
             assert self.rmap.swap is not None
             self.rmap.swap.free((self.swapped.pop(pgoff),))
+        for pgoff in [pgoff for pgoff in self.shadows if first <= pgoff < end]:
+            del self.shadows[pgoff]
         for pgoff in sorted(pgoff for pgoff in self.pages if first <= pgoff < end):
-            pfn = self.pages.pop(pgoff)
-            self.host.set_rmap(pfn, 0, 0)
-            self._put(pfn)
+            while (pfn := self.pages.get(pgoff)) is not None:
+                with self.rmap.page_lock(pfn):
+                    if self.pages.get(pgoff) == pfn:
+                        self._drop(pgoff)
+
+    def _drop(self, pgoff: int) -> None:
+        pfn = self.pages.pop(pgoff)
+        self.host.set_rmap(pfn, 0, 0)
+        self._put(pfn)
 
     def _put(self, pfn: int) -> None:
         if self.host.put(pfn) and self.trace.on:
@@ -117,7 +137,7 @@ class PageCache(AddressSpace):
         """Up to ``size`` bytes from ``offset``, fewer at the end of the file."""
         parts = []
         for at, in_page, length in pieces(offset, max(min(size, self.size - offset), 0)):
-            pfn = self._grab(at >> PAGE_SHIFT)
+            pfn = self._need(at >> PAGE_SHIFT)
             if pfn is None:
                 break
             parts.append(self.host.read(pfn, in_page, length))
@@ -127,7 +147,7 @@ class PageCache(AddressSpace):
         """Writes ``data`` at ``offset``, growing the file. Mappings see it at once; nobody is told."""
         self.size = max(self.size, offset + len(data))
         for at, in_page, length in pieces(offset, len(data)):
-            pfn = self._grab(at >> PAGE_SHIFT)
+            pfn = self._need(at >> PAGE_SHIFT)
             if pfn is None:
                 return
             self.host.write(pfn, in_page, data[at - offset : at - offset + length])
@@ -151,7 +171,7 @@ class PageCache(AddressSpace):
     def _zero_tail(self) -> None:
         """Bytes of the last page behind the end of the file read as zero when it grows again."""
         pgoff = self.size >> PAGE_SHIFT
-        pfn = self._grab(pgoff) if pgoff in self.swapped else self.pages.get(pgoff)
+        pfn = self._need(pgoff) if pgoff in self.swapped else self.pages.get(pgoff)
         used = self.size & (PAGE_SIZE - 1)
         if pfn is not None and used:
             self.host.write(pfn, used, bytes(PAGE_SIZE - used))
@@ -168,14 +188,53 @@ class ShmemFile(PageCache):
 
     kind = "shmem"
 
+    def has_page(self, pgoff: int) -> bool | None:
+        """See :meth:`AddressSpace.has_page`."""
+        if pgoff >= page_up(self.size) >> PAGE_SHIFT:
+            return None
+        return pgoff in self.pages or pgoff in self.swapped
+
+    def add_page(self, pgoff: int, pfn: int) -> None:
+        """Caches a frame for a page that the file does not have; takes over a reference."""
+        self.host.set_flags(pfn, PG_SWAPBACKED | PG_DIRTY)
+        self.host.set_rmap(pfn, self.id, pgoff)
+        self.pages[pgoff] = pfn
+
     def _read_page(self, pgoff: int, pfn: int) -> None:
         self.host.set_flags(pfn, PG_SWAPBACKED)
-        slot = self.swapped.pop(pgoff, None)
+        slot = self.swapped.get(pgoff)
         if slot is not None:
             assert self.rmap.swap is not None
             self.rmap.swap.read(pfn, slot)
+            del self.swapped[pgoff]
+            shadow = self.rmap.swap.shadows.get(slot)
+            if shadow is not None:
+                self.shadows[pgoff] = shadow  # for the one who caches the page, in a moment
             self.rmap.swap.free((slot,))
 
     def bring_back(self, pgoff: int) -> None:
-        """Reads a page from swap. Raises OutOfFrames."""
-        self._grab(pgoff)
+        """See :meth:`AddressSpace.bring_back`."""
+        if pgoff in self.swapped:
+            self._grab(pgoff)
+
+    def can_reclaim(self) -> bool:
+        """There is a free slot."""
+        return self.rmap.swap is not None and self.rmap.swap.has_room
+
+    def reclaim(self, pgoff: int, pfn: int) -> bool:
+        """Moves the page to a slot."""
+        swap = self.rmap.swap
+        slot = swap.alloc() if swap is not None and self.pages.get(pgoff) == pfn else None
+        if swap is None or slot is None:
+            return False
+        swap.duplicate(slot)  # ours
+        try:
+            swap.write(pfn, slot)
+        except OSError:
+            swap.free((slot,))
+            raise
+        if self.rmap.reclaim is not None:
+            swap.shadows[slot] = self.rmap.reclaim.workingset.evicted(pfn)
+        self.swapped[pgoff] = slot
+        self._drop(pgoff)
+        return True

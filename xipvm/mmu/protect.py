@@ -3,7 +3,8 @@
 One range for each area whose protection really changes, if anything is mapped in it: all of the area that the request
 covers (from the first 1 GiB on that has a page table), whatever the direction of the change. The frames stay, so
 nothing is freed. One flush follows behind the last range end; it is left out when no TLB can know the entries. Pages
-that may be written without a fault get WRITE back at once; the rest fault.
+that may be written without a fault get WRITE back at once; the rest fault. Areas of huge pages of the pool have rules of
+their own (hugetlb.py).
 
 In 2008 the range was the whole piece, mapped or not, and each had a flush of its own before its end.
 """
@@ -16,8 +17,10 @@ from typing import TYPE_CHECKING, Final
 from xipvm.actors import point
 from xipvm.address import PAGE_SHIFT
 from xipvm.errors import MmError
+from xipvm.mmu.hugetlb import check_split, hugetlb_change_protection
 from xipvm.mmu.mapping import merge, split
-from xipvm.mmu.vma import PROT_ALL, PROT_WRITE, Vma
+from xipvm.mmu.uffd_wp import keep_protected
+from xipvm.mmu.vma import PROT_ALL, PROT_WRITE, VM_HUGETLB, Vma
 from xipvm.notifier import RangeEvent
 
 if TYPE_CHECKING:
@@ -36,6 +39,7 @@ def mprotect(mm: Mm, addr: int, length: int, prot: int) -> None:
             raise MmError(errno.EACCES, f"mprotect: {area.file.name} is not writable")
     if start == end:
         return
+    check_split(mm, "mprotect", start, end)
     split(mm, start)
     split(mm, end)
     changed: list[Vma] = []
@@ -44,7 +48,9 @@ def mprotect(mm: Mm, addr: int, length: int, prot: int) -> None:
             continue
         area.set_prot(prot)
         with mm.because("vma_protect", start=area.start, end=area.end, prot=prot):
-            if _change_protection(mm, area):
+            if area.flags & VM_HUGETLB:
+                hugetlb_change_protection(mm, area)
+            elif _change_protection(mm, area):
                 changed.append(area)
     if changed:
         point("mm.mprotect.unflushed")
@@ -65,6 +71,8 @@ def _change_protection(mm: Mm, area: Vma) -> bool:
         flushes, changed = mm.pgd.protect(first, end, area.page_prot, area.upgrade, trace.on)
         for lo, hi, flags in changed:
             trace.emit("pte_protect", mm=mm.name, start=lo << PAGE_SHIFT, end=hi << PAGE_SHIFT, flags=flags)
+        if mm.uffd_used:
+            keep_protected(mm, first, end)
         if early:
             mm.flush_tlb_range(start, area.end)
     return flushes > 0 and not early

@@ -5,7 +5,9 @@ or it maps nothing and says why:
 
 =========  ====================  ======================================================================================
 marker     ``GUARD``, alone      nothing will be mapped here
-swap       ``SWAP``              a slot in place of the pfn (swap.py); EXCLUSIVE and SOFT_DIRTY as they were
+marker     ``UFFD_WP``, alone    what will be mapped here is protected as if it had been all the time (uffd_wp.py)
+marker     ``POISON``, alone     every access is a SIGBUS
+swap       ``SWAP``              a slot in place of the pfn (swap.py); EXCLUSIVE, SOFT_DIRTY and UFFD_WP as they were
 migration  ``MIGRATION``         the pfn of the page that is being moved (migrate.py); flags as they were but MAPPED.
                                  It counts neither as a mapping nor as a reference: the mover has one
 =========  ====================  ======================================================================================
@@ -37,6 +39,10 @@ GUARD: Final = 1 << 11
 
 SWAP: Final = 1 << 52
 MIGRATION: Final = 1 << 53
+UFFD_WP: Final = 1 << 54
+"""Write-protected by userfaultfd (uffd_wp.py): never together with WRITE."""
+POISON: Final = 1 << 55
+"""Alone in an entry: whoever looks gets a SIGBUS (UFFDIO_POISON)."""
 
 MAPPED: Final = PRESENT | PROTNONE
 FLAGS: Final = 0xFFF
@@ -50,14 +56,30 @@ def pte_pfn(entry: int) -> int:
     return (entry & PFN_MASK) >> PFN_SHIFT
 
 
+def is_marker(entry: int) -> bool:
+    """Nothing is mapped, and nothing is named: the entry only says what is to become of the next access."""
+    return entry in (GUARD, UFFD_WP, POISON)
+
+
 def describe(entry: int) -> str:
     """An entry in words, for errors: ``0x12 rw- anon exclusive``."""
     if not entry:
         return "empty"
     if entry & GUARD:
         return "guard"
+    if entry == POISON:
+        return "poison"
+    if entry == UFFD_WP:
+        return "write-protected hole"
     if entry & (SWAP | MIGRATION):
         return f"{'swap' if entry & SWAP else 'migration'} {pte_pfn(entry):#x}"
     rights = "".join(letter if entry & bit else "-" for letter, bit in (("r", PRESENT), ("w", WRITE), ("x", EXEC)))
-    names = (("protnone", PROTNONE), ("special", SPECIAL), ("anon", ANON), ("exclusive", EXCLUSIVE), ("dirty", DIRTY))
+    names = (
+        ("protnone", PROTNONE),
+        ("special", SPECIAL),
+        ("anon", ANON),
+        ("exclusive", EXCLUSIVE),
+        ("dirty", DIRTY),
+        ("uffd-wp", UFFD_WP),
+    )
     return " ".join([f"{pte_pfn(entry):#x}", rights, *(name for name, bit in names if entry & bit)])

@@ -29,10 +29,12 @@ from xipvm.mmu.pte import (
     PFN_SHIFT,
     SOFT_DIRTY,
     SWAP,
+    UFFD_WP,
     WRITE,
     pte_pfn,
 )
-from xipvm.mmu.rmap import reverse_map
+from xipvm.mmu.rmap import PMD_SHIFT, reverse_map
+from xipvm.mmu.uffd_wp import uses_markers
 from xipvm.notifier import RangeEvent
 
 if TYPE_CHECKING:
@@ -42,7 +44,7 @@ if TYPE_CHECKING:
 Replacement = Callable[["Vma", int], int | None]
 """What takes the place of an entry of an area; 0 for an empty one, None to leave the entry as it was."""
 
-_MOVES: Final = WRITE | ACCESSED | DIRTY | SOFT_DIRTY | ANON | EXCLUSIVE
+_MOVES: Final = WRITE | ACCESSED | DIRTY | SOFT_DIRTY | ANON | EXCLUSIVE | UFFD_WP
 
 
 def migration_entry(area: Vma, entry: int) -> int:
@@ -58,22 +60,24 @@ def try_to_migrate(host: HostMemory, pfn: int) -> bool:
 def unmap_all(host: HostMemory, pfn: int, replacement: Replacement, *, skip: int = 0) -> bool:
     """Replaces all entries of ``pfn``, but those of areas with a flag of ``skip``; whether none maps it now.
 
-    Ends when ``replacement`` declines. The caller holds a reference.
+    Ends when ``replacement`` declines. The caller holds a reference, and has locked the page.
     """
     rmap = reverse_map(host)
-    while True:
-        found = next((place for place in rmap.walk(host, pfn) if not place[0].flags & skip), None)
-        if found is None:
-            return host.mapcount(pfn) == 0
-        if not _unmap_one(*found, pfn, replacement):
-            return False
+    with rmap.walk_lock(host, pfn):
+        while True:
+            found = next((place for place in rmap.walk(host, pfn) if not place[0].flags & skip), None)
+            if found is None:
+                return host.mapcount(pfn) == 0
+            with rmap.place_lock(host, pfn, found[0]):
+                if found in rmap.walk(host, pfn) and not _unmap_one(*found, pfn, replacement):
+                    return False
 
 
 def _unmap_one(area: Vma, hva: int, pfn: int, replacement: Replacement) -> bool:
     """False when ``replacement`` has declined, or in 2008 somebody has used the page a moment ago."""
     mm = area.mm
     host, page = mm.host, hva >> PAGE_SHIFT
-    with mm.notifiers.around_entry(hva, hva + PAGE_SIZE, RangeEvent.CLEAR):
+    with mm.notifiers.around_entry(hva, hva + PAGE_SIZE, RangeEvent.CLEAR), mm.ptl(hva >> PMD_SHIFT):
         entry = mm.pgd.get(page)
         if not entry & MAPPED or pte_pfn(entry) != pfn:
             return True
@@ -90,6 +94,8 @@ def _unmap_one(area: Vma, hva: int, pfn: int, replacement: Replacement) -> bool:
         if new is None:
             mm.set_pte(hva, entry)
             return False
+        if not new and entry & UFFD_WP and uses_markers(area) and area.file is not None:
+            new = UFFD_WP
         if new:
             set_nonpresent(mm, hva, new)
         host.add_mapcount(pfn, -1)
@@ -98,10 +104,10 @@ def _unmap_one(area: Vma, hva: int, pfn: int, replacement: Replacement) -> bool:
 
 
 def set_nonpresent(mm: Mm, hva: int, entry: int) -> None:
-    """Writes a swap or migration entry."""
+    """Writes a swap or migration entry, or a marker."""
     mm.pgd.set(hva >> PAGE_SHIFT, entry)
     if mm.trace.on:
-        kind = "swap" if entry & SWAP else "migration"
+        kind = "swap" if entry & SWAP else "migration" if entry & MIGRATION else "uffd-wp"
         mm.trace.emit("pte_nonpresent", mm=mm.name, hva=hva, entry=kind, value=pte_pfn(entry))
 
 

@@ -17,6 +17,7 @@ from xipvm.mmu.frames import (
     PG_ACTIVE,
     PG_ANON,
     PG_FILE,
+    PG_HUGETLB,
     PG_KSM,
     PG_LRU,
     PG_RESERVED,
@@ -24,10 +25,26 @@ from xipvm.mmu.frames import (
     ZERO_PFN,
     HostMemory,
 )
+from xipvm.mmu.hugetlb import reserved_by
+from xipvm.mmu.hugetlb_file import HugetlbFile
 from xipvm.mmu.page_cache import PageCache
-from xipvm.mmu.pte import ANON, DIRTY, EXCLUSIVE, GUARD, MAPPED, PRESENT, SPECIAL, SWAP, WRITE, describe, pte_pfn
+from xipvm.mmu.pte import (
+    ANON,
+    DIRTY,
+    EXCLUSIVE,
+    HUGE,
+    MAPPED,
+    PRESENT,
+    SPECIAL,
+    SWAP,
+    UFFD_WP,
+    WRITE,
+    describe,
+    is_marker,
+    pte_pfn,
+)
 from xipvm.mmu.rmap import reverse_map
-from xipvm.mmu.vma import PROT_WRITE
+from xipvm.mmu.vma import PROT_WRITE, VM_HUGETLB, VM_UFFD_WP
 
 if TYPE_CHECKING:
     from xipvm.mmu.mm import Mm
@@ -50,8 +67,9 @@ def verify(host: HostMemory, *, held: Mapping[int, int] | None = None) -> None:
     references = Counter(held or {})
     slots.update(slot for file in rmap.files() if isinstance(file, PageCache) for slot in file.swapped.values())
     wrong.extend(_swap(host, rmap.swap, slots, references))
+    wrong.extend(_pool(host, references))
     for pfn, found in mappings.items():
-        references[pfn] += len(found)
+        references[host.compound_head(pfn)] += len(found)
         if set(rmap.walk(host, pfn)) != found:
             wrong.append(
                 f"frame {pfn:#x}: the reverse map finds {len(list(rmap.walk(host, pfn)))} of {len(found)} entries"
@@ -59,7 +77,7 @@ def verify(host: HostMemory, *, held: Mapping[int, int] | None = None) -> None:
     for file in rmap.files():
         if isinstance(file, PageCache):
             for pgoff, pfn in file.pages.items():
-                references[pfn] += 1
+                references[host.compound_head(pfn)] += 1
                 if pgoff in file.swapped:
                     wrong.append(f"page {pgoff:#x} of {file!r} is in memory and in swap")
                 if (host.mapping(pfn), host.index(pfn)) != (file.id, pgoff):
@@ -91,6 +109,27 @@ def _swap(host: HostMemory, swap: Swap | None, slots: Counter[int], references: 
     return wrong
 
 
+def _pool(host: HostMemory, references: Counter[int]) -> list[str]:
+    """Checks what the hugetlb pool has promised, and adds what the files refer to."""
+    rmap = reverse_map(host)
+    promised, wrong = sum(reserved_by(area) for mm in rmap.mms for area in mm.vmas), []
+    for file in rmap.files():
+        if isinstance(file, HugetlbFile):
+            promised += len(file.reserved - file.pages.keys())
+            for pgoff, pfn in file.pages.items():
+                references[pfn] += 1
+                if pgoff not in file.reserved or (host.mapping(pfn), host.index(pfn)) != (file.id, pgoff):
+                    wrong.append(f"frame {pfn:#x}: is page {pgoff:#x} of {file!r}, but does not know it")
+    if host.reserved_huge_pages != promised or promised > host.free_huge_pages:
+        wrong.append(f"{host.reserved_huge_pages} of {host.free_huge_pages} huge pages are promised, found {promised}")
+    meta = host.meta_view()
+    heads = meta[(meta["flags"] & PG_HUGETLB) != 0]
+    free = int((heads["refcount"] == 0).sum())
+    if (len(heads), free) != (host.huge_pages, host.free_huge_pages):
+        wrong.append(f"{len(heads)} pages in the hugetlb pool, {free} free, counted {host.free_huge_pages}")
+    return wrong
+
+
 def _areas(mm: Mm) -> list[str]:
     wrong = []
     for lower, upper in zip(mm.vmas, mm.vmas[1:], strict=False):
@@ -116,10 +155,12 @@ def _entries(mm: Mm, mappings: defaultdict[int, set[tuple[Vma, int]]], slots: Co
         if area is None:
             wrong.append(f"{mm.name}: entry at {hva:#x} ({describe(entry)}) lies in no area")
             continue
+        if entry & UFFD_WP and not area.flags & VM_UFFD_WP:
+            wrong.append(f"{mm.name}: entry at {hva:#x} ({describe(entry)}) is protected for nobody")
         if not entry & MAPPED:
             if entry & SWAP:
                 slots[pte_pfn(entry)] += 1
-            elif entry != GUARD:
+            elif not is_marker(entry):
                 wrong.append(f"{mm.name}: entry at {hva:#x} ({describe(entry)}) is none that stays")
             continue
         pfn = pte_pfn(entry)
@@ -135,8 +176,12 @@ def _entry(area: Vma, hva: int, entry: int) -> list[str]:
         wrong.append(f"does not fit {area!r}")
     if entry & WRITE and (not entry & PRESENT or not area.prot & PROT_WRITE):
         wrong.append("is writable")
+    if entry & WRITE and entry & UFFD_WP:
+        wrong.append("is writable and protected")
     if entry & WRITE and area.shared and area.file is not None and area.file.tracks_writes and not entry & DIRTY:
         wrong.append("is writable, but its file was not told")
+    if bool(area.flags & VM_HUGETLB) != bool(entry & HUGE and host.flags(pfn) & PG_HUGETLB):
+        wrong.append("is a page of the hugetlb pool or not, wrongly")
     if bool(entry & SPECIAL) != (pfn == ZERO_PFN or host.is_device(pfn)):
         wrong.append("is special or not, wrongly")
     if entry & ANON:
@@ -151,8 +196,10 @@ def _entry(area: Vma, hva: int, entry: int) -> list[str]:
             wrong.append(f"is exclusive, with mapcount {host.mapcount(pfn)}")
         if entry & WRITE and not entry & EXCLUSIVE:
             wrong.append("is a writable entry of a shared page")
+        if entry & ANON and area.shared:
+            wrong.append("maps a private page in a shared area")
     elif not entry & SPECIAL:
-        if not isinstance(area.file, PageCache) or area.file.pages.get(area.page_offset(hva)) != pfn:
+        if not isinstance(area.file, PageCache | HugetlbFile) or area.file.pages.get(area.page_offset(hva)) != pfn:
             wrong.append("maps a page that is not in the page cache there")
         if entry & WRITE and not area.shared:
             wrong.append("is a writable private entry of a page-cache page")
@@ -162,14 +209,16 @@ def _entry(area: Vma, hva: int, entry: int) -> list[str]:
 def _frames(host: HostMemory, mappings: Mapping[int, set[tuple[Vma, int]]], references: Mapping[int, int]) -> list[str]:
     wrong = []
     meta = host.meta_view()
-    counts, mapcounts = meta["refcount"].tolist(), meta["mapcount"].tolist()
+    counts, mapcounts, heads = meta["refcount"].tolist(), meta["mapcount"].tolist(), meta["head"].tolist()
     free = 0
     for pfn in range(1, host.nr_frames):
         if counts[pfn] != references.get(pfn, 0):
             wrong.append(f"frame {pfn:#x}: refcount {counts[pfn]}, found {references.get(pfn, 0)}")
-        if mapcounts[pfn] != len(mappings.get(pfn, ())):
-            wrong.append(f"frame {pfn:#x}: mapcount {mapcounts[pfn]}, found {len(mappings.get(pfn, ()))}")
-        free += counts[pfn] == 0
+        huge = sum(bool(area.mm.pgd.get(hva >> PAGE_SHIFT) & HUGE) for area, hva in mappings.get(pfn, ()))
+        small = len(mappings.get(pfn, ())) - huge
+        if mapcounts[pfn] != small or (heads[pfn] == pfn and host.entire_mapcount(pfn) != huge):
+            wrong.append(f"frame {pfn:#x}: mapcount {host.mapcount(pfn)}, found {small} and {huge} huge entries")
+        free += counts[pfn] == 0 and heads[pfn] == 0
     if free != host.free_frames:
         wrong.append(f"{free} frames have no reference, {host.free_frames} are free")
     if not host.flags(ZERO_PFN) & PG_RESERVED or host.read(ZERO_PFN, 0, 4096).strip(b"\0"):
@@ -194,7 +243,7 @@ def _lru(host: HostMemory) -> list[str]:
             if bool(flags[pfn] & PG_ACTIVE) + 2 * bool(flags[pfn] & PG_FILE) != number:
                 wrong.append(f"frame {pfn:#x}: is on LRU list {number}, its flags are {flags[pfn]:#x}")
     for pfn in range(1, host.nr_frames):
-        expected = 1 if mappings[pfn] else 0
+        expected = 1 if mappings[pfn] and not flags[pfn] & PG_HUGETLB else 0
         if listed[pfn] != expected or bool(flags[pfn] & PG_LRU) != bool(expected):
             wrong.append(f"frame {pfn:#x}: is {listed[pfn]} times on LRU lists, not {expected}")
     return wrong

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from xipvm.mmu.hugetlb import HugeReserve
     from xipvm.mmu.mm import Mm
     from xipvm.mmu.rmap import AnonVma
+    from xipvm.mmu.userfaultfd import Userfaultfd
 
 PROT_NONE: Final = 0
 PROT_READ: Final = 1
@@ -28,10 +29,10 @@ MAP_SHARED: Final = 0x01
 MAP_PRIVATE: Final = 0x02
 MAP_FIXED: Final = 0x10
 MAP_ANONYMOUS: Final = 0x20
-MAP_FIXED_NOREPLACE: Final = 0x100000
 MAP_NORESERVE: Final = 0x4000
 """Huge pages are not set aside (hugetlb.py); other mappings set nothing aside anyway."""
 MAP_HUGETLB: Final = 0x40000
+MAP_FIXED_NOREPLACE: Final = 0x100000
 MAP_HUGE_2MB: Final = 21 << 26
 """With MAP_HUGETLB: the size of huge pages, which is this one without it, too."""
 MAP_KNOWN: Final = (
@@ -49,20 +50,29 @@ TASK_SIZE: Final = (1 << 47) - PAGE_SIZE
 """End of the addresses that can be mapped."""
 
 VM_SHARED: Final = 0x08
+VM_UFFD_MISSING: Final = 0x200
+VM_UFFD_WP: Final = 0x1000
+VM_UFFD_MINOR: Final = 1 << 41
+VM_UFFD: Final = VM_UFFD_MISSING | VM_UFFD_WP | VM_UFFD_MINOR
+"""Which faults are a userfaultfd's business (userfaultfd.py)."""
 VM_LOCKED: Final = 0x2000
 """Its pages are not to be taken away (mlock)."""
 VM_DONTCOPY: Final = 0x20000
 """fork leaves the area out (MADV_DONTFORK)."""
-VM_SOFTDIRTY: Final = 0x08000000
-"""Newer than the last clear_refs of soft-dirty bits: all of it counts as written."""
-VM_MERGEABLE: Final = 0x80000000
-"""KSM may merge its pages (MADV_MERGEABLE)."""
-VM_MIXEDMAP: Final = 0x10000000
-"""Maps frames that have no reference count."""
 VM_NORESERVE: Final = 0x200000
 """No huge pages were set aside for it."""
 VM_HUGETLB: Final = 0x400000
 """Made of huge pages of the pool (hugetlb.py)."""
+VM_SOFTDIRTY: Final = 0x08000000
+"""Newer than the last clear_refs of soft-dirty bits: all of it counts as written."""
+VM_HUGEPAGE: Final = 0x20000000
+"""Huge pages are wanted (MADV_HUGEPAGE)."""
+VM_NOHUGEPAGE: Final = 0x40000000
+"""There are to be none (MADV_NOHUGEPAGE)."""
+VM_MERGEABLE: Final = 0x80000000
+"""KSM may merge its pages (MADV_MERGEABLE)."""
+VM_MIXEDMAP: Final = 0x10000000
+"""Maps frames that have no reference count."""
 
 
 class Vma:
@@ -74,14 +84,15 @@ class Vma:
         "end",
         "file",
         "flags",
+        "huge_reserve",
         "mm",
         "new_anon",
         "page_prot",
         "pgoff",
         "prot",
         "rights",
-        "huge_reserve",
         "start",
+        "uffd",
         "upgrade",
     )
 
@@ -98,6 +109,10 @@ class Vma:
         """Where new anonymous pages of this area belong; None until the first one."""
         self.anon_chain: tuple[AnonVma, ...] = ()
         """All anon_vmas that may have pages here: the own one and those of the mms it was forked from."""
+        self.huge_reserve: HugeReserve | None = None
+        """Which huge pages of a private area are set aside, None for all others."""
+        self.uffd: Userfaultfd | None = None
+        """Where it is registered, with one of the flags VM_UFFD."""
         self.set_prot(prot)
 
     def set_prot(self, prot: int) -> None:
@@ -105,10 +120,6 @@ class Vma:
         self.prot = prot
         self.rights = PROTNONE if prot == PROT_NONE else PRESENT | (EXEC if prot & PROT_EXEC else 0)
         """The permission bits of an entry here, without WRITE."""
-        self.huge_reserve: HugeReserve | None = None
-        """Which huge pages of a private area are set aside, None for all others."""
-        self.uffd: Userfaultfd | None = None
-        """Where it is registered, with one of the flags VM_UFFD."""
         shared, tracked = bool(self.flags & VM_SHARED), self.file is not None and self.file.tracks_writes
         untouched = bool(self.flags & (VM_SOFTDIRTY | VM_HUGETLB))  # huge pages of the pool are not tracked
         writable = WRITE if prot & PROT_WRITE else 0
@@ -117,6 +128,7 @@ class Vma:
 
         Without WRITE for a page that was forced upon an area without PROT_WRITE.
         """
+        tracked = tracked or bool(self.flags & VM_UFFD_WP)
         self.page_prot = self.rights | (writable if shared and untouched and not tracked else 0)
         """The permission bits that every new entry gets: WRITE only where nobody has to notice the first write."""
         self.upgrade = 0

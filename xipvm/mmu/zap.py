@@ -15,7 +15,11 @@ from typing import TYPE_CHECKING
 
 from xipvm.actors import point
 from xipvm.address import PAGE_SHIFT, PAGE_SIZE
+from xipvm.mmu.huge_pmd import split_huge_edges
+from xipvm.mmu.rmap import PMD_SHIFT
 from xipvm.mmu.tables import Gather
+from xipvm.mmu.thp import thp_of
+from xipvm.mmu.uffd_wp import before_zap, mark
 from xipvm.mmu.vma import TASK_SIZE, Vma
 from xipvm.notifier import RangeEvent
 
@@ -36,11 +40,18 @@ class MmuGather:
         self._end = 0
 
     def zap(self, start: int, end: int, *, keep_anon: bool = False, keep_markers: bool = False) -> None:
-        """Clears the entries of ``[start, end)``; keeps private copies or what maps nothing, if told to."""
+        """Clears the entries of ``[start, end)``; keeps private copies or what maps nothing, if told to.
+
+        A huge entry that lies in it only in part is split before, with a range of its own.
+        """
         mm = self._mm
+        split_huge_edges(mm, start, end)
         trace = mm.trace
         first, last = start >> PAGE_SHIFT, end >> PAGE_SHIFT
+        mm.ptl.wait_range(start >> PMD_SHIFT, (end - 1 >> PMD_SHIFT) + 1)
+        protected = before_zap(mm, start, end, keep_anon) if mm.uffd_used and keep_markers else ()
         cleared, runs = mm.pgd.zap_mapped(first, last, self._frames, trace.on, keep_anon, keep_markers)
+        mark(mm, protected)
         if not cleared:
             return
         self._start = min(self._start, start)
@@ -95,11 +106,16 @@ def unmap_mapping_range(file: AddressSpace, pgoff: int, count: int, *, even_cows
         for area in tuple(file.areas):
             lo = max(area.start, area.start + ((pgoff - area.pgoff) << PAGE_SHIFT))
             hi = min(area.end, area.start + ((pgoff + count - area.pgoff) << PAGE_SHIFT))
-            if lo >= hi:
+            if lo >= hi or area not in file.areas:
                 continue
-            gather = MmuGather(area.mm)
-            with area.mm.notifiers.invalidate_range(lo, hi, RangeEvent.CLEAR):
-                gather.zap(lo, hi, keep_anon=not even_cows, keep_markers=True)
+            mm, place = area.mm, (area.start, area.end, area.pgoff)
+            gather = MmuGather(mm)
+            with mm.notifiers.invalidate_range(lo, hi, RangeEvent.CLEAR):
+                if area in file.areas and place == (area.start, area.end, area.pgoff):
+                    gather.zap(lo, hi, keep_anon=not even_cows, keep_markers=True)
+                else:  # split, or gone: somebody has passed the lock
+                    for part in [part for part in file.areas if part.mm is mm and part.start < hi and lo < part.end]:
+                        gather.zap(max(lo, part.start), min(hi, part.end), keep_anon=not even_cows, keep_markers=True)
             gather.finish()
 
 
@@ -119,5 +135,6 @@ def _exit_mmap(mm: Mm) -> None:
         if areas:
             with mm.because("vma_unmap", start=areas[0].start, end=areas[-1].end):
                 unmap_vmas(mm, areas, areas[0].start, TASK_SIZE)
+    thp_of(mm.host).leave(mm)
     mm.threads.clear()
     del mm.rmap.mms[mm]

@@ -143,6 +143,7 @@ define("guest_interrupt", "vcpu:int irq:int", "a vCPU took an interrupt")
 
 # The host: frames, page tables, VMAs. Pages are host frames throughout.
 define("page_alloc", "pfn:pfn", "a frame left the free list")
+define("page_alloc_huge", "pages:pfns", "the frames of a compound page left the free list")
 define("page_free", "pages:pfns", "frames went back to the free list and may be reused from here on")
 define("pte_set", "mm:str hva:hva pfn:pfn flags:hex", "a primary page-table entry was written; flags are its low bits")
 define("pte_clear", "mm:str start:hva end:hva pages:pfns", "primary entries were cleared; pages are what they mapped")
@@ -160,6 +161,13 @@ define(
 define("pte_copy", "mm:str child:str start:hva end:hva", "the child got the parent's mapped entries of the range")
 define("pte_nonpresent", "mm:str hva:hva entry:str value:hex", "an entry says where its page is: swap, migration")
 define(
+    "pmd_split",
+    "mm:str start:hva end:hva pfn:pfn flags:hex",
+    "small entries with these flags map what a huge one did: `pfn` and those behind it, or the zero page",
+)
+define("pmd_collapse", "mm:str start:hva end:hva pfn:pfn", "a compound page took the place of the pages of the range")
+define("page_split", "pfn:pfn split:bool", "a compound page was to be split, and was unless somebody had it")
+define(
     "page_migrate", "old:pfn new:pfn moved:bool", "a page was to move to another frame, and did unless it was in use"
 )
 define("ksm_merge", "mm:str hva:hva old:pfn new:pfn root:int", "KSM merged a page; old is new: it is the shared one")
@@ -172,6 +180,14 @@ define("direct_reclaim", "free:int min:int reclaimed:int", "an allocation came t
 define("workingset_refault", "pfn:pfn distance:int active:bool", "a reclaimed page came back; active: too soon")
 define("oom_kill", "mm:str badness:int rss:int swap:int pinned:int", "the OOM killer chose; counts are pages")
 define("oom_reap", "mm:str pages:int left:int", "the OOM reaper freed pages, and left areas alone")
+define("uffd_pagefault", "mm:str hva:hva access:str reason:str", "a fault waits for its monitor; missing, minor, wp")
+define("uffd_event", "mm:str event:str start:hva end:hva to:hva?", "a monitor is told: fork, remap, remove, unmap")
+define("uffd_register", "mm:str start:hva end:hva mode:str", "faults of the range are told to a userfaultfd")
+define("uffd_unregister", "mm:str start:hva end:hva", "they no longer are")
+define("uffd_fill", "mm:str start:hva end:hva how:str", "a monitor fills entries: copy, zeropage, continue, poison")
+define("uffd_writeprotect", "mm:str start:hva end:hva on:bool", "a monitor protects pages, or lifts that")
+define("uffd_move", "mm:str start:hva end:hva to:hva", "a monitor moves pages")
+define("pagemap_scan", "mm:str start:hva end:hva wp:bool", "PAGEMAP_SCAN; wp: what it finds is protected again")
 define("mm_fault", "mm:str hva:hva access:str result:str", "the host's fault handler ran; access: read, write, fetch")
 define("primary_tlb_flush", "mm:str start:hva end:hva", "host CPUs lost their translations of the range")
 define("vma_map", "mm:str start:hva end:hva prot:prot kind:str", "a VMA appeared")
@@ -208,6 +224,11 @@ define("mmu_interval_notifier_invalidate", "mm:str notifier:str seq:int range:in
 define("kvm_page_fault", "vm:str gfn:gfn access:str", "a guest access missed in the sptes; access: read, write, fetch")
 define("kvm_retry", "vm:str gfn:gfn reason:str", "a fault was given up because an invalidation came between")
 define("spte_set", "vm:str gfn:gfn pfn:pfn rights:str", "a shadow entry was installed or changed")
+define(
+    "spte_set_huge",
+    "vm:str gfn:gfn pages:npages pfn:pfn rights:str",
+    "a shadow entry was installed that maps so many guest frames",
+)
 define("spte_zap", "vm:str start:gfn end:gfn pages:pfns", "shadow entries were removed; pages are what they mapped")
 define("spte_protect", "vm:str start:gfn end:gfn", "shadow entries of the range lost the right to write")
 define("spte_age", "vm:str start:gfn end:gfn", "shadow entries of the range lost all rights until the next access")
