@@ -24,6 +24,7 @@ from xipvm.mmu.file import VmFault
 from xipvm.mmu.frames import PG_DIRTY
 from xipvm.mmu.page_cache import PageCache
 from xipvm.mmu.pte import DIRTY, MAPPED, WRITE, pte_pfn
+from xipvm.mmu.rmap import PMD_SHIFT
 from xipvm.mmu.zap import unmap_mapping_range
 from xipvm.notifier import RangeEvent
 
@@ -65,7 +66,7 @@ class HostFile(PageCache):
     def readahead(self, pgoff: int, count: int) -> None:
         """Reads pages into the cache, as far as the file goes. Raises OutOfFrames."""
         for near in range(pgoff, min(pgoff + count, page_up(self.size) >> PAGE_SHIFT)):
-            self._grab(near)
+            self._need(near)
 
     def page_mkwrite(self, pgoff: int, pfn: int) -> VmFault:
         """The page is dirty from now on; NOPAGE when the file has lost it meanwhile."""
@@ -82,27 +83,38 @@ class HostFile(PageCache):
         for near in sorted(near for near in self.pages if pgoff <= near < end):
             pfn = self.pages.get(near)
             if pfn is not None and self.host.flags(pfn) & PG_DIRTY:
-                self.host.get(pfn)  # it may leave the cache meanwhile
-                try:
-                    self.host.clear_flags(pfn, PG_DIRTY)
-                    self._page_mkclean(near, pfn)
-                    used = min(self.size - (near << PAGE_SHIFT), PAGE_SIZE)
-                    if used > 0:
-                        os.pwrite(self._fd, self.host.read(pfn, 0, used), near << PAGE_SHIFT)
-                finally:
-                    self._put(pfn)
-                written += 1
+                with self.rmap.page_lock(pfn):
+                    if self.pages.get(near) == pfn and self.host.flags(pfn) & PG_DIRTY:
+                        self._write_back(near, pfn)
+                        written += 1
         return written
 
+    def _write_back(self, pgoff: int, pfn: int) -> None:
+        """Writes a dirty page, which is locked. Raises OSError."""
+        self.host.get(pfn)  # a truncation does not take it away, but the last one to unmap it may
+        try:
+            self.host.clear_flags(pfn, PG_DIRTY)
+            self._page_mkclean(pgoff, pfn)
+            used = min(self.size - (pgoff << PAGE_SHIFT), PAGE_SIZE)
+            if used > 0:
+                os.pwrite(self._fd, self.host.read(pfn, 0, used), pgoff << PAGE_SHIFT)
+        except OSError:
+            self.host.set_flags(pfn, PG_DIRTY)
+            raise
+        finally:
+            self._put(pfn)
+
     def _page_mkclean(self, pgoff: int, pfn: int) -> None:
-        for area in tuple(self.areas):
-            hva = area.address_of(pgoff)
-            if area.shared and hva is not None:
-                self._mkclean_one(area, hva, pfn)
+        with self.i_mmap.read:
+            for area in tuple(self.areas):
+                hva = area.address_of(pgoff)
+                if area.shared and hva is not None:
+                    self._mkclean_one(area, hva, pfn)
 
     def _mkclean_one(self, area: Vma, hva: int, pfn: int) -> None:
         mm = area.mm
-        with mm.notifiers.around_entry(hva, hva + PAGE_SIZE, RangeEvent.PROTECTION_PAGE):
+        protecting = mm.notifiers.around_entry(hva, hva + PAGE_SIZE, RangeEvent.PROTECTION_PAGE)
+        with protecting, mm.ptl(hva >> PMD_SHIFT):
             entry = mm.pgd.get(hva >> PAGE_SHIFT)
             if not entry & MAPPED or not entry & (WRITE | DIRTY) or pte_pfn(entry) != pfn:
                 return
@@ -112,8 +124,9 @@ class HostFile(PageCache):
     def direct_write(self, offset: int, data: bytes) -> None:
         """Writes ``data`` at ``offset``, past the page cache, as O_DIRECT does; mappings read it back in.
 
-        Raises MmError EINVAL unless both are whole blocks of 512 bytes, and OSError.
+        Raises MmError EBADF (closed, or not writable), EINVAL unless both are whole blocks of 512 bytes, and OSError.
         """
+        self._check("direct_write", offset, len(data), write=errno.EBADF)
         if offset < 0 or (offset | len(data)) % _BLOCK:
             raise MmError(errno.EINVAL, f"{self.name}: direct write of {len(data)} bytes at {offset:#x}")
         pages = range(offset >> PAGE_SHIFT, page_up(offset + len(data)) >> PAGE_SHIFT)
@@ -133,6 +146,21 @@ class HostFile(PageCache):
             if not self.host.mapcount(pfn) and not self.host.flags(pfn) & PG_DIRTY:
                 self._evict(pgoff, pgoff + 1)
 
+    def can_reclaim(self) -> bool:
+        """There always is a place in the file."""
+        return True
+
+    def reclaim(self, pgoff: int, pfn: int) -> bool:
+        """Writes a dirty page back and drops it from the cache."""
+        if self.host.flags(pfn) & PG_DIRTY and self.pages.get(pgoff) == pfn:
+            self._write_back(pgoff, pfn)
+        if self.host.flags(pfn) & PG_DIRTY or self.host.refcount(pfn) != 2 or self.pages.get(pgoff) != pfn:
+            return False
+        if self.rmap.reclaim is not None:
+            self.shadows[pgoff] = self.rmap.reclaim.workingset.evicted(pfn)
+        self._drop(pgoff)
+        return True
+
     def _invalidate(self, pgoff: int) -> None:
         """Takes a page out of the mappings and out of the cache, as invalidate_inode_pages2 does."""
         while (pfn := self.pages.get(pgoff)) is not None:
@@ -145,6 +173,7 @@ class HostFile(PageCache):
 
     def truncate(self, size: int) -> None:
         """See :meth:`PageCache.truncate`; the file itself changes too. Raises OSError."""
+        self._check("truncate", size, 0, write=errno.EINVAL)
         os.ftruncate(self._fd, size)
         super().truncate(size)
 

@@ -8,10 +8,12 @@ When a page of a disk file is reclaimed, what it leaves is a shadow (workingset.
 
 from __future__ import annotations
 
+import errno
 from typing import TYPE_CHECKING
 
 from xipvm.actors import point
 from xipvm.address import PAGE_SHIFT, PAGE_SIZE, page_up
+from xipvm.errors import MmError
 from xipvm.mmu.file import AddressSpace, FaultResult, VmFault
 from xipvm.mmu.frames import PG_DIRTY, PG_SWAPBACKED
 from xipvm.mmu.gup import pieces
@@ -128,13 +130,24 @@ class PageCache(AddressSpace):
         self._put(pfn)
 
     def _put(self, pfn: int) -> None:
-        if self.host.put(pfn) and self.trace.on:
-            self.trace.emit("page_free", pages=[(pfn, 1)])
+        freed = self.host.put_page(pfn)
+        if freed and self.trace.on:
+            self.trace.emit("page_free", pages=freed)
 
     # ---- as a file
 
+    def _check(self, call: str, offset: int, size: int, *, write: int = 0) -> None:
+        """The arguments of a call of whoever has the file open. ``write``: the error for a file that is read-only."""
+        if self.closed:
+            raise MmError(errno.EBADF, f"{call}: {self.name} is closed")
+        if min(offset, size) < 0:
+            raise MmError(errno.EINVAL, f"{call}: {size} bytes at {offset:#x} of {self.name}")
+        if write and not self.writable:
+            raise MmError(write, f"{call}: {self.name} is not writable")
+
     def pread(self, offset: int, size: int) -> bytes:
-        """Up to ``size`` bytes from ``offset``, fewer at the end of the file."""
+        """Up to ``size`` bytes from ``offset``, fewer at the end of the file. Errors: EBADF (closed), EINVAL."""
+        self._check("pread", offset, size)
         parts = []
         for at, in_page, length in pieces(offset, max(min(size, self.size - offset), 0)):
             pfn = self._need(at >> PAGE_SHIFT)
@@ -144,7 +157,11 @@ class PageCache(AddressSpace):
         return b"".join(parts)
 
     def pwrite(self, offset: int, data: bytes) -> None:
-        """Writes ``data`` at ``offset``, growing the file. Mappings see it at once; nobody is told."""
+        """Writes ``data`` at ``offset``, growing the file. Mappings see it at once; nobody is told.
+
+        Errors: EBADF (closed, or not writable), EINVAL.
+        """
+        self._check("pwrite", offset, len(data), write=errno.EBADF)
         self.size = max(self.size, offset + len(data))
         for at, in_page, length in pieces(offset, len(data)):
             pfn = self._need(at >> PAGE_SHIFT)
@@ -157,7 +174,9 @@ class PageCache(AddressSpace):
         """Makes the file ``size`` bytes long. What is cut off goes from every mapping, private copies included.
 
         Unmapped twice: a fault between the first time and the emptying of the cache may have mapped a page again.
+        Errors: EBADF (closed), EINVAL (also: not writable).
         """
+        self._check("truncate", size, 0, write=errno.EINVAL)
         old, self.size = self.size, size
         if size >= old:
             return
@@ -178,7 +197,14 @@ class PageCache(AddressSpace):
             self.host.set_flags(pfn, PG_DIRTY)
 
     def punch_hole(self, pgoff: int, count: int) -> None:
-        """Makes ``count`` pages from ``pgoff`` read as zero; private copies of them keep their content."""
+        """Makes ``count`` pages from ``pgoff`` read as zero; private copies of them keep their content.
+
+        Errors: EBADF (not writable), EINVAL.
+        """
+        if pgoff < 0 or count <= 0:
+            raise MmError(errno.EINVAL, f"{self.name}: a hole of {count} pages at {pgoff:#x}")
+        if not self.writable:
+            raise MmError(errno.EBADF, f"{self.name} is not writable")
         unmap_mapping_range(self, pgoff, count, even_cows=False)
         self._evict(pgoff, pgoff + count)
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from xipvm.address import PAGE_SHIFT
 from xipvm.locks.lock import KeyedLocks, RwLock
@@ -31,6 +31,10 @@ if TYPE_CHECKING:
     from xipvm.mmu.vma import Vma
 
 
+PMD_SHIFT: Final = 21
+"""An address without these bits is the number of a page table, and of its lock."""
+
+
 class AnonVma:
     """A root of anonymous pages. ``areas`` keeps the order in which they joined.
 
@@ -42,7 +46,7 @@ class AnonVma:
     def __init__(self, id: int, parent: AnonVma | None = None) -> None:
         self.id = id
         self.areas: dict[Vma, None] = {}
-        self.rwsem = RwLock(f"anon_vma {id}", ANON_VMA) if parent is None else parent.rwsem
+        self.rwsem: RwLock = RwLock(f"anon_vma {id}", ANON_VMA) if parent is None else parent.rwsem
 
 
 class AreaLocks:
@@ -103,6 +107,10 @@ class ReverseMap:
         """Who makes room in this memory, None where nobody does."""
         self.ksm: object = None
         """What ksm.py knows of this memory."""
+        self.thp: object = None
+        """What thp.py knows of it."""
+        self.thp_always = False
+        """Faults make huge pages where nobody asked for them."""
         self.page_lock = KeyedLocks("page lock of frame {:#x}", PAGE_LOCK)
         """The locks of its frames."""
 
@@ -242,7 +250,7 @@ class ReverseMap:
     def walk(self, host: HostMemory, pfn: int) -> Iterator[tuple[Vma, int]]:
         """(area, hva) of every entry that maps ``pfn`` now."""
         for area, hva in self.places(host, pfn):
-            entry = area.mm.pgd.get(hva >> PAGE_SHIFT)
+            entry = area.mm.pgd.pte(hva >> PAGE_SHIFT)
             if entry & MAPPED and pte_pfn(entry) == pfn:
                 yield area, hva
 
