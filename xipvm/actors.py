@@ -103,6 +103,11 @@ def wait(what: str, ready: Callable[[], bool], *, because: str = "", label: str 
     raise DeadlockError(f"{what}: {because or 'nobody can go on'}")
 
 
+def can_wait() -> bool:
+    """Somebody schedules, or decides what becomes of who has to wait."""
+    return _wait_hook is not None
+
+
 @contextmanager
 def on_point(hook: PointHook) -> Iterator[None]:
     """Call ``hook(label)`` at every point while the context is open; contexts nest, the innermost counts."""

@@ -152,6 +152,37 @@ def test_who_changes_the_areas_of_a_file_waits_for_its_truncation(
     verify(host)
 
 
+@pytest.mark.parametrize("meanwhile", ["munmap", "mmap over", "split"])
+def test_a_truncation_that_lost_its_race_leaves_new_areas_alone(
+    mm: Mm, host: HostMemory, trace: Trace, meanwhile: str
+) -> None:
+    """Without a scheduler i_mmap_rwsem keeps nobody out."""
+    file = ShmemFile(host, trace, "file", 4 * PAGE)
+    start = mm.mmap(4 * PAGE, RW, MAP_SHARED, file=file)
+    mm.write(start, b"x" * 4 * PAGE)
+    done: list[str] = []
+
+    def at(label: str) -> None:
+        if label != S_DONE or done:
+            return
+        done.append(label)
+        if meanwhile == "munmap":
+            mm.munmap(start + PAGE, PAGE)
+        elif meanwhile == "split":
+            mm.mprotect(start + PAGE, PAGE, R)
+        else:
+            OPERATIONS["mmap over"](mm, start + PAGE)
+            mm.write(start + PAGE, b"new")
+
+    with on_point(at):
+        file.truncate(0)
+    if meanwhile == "mmap over":
+        assert mm.read(start + PAGE, 3) == b"new"
+    assert file.pages == {}
+    assert not file.i_mmap.taken
+    verify(host)
+
+
 def test_who_has_to_wait_is_handed_to_the_scheduler() -> None:
     lock = RwLock("lock", LockClass("lock"))
     log: list[str] = []

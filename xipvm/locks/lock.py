@@ -3,6 +3,10 @@
 An actor is atomic between two points, so a lock matters only to those who hold it across one, and taking a free one is
 next to nothing. Who has to wait hands itself to whoever schedules (``actors.wait``); without a scheduler nobody else
 could ever release the lock, and the wait is an error: DeadlockError, EDEADLK.
+
+*Lenient* locks, all those inside mmap_lock, are an exception to the latter: without a scheduler, who finds one taken
+goes on nevertheless. What a point hook does stands on the stack of what it interrupts, and could not be taken back in
+the middle; and the code under these locks looks at everything again behind a point anyway.
 """
 
 from __future__ import annotations
@@ -28,7 +32,8 @@ class RwLock:
         self.name = name
         self.cls = cls
         self.readers = 0
-        self.writer = False
+        self.writer = 0
+        """How many write; more than one only where a lenient lock was passed."""
         self.read = Reading(self)
         self.write = Writing(self)
         self.nested = Writing(self, nest=True)
@@ -37,7 +42,7 @@ class RwLock:
     @property
     def taken(self) -> bool:
         """Somebody holds it."""
-        return self.writer or self.readers > 0
+        return self.writer > 0 or self.readers > 0
 
     def wait_for_writer(self) -> None:
         """Returns when nobody holds it for writing: as if it was taken for reading and dropped at once."""
@@ -47,7 +52,9 @@ class RwLock:
             self.block("read", self._no_writer)
 
     def block(self, how: str, ready: Callable[[], bool]) -> None:
-        """Waits until ``ready()``."""
+        """Waits until ``ready()``; not for a lenient lock that nobody could ever drop."""
+        if self.cls.lenient and not actors.can_wait():
+            return
         holder = "its writer" if self.writer else f"{self.readers} readers"
         while not ready():
             actors.wait(f"{how} of {self.name}", ready, because=f"{holder} would have to go on first")
@@ -60,7 +67,7 @@ class RwLock:
 
     def downgrade(self) -> None:
         """The writer goes on as a reader, until its ``with`` ends."""
-        self.writer = False
+        self.writer -= 1
         self.readers += 1
         if check.checker is not None:
             check.checker.downgraded(self)
@@ -111,14 +118,14 @@ class Writing:
             check.checker.before(lock, "write", self._nest)
         if lock.writer or lock.readers:
             lock.block("write", lock._free)
-        lock.writer = True
+        lock.writer += 1
         if check.checker is not None:
             check.checker.acquired(lock, "write")
 
     def __exit__(self, *_: object) -> None:
         lock = self._lock
         if lock.writer:
-            lock.writer = False
+            lock.writer -= 1
         elif lock.readers:
             lock.readers -= 1
         else:
@@ -149,16 +156,34 @@ class KeyedLocks:
         """Nobody holds it."""
         return number not in self.held
 
-    def wait(self, number: int) -> None:
-        """Returns when nobody holds it: as if it was taken and dropped at once."""
-        with self(number):
-            pass
+    def wait(self, number: int) -> bool:
+        """Returns when nobody holds it, as if it was taken and dropped at once; False when it was passed."""
+        lock = self(number)
+        with lock:
+            return lock.owner is not None
+
+    def attempt(self, number: int) -> Keyed | None:
+        """The lock ``number``, taken, if it is free: ``drop`` it. Any order will do, as nobody waits."""
+        if number in self.held:
+            return None
+        lock = self(number)
+        lock.take()
+        return lock
+
+    def not_others(self, number: int) -> None:
+        """Returns when nobody but the current actor holds it."""
+        found = self.held.get(number)
+        if self._cls.lenient and not actors.can_wait():
+            return
+        while found is not None and found.owner is not actors.current:
+            actors.wait(found.name, lambda: number not in self.held, because="its holder would have to go on first")
+            found = self.held.get(number)
 
     def wait_range(self, first: int, end: int) -> None:
         """Returns when nobody holds any of ``[first, end)``. For what then passes no point until it is done."""
         if check.checker is not None and first < end:
             check.checker.before(self(first), "write", False)
-        if self.held:
+        if self.held and (actors.can_wait() or not self._cls.lenient):
             actors.wait(
                 f"{self._name.format(first)} to {end - 1:#x}",
                 lambda: not any(first <= number < end for number in self.held),
@@ -169,7 +194,7 @@ class KeyedLocks:
 class Keyed:
     """One of :class:`KeyedLocks`; good for one ``with`` at a time."""
 
-    __slots__ = ("_all", "_format", "_nest", "_number", "cls")
+    __slots__ = ("_all", "_format", "_nest", "_number", "cls", "owner")
 
     def __init__(self, all: KeyedLocks, number: int, format: str, cls: LockClass, nest: bool) -> None:
         self._all = all
@@ -177,24 +202,38 @@ class Keyed:
         self._format = format
         self._nest = nest
         self.cls = cls
+        self.owner: actors.Actor | None = None
+        """Who holds it; None for one that was passed."""
 
     @property
     def name(self) -> str:
         """For errors."""
         return self._format.format(self._number)
 
-    def __enter__(self) -> None:
-        held, number = self._all.held, self._number
-        if check.checker is not None:
-            check.checker.before(held.get(number, self), "write", self._nest)
-        while number in held:
-            actors.wait(self.name, lambda: number not in held, because="its holder would have to go on first")
-        held[number] = self
+    def take(self) -> None:
+        """It is free: now it is not."""
+        self._all.held[self._number] = self
+        self.owner = actors.current
         if check.checker is not None:
             check.checker.acquired(self, "write")
 
-    def __exit__(self, *_: object) -> None:
+    def drop(self) -> None:
+        """Gives it back."""
         if self._all.held.pop(self._number, None) is not self:
             raise InternalError(f"{self.name} is dropped, and was not held")
         if check.checker is not None:
             check.checker.released(self)
+
+    def __enter__(self) -> None:
+        held, number = self._all.held, self._number
+        if check.checker is not None:
+            check.checker.before(held.get(number, self), "write", self._nest)
+        if self.cls.lenient and number in held and not actors.can_wait():
+            return
+        while number in held:
+            actors.wait(self.name, lambda: number not in held, because="its holder would have to go on first")
+        self.take()
+
+    def __exit__(self, *_: object) -> None:
+        if self.owner is not None:
+            self.drop()

@@ -22,15 +22,16 @@ from typing import Final
 class LockClass:
     """All locks of a kind. ``rank``: those with a lower one are taken first; None where only use tells the order.
 
-    ``spins``: who holds it must not sleep; who waits for it does not.
+    ``spins``: who holds it must not sleep; who waits for it does not. ``lenient``: see lock.py.
     """
 
-    __slots__ = ("name", "rank", "spins")
+    __slots__ = ("lenient", "name", "rank", "spins")
 
-    def __init__(self, name: str, rank: int | None = None, *, spins: bool = False) -> None:
+    def __init__(self, name: str, rank: int | None = None, *, spins: bool = False, lenient: bool = False) -> None:
         self.name = name
         self.rank = rank
         self.spins = spins
+        self.lenient = lenient
 
     def __repr__(self) -> str:
         return f"<lock class {self.name}>"
@@ -38,14 +39,12 @@ class LockClass:
 
 SLOTS_LOCK: Final = LockClass("slots_lock", 10)
 SLOTS_ARCH_LOCK: Final = LockClass("slots_arch_lock", 11)
-INODE_LOCK: Final = LockClass("i_rwsem", 20)
+INODE_LOCK: Final = LockClass("i_rwsem", 20, lenient=True)
 MMAP_LOCK: Final = LockClass("mmap_lock", 30)
-INVALIDATE_LOCK: Final = LockClass("invalidate_lock", 40)
-PAGE_LOCK: Final = LockClass("page lock", 50)
-HUGETLB_I_MMAP: Final = LockClass("hugetlb i_mmap_rwsem", 60)
-I_MMAP: Final = LockClass("i_mmap_rwsem", 61)
-ANON_VMA: Final = LockClass("anon_vma", 70)
-PTL: Final = LockClass("page table lock", 80, spins=True)
-NOTIFIER_LOCK: Final = LockClass("mmu_notifier_mm->lock", 90, spins=True)
-MN_INVALIDATE_LOCK: Final = LockClass("mn_invalidate_lock", 91, spins=True)
-MMU_LOCK: Final = LockClass("mmu_lock", 100, spins=True)
+INVALIDATE_LOCK: Final = LockClass("invalidate_lock", 40, lenient=True)
+PAGE_LOCK: Final = LockClass("page lock", 50, lenient=True)
+HUGETLB_I_MMAP: Final = LockClass("hugetlb i_mmap_rwsem", 60, lenient=True)
+I_MMAP: Final = LockClass("i_mmap_rwsem", 61, lenient=True)
+ANON_VMA: Final = LockClass("anon_vma", 70, lenient=True)
+PTL: Final = LockClass("page table lock", 80, spins=True, lenient=True)
+MMU_LOCK: Final = LockClass("mmu_lock", 100, spins=True, lenient=True)

@@ -8,7 +8,7 @@ a path holds is taken, each once, however many areas share it, in the order
 and dropped in the reverse order. Two passes that took both kinds of rmap locks area by area could wait for each other.
 Before every area of every pass a pending signal ends it: EINTR, everything dropped.
 
-The locks have no waiters here: whoever holds one in Linux has a range open, and joining waits for those before.
+The lock of an area keeps out who faults without mmap_lock in Linux. Nobody does here, so it is only written down.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from xipvm.errors import InternalError, MmError
 
 if TYPE_CHECKING:
+    from xipvm.locks.lock import RwLock
     from xipvm.mmu.file import AddressSpace
     from xipvm.mmu.mm import Mm
     from xipvm.mmu.rmap import AnonVma
@@ -32,12 +33,13 @@ if TYPE_CHECKING:
 class AllLocks:
     """A context that holds all locks of ``mm``; entering it raises MmError EINTR when ``signal_pending()``."""
 
-    __slots__ = ("_mm", "_signal_pending", "_taken")
+    __slots__ = ("_locks", "_mm", "_signal_pending", "_taken")
 
     def __init__(self, mm: Mm, signal_pending: Callable[[], bool]) -> None:
         self._mm = mm
         self._signal_pending = signal_pending
         self._taken: dict[Lock, None] = {}
+        self._locks: dict[RwLock, None] = {}
 
     @property
     def taken(self) -> tuple[Lock, ...]:
@@ -51,22 +53,27 @@ class AllLocks:
             self._take(lambda area: (area,))
             self._take(lambda area: (area.file,) if area.file is not None and area.file.hugetlb else ())
             self._take(lambda area: (area.file,) if area.file is not None and not area.file.hugetlb else ())
-            self._take(lambda area: area.anon_chain)
+            self._take(lambda area: area.anon_chain, anon=True)
         except BaseException:
             self._drop()
             raise
         return self
 
-    def _take(self, locks: Callable[[Vma], tuple[Lock, ...]]) -> None:
+    def _take(self, locks: Callable[[Vma], tuple[Lock, ...]], *, anon: bool = False) -> None:
         for area in self._mm.vmas:
             if self._signal_pending():
                 raise MmError(errno.EINTR, f"mm_take_all_locks: {self._mm.name}")
             for lock in locks(area):
                 self._taken[lock] = None  # a second time changes nothing
+                rwsem = getattr(lock, "rwsem" if anon else "i_mmap", None)  # an area has none
+                if rwsem is not None and rwsem not in self._locks:
+                    rwsem.nested.__enter__()
+                    self._locks[rwsem] = None
 
     def _drop(self) -> None:
-        while self._taken:
-            self._taken.popitem()
+        while self._locks:
+            self._locks.popitem()[0].nested.__exit__()
+        self._taken.clear()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self._drop()

@@ -3,8 +3,8 @@
 :class:`KvmBase` is what every age of KVM has: memslots, faults, entries, the dirty log. :class:`Kvm` is how it hears of
 the mm's changes today; kvm_2008.py is how it did in the beginning.
 
-``mmu_lock`` protects the entries and the invalidation state. It needs no object: an actor is atomic between schedule
-points, so "under mmu_lock" is a stretch of code without a point. The state:
+``mmu_lock`` protects the entries and the invalidation state; a fault takes it for reading, everybody else for writing.
+It spins: nothing under it sleeps. ``slots_lock`` keeps those apart who change memslots or read dirty logs. The state:
 
 * ``mmu_invalidate_seq``: how many invalidations have ended;
 * ``mmu_invalidate_in_progress``: how many are open, and ``mmu_invalidate_range_start``/``_end``: the hull of their
@@ -45,7 +45,12 @@ from typing import TYPE_CHECKING, ClassVar
 from xipvm.actors import point
 from xipvm.address import PAGE_SHIFT, Gfn, Hva, Pfn
 from xipvm.errors import InternalError, MmError
-from xipvm.mmu.frames import PG_DEVICE, PG_DIRTY, PG_RESERVED, HostMemory
+from xipvm.locks import check
+from xipvm.locks.check import sleep_until
+from xipvm.locks.lock import RwLock
+from xipvm.locks.order import MMU_LOCK, SLOTS_ARCH_LOCK, SLOTS_LOCK
+from xipvm.mmu.frames import HUGE_PAGES, PG_DEVICE, PG_DIRTY, PG_RESERVED, HostMemory
+from xipvm.mmu.pte import pte_pfn
 from xipvm.mmu.secondary.base import ACCESS_NAMES, FAULT, FETCH, MMIO, RETRY_WALK, WRITE, SecondaryMmu
 from xipvm.mmu.secondary.memslot import GFN_LIMIT, Memslot, Memslots
 from xipvm.mmu.secondary.spte import (
@@ -53,6 +58,7 @@ from xipvm.mmu.secondary.spte import (
     PFN_SHIFT,
     SPTE_ACCESSED,
     SPTE_AGED,
+    SPTE_HUGE,
     SPTE_PRESENT,
     SPTE_READ,
     SPTE_READ_ONLY,
@@ -121,8 +127,13 @@ class KvmBase(SecondaryMmu):
         """Ranges that were announced so far."""
         self.tlbs_dirty = False
         """Entries were removed that a TLB may still have: flush before mmu_lock is dropped."""
+        self.max_level = 1
+        """2: where the host maps 2 MiB by one entry, so does the guest."""
         self.released = False
         """The mm is gone or the VM destroyed: every fault fails."""
+        self.mmu_lock = RwLock(f"mmu_lock of {name}", MMU_LOCK)
+        self.slots_lock = RwLock(f"slots_lock of {name}", SLOTS_LOCK)
+        self.slots_arch_lock = RwLock(f"slots_arch_lock of {name}", SLOTS_ARCH_LOCK)
 
     # ---- faults
 
@@ -182,7 +193,14 @@ class KvmBase(SecondaryMmu):
 
     def _install(self, slot: Memslot, gfn: int, page: GupPage, seq: int) -> None:
         """Puts an entry of ``page``, looked up since ``seq``, unless that must not be."""
-        # mmu_lock is taken
+        lock = self.mmu_lock
+        if lock.writer or check.checker is not None:
+            with lock.read:
+                self._install_locked(slot, gfn, page, seq)
+        else:  # nobody can come between
+            self._install_locked(slot, gfn, page, seq)
+
+    def _install_locked(self, slot: Memslot, gfn: int, page: GupPage, seq: int) -> None:
         reason = self.mmu_invalidate_retry(seq, gfn)
         if reason:
             self._give_up(gfn, reason)
@@ -190,6 +208,12 @@ class KvmBase(SecondaryMmu):
         pfn = page.pfn
         writable = page.writable and not slot.readonly
         spte = pfn << PFN_SHIFT | (SPTE_WRITABLE if writable else SPTE_READ_ONLY)
+        huge = self.max_level > 1 and self._maps_huge(slot, gfn, pfn)
+        if huge:
+            pfn, gfn = Pfn(pfn - (gfn & HUGE_PAGES - 1)), gfn & -HUGE_PAGES
+            spte = pfn << PFN_SHIFT | spte & ~PFN_MASK | SPTE_HUGE
+        if self.max_level > 1:
+            self._make_way(gfn, huge)
         new = True
         if not self.sptes.cmpxchg(gfn, 0, spte):
             old = self.sptes.get(gfn)
@@ -204,9 +228,40 @@ class KvmBase(SecondaryMmu):
             if slot.dirty_bitmap is not None:
                 slot.mark_dirty(gfn)
         trace = self.trace
-        if trace.on:
+        if trace.on and huge:
+            rights = spte_rights(spte)
+            trace.emit("spte_set_huge", vm=self.name, gfn=gfn, pages=HUGE_PAGES, pfn=pfn, rights=rights)
+        elif trace.on:
             trace.emit("spte_set", vm=self.name, gfn=gfn, pfn=pfn, rights=spte_rights(spte))
-        # mmu_lock is dropped
+
+    def _maps_huge(self, slot: Memslot, gfn: int, pfn: int) -> bool:
+        """Whether one entry may map the 2 MiB around ``gfn``: the host does, and all of it lies in the slot.
+
+        Where a dirty log is kept, or an invalidation covers a part, entries stay small. Under mmu_lock, behind the
+        check: who splits or takes away the host's huge entry announces all of the 2 MiB.
+        """
+        first = gfn & -HUGE_PAGES
+        page = (slot.hva >> PAGE_SHIFT) + gfn - slot.gfn
+        if (page ^ gfn) & (HUGE_PAGES - 1) or first < slot.gfn or first + HUGE_PAGES > slot.gfn_end:
+            return False
+        entry = self.mm.pgd.huge(page)
+        if not entry or pte_pfn(entry) + (gfn - first) != pfn or slot.dirty_bitmap is not None:
+            return False
+        return not (
+            self.mmu_invalidate_in_progress
+            and self.mmu_invalidate_range_start < first + HUGE_PAGES
+            and first < self.mmu_invalidate_range_end
+        )
+
+    def _make_way(self, gfn: int, huge: bool) -> None:
+        """Removes what is of the other size where an entry for ``gfn`` is to be put."""
+        if not self.sptes.pmd_none(gfn) and bool(self.sptes.huge(gfn)) != huge:
+            if huge:
+                self._zap(gfn, gfn + HUGE_PAGES)
+            elif self.sptes.huge(gfn):
+                self._zap(gfn, gfn + 1)
+            if self.tlbs_dirty:
+                self._flush_and_kick("level")
 
     def mmu_invalidate_retry(self, seq: int, gfn: int) -> str:
         """Why a fault that read ``seq`` must not install an entry for ``gfn``; empty when it may. Under mmu_lock."""
@@ -239,7 +294,8 @@ class KvmBase(SecondaryMmu):
     def _fault_without_slot(self, gfn: int, access: int) -> int:
         if access != FETCH and self.mmio_lookup(gfn << PAGE_SHIFT):
             if gfn < GFN_LIMIT:
-                self.sptes.set(gfn, make_mmio_spte(Gfn(gfn)))
+                with self.mmu_lock.read:
+                    self.sptes.set(gfn, make_mmio_spte(Gfn(gfn)))
             return MMIO
         self.last_error = f"no memory at guest physical page {gfn << PAGE_SHIFT:#x}"
         return FAULT
@@ -259,13 +315,14 @@ class KvmBase(SecondaryMmu):
         the frame was marked dirty when the entry became writable.
         """
         young = False
-        for first, last in self.memslots.in_hva_range(start, end):
-            if self.sptes.clear_bits(first, last, SPTE_AGED, SPTE_PRESENT):
-                young = True
-                if self.trace.on:
-                    self.trace.emit("spte_age", vm=self.name, start=first, end=last)
-        if young:
-            self._flush_and_kick(reason)
+        with self.mmu_lock.write:
+            for first, last in self.memslots.in_hva_range(start, end):
+                if self.sptes.clear_bits(first, last, SPTE_AGED, SPTE_PRESENT):
+                    young = True
+                    if self.trace.on:
+                        self.trace.emit("spte_age", vm=self.name, start=first, end=last)
+            if young:
+                self._flush_and_kick(reason)
         return young
 
     def _invalidate_end(self) -> None:
@@ -306,10 +363,11 @@ class KvmBase(SecondaryMmu):
 
         With ``pin_sptes`` this is what lets go of their pages.
         """
-        self.mmu_invalidate_seq += 1  # faults that are under way start over
-        self._zap(start, end)
-        if self.tlbs_dirty:
-            self._flush_and_kick(reason)
+        with self.mmu_lock.write:
+            self.mmu_invalidate_seq += 1  # faults that are under way start over
+            self._zap(start, end)
+            if self.tlbs_dirty:
+                self._flush_and_kick(reason)
 
     def pins(self) -> dict[int, int]:
         """The references that entries hold, by frame; none without ``pin_sptes``."""
@@ -321,16 +379,17 @@ class KvmBase(SecondaryMmu):
         return dict(held)
 
     def _zap_all(self) -> None:
-        """Remove every entry, MMIO ones included, and make faults that are under way start over."""
+        """Remove every entry, MMIO ones included, and make faults that are under way start over. Under mmu_lock."""
         self.mmu_invalidate_seq += 1
         self._zap(0, GFN_LIMIT)
 
     def _release(self) -> None:
         """Drop every entry and let no fault succeed any more."""
-        self.released = True
-        self._zap_all()
-        if self.tlbs_dirty:
-            self._flush_and_kick("release")
+        with self.mmu_lock.write:
+            self.released = True
+            self._zap_all()
+            if self.tlbs_dirty:
+                self._flush_and_kick("release")
 
     # ---- memslots
 
@@ -341,6 +400,10 @@ class KvmBase(SecondaryMmu):
         and EEXIST as :meth:`Memslots.check` says, EDEADLK when an invalidation is in progress that cannot end
         meanwhile.
         """
+        with self.slots_lock.write:
+            self._set_memslot(slot, gfn, pages, hva, flags)
+
+    def _set_memslot(self, slot: int, gfn: int, pages: int, hva: int, flags: int) -> None:
         self._wait_for_invalidations("set_memslot")
         new = Memslot(slot, Gfn(gfn), pages, Hva(hva), flags)
         old = self.memslots.check(new)
@@ -351,13 +414,14 @@ class KvmBase(SecondaryMmu):
                 self._retire(old)
         new.start_log(old)
         self.memslots.insert(new)
-        if old is None or old.gfn != gfn:
-            self._zap(gfn, new.gfn_end)  # MMIO entries: there is memory now
-            if self.tlbs_dirty:
-                self._flush_and_kick("memslot")
-        elif new.dirty_bitmap is not None:
-            self._write_protect(gfn, new.gfn_end)
-            self._flush_tlbs("dirty_log")
+        with self.mmu_lock.write:
+            if old is None or old.gfn != gfn:
+                self._zap(gfn, new.gfn_end)  # MMIO entries: there is memory now
+                if self.tlbs_dirty:
+                    self._flush_and_kick("memslot")
+            elif new.dirty_bitmap is not None:
+                self._write_protect(gfn, new.gfn_end)
+                self._flush_tlbs("dirty_log")
         if self.trace.on:
             self.trace.emit("memslot_set", vm=self.name, slot=slot, gfn=gfn, pages=pages, hva=hva, flags=flags)
 
@@ -366,14 +430,15 @@ class KvmBase(SecondaryMmu):
 
         Raises MmError, and nothing is changed: EINVAL when there is none, EDEADLK as :meth:`set_memslot`.
         """
-        self._wait_for_invalidations("delete_memslot")
-        old = self.memslots.get(slot)
-        if old is None:
-            raise MmError(errno.EINVAL, f"memslot {slot}: there is none to delete")
-        self._retire(old)
-        self.memslots.remove(slot)
-        if self.trace.on:
-            self.trace.emit("memslot_delete", vm=self.name, slot=slot)
+        with self.slots_lock.write:
+            self._wait_for_invalidations("delete_memslot")
+            old = self.memslots.get(slot)
+            if old is None:
+                raise MmError(errno.EINVAL, f"memslot {slot}: there is none to delete")
+            self._retire(old)
+            self.memslots.remove(slot)
+            if self.trace.on:
+                self.trace.emit("memslot_delete", vm=self.name, slot=slot)
 
     def get_dirty_log(self, slot: int) -> bytes:
         """The pages of memslot ``slot`` that may have been written since the last call, which it forgets.
@@ -381,21 +446,23 @@ class KvmBase(SecondaryMmu):
         Bit n (of byte n // 8) is the slot's n-th page. Raises MmError: EINVAL when there is no such slot, ENOENT when
         it is not logged.
         """
-        found = self.memslots.get(slot)
-        if found is None:
-            raise MmError(errno.EINVAL, f"get_dirty_log: there is no memslot {slot}")
-        bitmap = found.dirty_bitmap
-        if bitmap is None:
-            raise MmError(errno.ENOENT, f"get_dirty_log: memslot {slot} is not logged")
-        dirty = bytes(bitmap)
-        bitmap[:] = bytes(len(bitmap))
-        for page in range(found.pages):
-            if dirty[page >> 3] >> (page & 7) & 1:
-                self._write_protect(found.gfn + page, found.gfn + page + 1)
-        point("kvm.dirty_log.unflushed")
-        # Also when nothing was protected here: somebody else may have, and not have flushed yet.
-        self._flush_tlbs("dirty_log")
-        return dirty
+        with self.slots_lock.write:
+            found = self.memslots.get(slot)
+            if found is None:
+                raise MmError(errno.EINVAL, f"get_dirty_log: there is no memslot {slot}")
+            bitmap = found.dirty_bitmap
+            if bitmap is None:
+                raise MmError(errno.ENOENT, f"get_dirty_log: memslot {slot} is not logged")
+            with self.mmu_lock.write:
+                dirty = bytes(bitmap)
+                bitmap[:] = bytes(len(bitmap))
+                for page in range(found.pages):
+                    if dirty[page >> 3] >> (page & 7) & 1:
+                        self._write_protect(found.gfn + page, found.gfn + page + 1)
+            point("kvm.dirty_log.unflushed")
+            # Also when nothing was protected here: somebody else may have, and not have flushed yet.
+            self._flush_tlbs("dirty_log")
+            return dirty
 
     def _write_protect(self, start: int, end: int) -> None:
         """Take W from the entries of guest frames ``[start, end)``; a write faults. The caller flushes."""
@@ -411,21 +478,24 @@ class KvmBase(SecondaryMmu):
 
     def _retire(self, slot: Memslot) -> None:
         """Let nobody use ``slot`` any more. As in KVM, the entries of all slots go."""
-        slot.invalid = True
-        try:
-            point("kvm.memslot.invalid")
-            self._wait_for_invalidations("memslot update")
-        except BaseException:
-            slot.invalid = False
-            raise
-        self._zap_all()
-        self._flush_and_kick("memslot")  # also what TLBs know of the slot's MMIO accesses
+        with self.slots_arch_lock.write:
+            slot.invalid = True
+            try:
+                point("kvm.memslot.invalid")
+                self._wait_for_invalidations("memslot update")
+            except BaseException:
+                slot.invalid = False
+                raise
+        with self.mmu_lock.write:
+            self._zap_all()
+            self._flush_and_kick("memslot")  # also what TLBs know of the slot's MMIO accesses
 
     def _wait_for_invalidations(self, what: str) -> None:
-        if self.mn_active_invalidate_count:
-            point("kvm.memslot.wait")
-            if self.mn_active_invalidate_count:
-                raise MmError(errno.EDEADLK, f"{what}: an invalidation of {self.mm.name} is in progress")
+        because = f"an invalidation of {self.mm.name} is in progress"
+        sleep_until(what, self._no_invalidation, because=because, label="kvm.memslot.wait")
+
+    def _no_invalidation(self) -> bool:
+        return not self.mn_active_invalidate_count
 
     # ---- questions
 
@@ -434,7 +504,8 @@ class KvmBase(SecondaryMmu):
         spte = self.sptes.get(gfn)
         if not spte & SPTE_PRESENT or not spte & SPTE_READ:
             return None
-        return spte_pfn(spte), bool(spte & SPTE_WRITE)
+        pfn = spte_pfn(spte) + (gfn & HUGE_PAGES - 1 if spte & SPTE_HUGE else 0)
+        return Pfn(pfn), bool(spte & SPTE_WRITE)
 
     def describe(self, gfn: int) -> GfnInfo:
         """What is known of ``gfn``, for a report."""
@@ -455,6 +526,7 @@ class Kvm(KvmBase, MmuNotifier):
     def __init__(self, mm: Mm, trace: Trace, host: HostMemory, *, name: str = "vm0", pin_sptes: bool = False) -> None:
         super().__init__(mm, trace, host, name=name, pin_sptes=pin_sptes)
         if not pin_sptes:
+            self.max_level = 2
             mm.notifiers.register(self)
 
     def invalidate_range_start(self, range: MmuNotifierRange) -> int:
@@ -464,16 +536,16 @@ class Kvm(KvmBase, MmuNotifier):
         begun = False
         try:
             point("kvm.invalidate.counted")
-            # mmu_lock is taken at the first slot that is hit; without one, faults cannot reach these addresses
-            for start, end in self.memslots.in_hva_range(range.start, range.end):
-                if not begun:
+            hit = self.memslots.in_hva_range(range.start, range.end)
+            if hit:  # otherwise faults cannot reach these addresses
+                with self.mmu_lock.write:
                     self._invalidate_begin()
                     begun = True
-                self._invalidate_range_add(start, end)
-                self._zap(start, end)
-            if begun and self.tlbs_dirty:
-                self._flush_and_kick("mmu_notifier")
-            # mmu_lock is dropped
+                    for start, end in hit:
+                        self._invalidate_range_add(start, end)
+                        self._zap(start, end)
+                    if self.tlbs_dirty:
+                        self._flush_and_kick("mmu_notifier")
         except BaseException:  # an aborted run, a sink that failed: no end comes, and the next range flushes
             if begun:
                 self._invalidate_end()
@@ -484,7 +556,8 @@ class Kvm(KvmBase, MmuNotifier):
     def invalidate_range_end(self, range: MmuNotifierRange) -> None:
         """Faults may install entries of the range again."""
         if self.memslots.in_hva_range(range.start, range.end):
-            self._invalidate_end()
+            with self.mmu_lock.write:
+                self._invalidate_end()
         self.mn_active_invalidate_count -= 1
         if self.mn_active_invalidate_count < 0:
             raise InternalError(f"{self.name}: {range!r} ended, but did not begin")
