@@ -53,6 +53,7 @@ cdef enum:
     PG_DIRTY = 1 << 2
     PG_REFERENCED = 1 << 3
     PG_SWAPBACKED = 1 << 4
+    PG_HUGETLB = 1 << 26
 
 cdef uint64_t PFN_MASK = 0x000FFFFFFFFFF000
 cdef uint64_t MMIO = <uint64_t>1 << 62
@@ -678,8 +679,8 @@ cdef inline int leaf(PageTable tree, uint64_t *table, uint64_t i, int level, uin
                 todo.flushes += 1
         return 0
     if todo.verb == COPY:
-        if level == 2 and not entry & (PTE_ANON | PTE_SPECIAL):
-            return 0  # of a file: a fault will map it
+        if level == 2 and not entry & (PTE_ANON | PTE_SPECIAL) and not gather.host.meta[pfn].flags & PG_HUGETLB:
+            return 0  # of a page cache: a fault will map it
         if not entry & (PTE_PRESENT | PTE_PROTNONE):
             if entry & (PTE_SWAP | PTE_MIGRATION) and todo.cow:
                 table[i] = entry = entry & ~<uint64_t>(PTE_WRITE | PTE_EXCLUSIVE)
