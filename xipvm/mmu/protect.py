@@ -31,7 +31,7 @@ _PUD_PAGES: Final = 1 << 18
 
 def mprotect(mm: Mm, addr: int, length: int, prot: int) -> None:
     """See :meth:`Mm.mprotect`."""
-    start, end = mm.check_range("mprotect", addr, length)
+    start, end = mm.check_range("mprotect", addr, length, errno.ENOMEM)
     if prot & ~PROT_ALL:
         raise MmError(errno.EINVAL, f"mprotect: protection {prot:#x}")
     for area in mm.covered("mprotect", start, end):

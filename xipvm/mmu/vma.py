@@ -48,6 +48,8 @@ MAP_KNOWN: Final = (
 
 TASK_SIZE: Final = (1 << 47) - PAGE_SIZE
 """End of the addresses that can be mapped."""
+ADDRESSES: Final = (1 << 64) - 1
+"""The last address that can be written down: a range beyond it would come round to 0."""
 
 VM_SHARED: Final = 0x08
 VM_UFFD_MISSING: Final = 0x200
