@@ -18,8 +18,21 @@ from xipvm.actors import point
 from xipvm.address import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE
 from xipvm.mmu.file import VmFault
 from xipvm.mmu.frames import PG_ANON, PG_KSM, PG_SWAPBACKED, ZERO_PFN
+from xipvm.mmu.huge_pmd import split_huge_pmd
 from xipvm.mmu.mapping import anon_vma_prepare
-from xipvm.mmu.pte import ACCESSED, ANON, DIRTY, EXCLUSIVE, PFN_SHIFT, SOFT_DIRTY, SPECIAL, UFFD_WP, WRITE, pte_pfn
+from xipvm.mmu.pte import (
+    ACCESSED,
+    ANON,
+    DIRTY,
+    EXCLUSIVE,
+    HUGE,
+    PFN_SHIFT,
+    SOFT_DIRTY,
+    SPECIAL,
+    UFFD_WP,
+    WRITE,
+    pte_pfn,
+)
 from xipvm.mmu.rmap import PMD_SHIFT
 from xipvm.mmu.uffd_message import UFFD_PAGEFAULT_FLAG_WP, UFFD_PAGEFAULT_FLAG_WRITE, Userfault
 from xipvm.mmu.uffd_wp import is_async
@@ -41,6 +54,10 @@ def do_wp_page(mm: Mm, area: Vma, hva: int, entry: int) -> tuple[VmFault, str]:
     if entry & UFFD_WP:
         if area.flags & VM_UFFD_WP and not is_async(area):
             raise Userfault(area, hva, UFFD_PAGEFAULT_FLAG_WRITE | UFFD_PAGEFAULT_FLAG_WP)
+        if entry & HUGE:
+            with mm.mmap_lock.read:
+                split_huge_pmd(mm, hva)
+            return VmFault.OK, "retry"
         entry &= ~UFFD_WP
         mm.set_pte(hva, entry)
     if area.shared:

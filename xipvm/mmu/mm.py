@@ -16,6 +16,7 @@ unmap.py, migrate.py    a page out of all its entries; to another frame
 swap*.py                swap: slots and their cache, and the way back
 pageout.py, lru.py      a page out of memory; which ones
 reclaim.py, oom.py      memory pressure, and when there is no way out
+huge_fault.py           transparent huge pages: faults; huge_pmd.py, huge_page.py: their splits; collapse.py; thp.py
 ksm.py                  equal pages become one
 hugetlb*.py             huge pages of a pool
 fork.py                 a child that shares pages until somebody writes
@@ -40,10 +41,10 @@ from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Final
 
 from xipvm.address import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE, Hva, Pfn, page_up
-from xipvm.errors import MmError
+from xipvm.errors import HostMemoryError, MmError
 from xipvm.locks.lock import KeyedLocks, RwLock
 from xipvm.locks.order import MMAP_LOCK, PTL
-from xipvm.mmu import clear_refs, fork, gup, ksm, madvise, mapping, migrate, mlock, mremap, pageout, protect, swap, zap
+from xipvm.mmu import clear_refs, collapse, fork, gup, ksm, madvise, mapping, migrate, mlock, mremap, pageout, protect, swap, zap
 from xipvm.mmu.all_locks import AllLocks
 from xipvm.mmu.frames import HostMemory
 from xipvm.mmu.huge_pmd import huge_up
@@ -53,9 +54,10 @@ from xipvm.mmu.pagemap import PagemapLimits, PagemapScan, pagemap_scan
 from xipvm.mmu.pte import ACCESSED, FLAGS, UFFD_WP, pte_pfn
 from xipvm.mmu.rmap import PMD_SHIFT, reverse_map
 from xipvm.mmu.tables import GupPage, PageTable
+from xipvm.mmu.thp import Thp, thp_of
 from xipvm.mmu.uffd_message import UffdReports
 from xipvm.mmu.userfaultfd import Handler, Userfaultfd
-from xipvm.mmu.vma import MAP_ANONYMOUS, MAP_HUGETLB, MAP_PRIVATE, MAP_SHARED, PROT_WRITE, VM_LOCKED, Vma
+from xipvm.mmu.vma import ADDRESSES, MAP_ANONYMOUS, MAP_HUGETLB, MAP_PRIVATE, MAP_SHARED, PROT_WRITE, VM_LOCKED, Vma
 from xipvm.notifier import notifiers_of
 
 if TYPE_CHECKING:
@@ -77,7 +79,7 @@ START_BRK: Final = 0x5555_5600_0000
 
 
 class Mm:
-    """An empty address space over ``host``. ``name`` is what traces call it.
+    """An empty address space over ``host``, which is not closed (HostMemoryError). ``name`` is what traces call it.
 
     ``protocol`` says how its notifiers are told of changes (xipvm.notifier): as today, or as in ``2008``, when much of
     what is here did not exist: that raises ProtocolUnsupported, and has changed nothing. Children speak it, too.
@@ -114,6 +116,8 @@ class Mm:
     )
 
     def __init__(self, host: HostMemory, trace: Trace, *, name: str = "mm0", protocol: str = "modern") -> None:
+        if not host.nr_frames:
+            raise HostMemoryError(0, f"the memory for {name} is closed")
         self.host = host
         self.trace = trace
         self.name = name
@@ -161,24 +165,25 @@ class Mm:
         ``addr`` is a wish unless ``flags`` say MAP_FIXED (replaces what is there) or MAP_FIXED_NOREPLACE (EEXIST).
         MAP_HUGETLB: huge pages of the pool (hugetlb.py), set aside now unless MAP_NORESERVE; lengths are rounded up to
         one, as for a :class:`~xipvm.mmu.hugetlb_file.HugetlbFile`.
-        Errors: EINVAL, EOVERFLOW, EBADF (no file), ENOMEM (no room, or not so many huge pages), EACCES (shared and
-        writable, the file is not).
+        Errors: EINVAL, EOVERFLOW, EBADF (no file, or a closed one), ENOMEM (no room, or not so many huge pages), EACCES
+        (shared and writable, the file is not).
         """
+        unnamed: HugetlbFile | ShmemFile | None = None
         if file is None and flags & MAP_HUGETLB and flags & MAP_ANONYMOUS:
             size = huge_up(max(length, 0))
-            file, pgoff, flags = HugetlbFile(self.host, self.trace, "/anon_hugepage", size), 0, flags ^ MAP_ANONYMOUS
-            file.close()
+            unnamed = HugetlbFile(self.host, self.trace, "/anon_hugepage", size)
         elif file is None and flags & MAP_SHARED and flags & MAP_ANONYMOUS:
             # As in Linux: a memory file that nobody else has, and that goes with its last mapping.
-            file, pgoff, flags = (
-                ShmemFile(self.host, self.trace, "/dev/zero", page_up(length)),
-                0,
-                flags ^ MAP_ANONYMOUS,
-            )
-            file.close()
-        with self.uffd_reports, self.mmap_lock.write:
-            self.check_alive("mmap")
-            return mapping.mmap(self, length, prot, flags, addr, file, pgoff)
+            unnamed = ShmemFile(self.host, self.trace, "/dev/zero", page_up(length))
+        if unnamed is not None:
+            file, pgoff, flags = unnamed, 0, flags ^ MAP_ANONYMOUS
+        try:
+            with self.uffd_reports, self.mmap_lock.write:
+                self.check_alive("mmap")
+                return mapping.mmap(self, length, prot, flags, addr, file, pgoff)
+        finally:
+            if unnamed is not None:
+                unnamed.close()
 
     def munmap(self, addr: int, length: int) -> None:
         """Unmaps what is mapped in the range; areas are split where needed. Errors: EINVAL."""
@@ -253,7 +258,7 @@ class Mm:
         whether caches of the pages could be dropped, and nothing else. Errors: EINVAL, ENOMEM (a hole), EBUSY
         (MS_INVALIDATE of a locked area).
         """
-        start, end = self.check_range("msync", addr, length)
+        start, end = self.check_range("msync", addr, length, errno.ENOMEM)
         if flags & ~(MS_ASYNC | MS_INVALIDATE | MS_SYNC) or (flags & MS_ASYNC and flags & MS_SYNC):
             raise MmError(errno.EINVAL, f"msync: flags {flags:#x}")
         for area in self.covered("msync", start, end):
@@ -292,6 +297,7 @@ class Mm:
 
         ``features``: UFFD_FEATURE_*. Errors: EINVAL (a feature that there is not).
         """
+        self.notifiers.needs_modern("userfaultfd")
         return Userfaultfd(self, handler, features)
 
     def pagemap_scan(self, start: int, end: int, **limits: Unpack[PagemapLimits]) -> PagemapScan:
@@ -299,6 +305,7 @@ class Mm:
 
         :func:`xipvm.mmu.pagemap.pagemap_scan` says what can be asked for, and the errors.
         """
+        self.notifiers.needs_modern("PAGEMAP_SCAN")
         return pagemap_scan(self, start, end, **limits)
 
     def move_pages(self, addr: int, length: int, node: int) -> list[int]:
@@ -319,6 +326,16 @@ class Mm:
         """
         self.notifiers.needs_modern("KSM")
         return ksm.ksm_scan(self, until_sharing)
+
+    @property
+    def thp(self) -> Thp:
+        """The settings of transparent huge pages, of the whole host: where they are wanted (``enabled``), for one."""
+        return thp_of(self.host)
+
+    def khugepaged_scan(self) -> int:
+        """Lets khugepaged look at all mms once and make huge pages where they are wanted; how many it made."""
+        self.notifiers.needs_modern("khugepaged")
+        return collapse.khugepaged_scan(self.host)
 
     def swapon(self, pages: int, path: str | None = None) -> None:
         """Gives the host ``pages`` more slots of swap, in the file ``path``, which is emptied, or a temporary one.
@@ -352,7 +369,10 @@ class Mm:
 
         No reference is taken. Errors: EFAULT, ENOMEM (no frame).
         """
-        page = self._gup_fast(hva >> PAGE_SHIFT, write)
+        try:
+            page = self._gup_fast(hva >> PAGE_SHIFT, write)
+        except OverflowError:
+            raise MmError(errno.EFAULT, f"get_user_pages({hva:#x}): no address") from None
         return page if page is not None else gup.get_user_pages(self, hva, write)
 
     def read(self, hva: int, size: int) -> bytes:
@@ -472,15 +492,22 @@ class Mm:
         return self.notifiers.protocol
 
     def check_alive(self, what: str) -> None:
-        """Raises MmError ESRCH when the mm has exited."""
+        """Raises MmError ESRCH when the mm has exited, or its memory is closed."""
+        if not self.host.nr_frames:
+            raise MmError(errno.ESRCH, f"{what}: the memory of {self.name} is closed")
         if self.dead or self.oom is not None:
             raise MmError(errno.ESRCH, f"{what}: {self.name} {'has exited' if self.oom is None else 'was killed'}")
 
-    def check_range(self, what: str, addr: int, length: int) -> tuple[int, int]:
-        """``[addr, addr + length)`` with the length rounded up to pages. Raises ESRCH and EINVAL."""
+    def check_range(self, what: str, addr: int, length: int, wraps: int = errno.EINVAL) -> tuple[int, int]:
+        """``[addr, addr + length)`` with the length rounded up to pages.
+
+        Raises ESRCH, EINVAL, and ``wraps`` for a range that comes round to 0.
+        """
         self.check_alive(what)
         if addr & ~PAGE_MASK or addr < 0 or length < 0:
             raise MmError(errno.EINVAL, f"{what}({addr:#x}, {length:#x})")
+        if addr + length > ADDRESSES:
+            raise MmError(wraps, f"{what}({addr:#x}, {length:#x})")
         return addr, addr + page_up(length)
 
     def covered(self, what: str, start: int, end: int) -> list[Vma]:

@@ -139,9 +139,9 @@ def _move(mm: Mm, addr: int, length: int, new_addr: int, new_len: int, keep: boo
             event = RangeEvent.CLEAR
             new.huge_reserve, area.huge_reserve = area.huge_reserve, None
         with mm.notifiers.around_entry(start, end, event):  # in 2008 the steps have ranges of their own
-            if area.uffd is not new.uffd:
-                forget(mm, addr >> PAGE_SHIFT, (addr + length) >> PAGE_SHIFT)
             _move_page_tables(mm, addr, length, new_addr)
+            if area.uffd is not new.uffd:
+                forget(mm, new_addr >> PAGE_SHIFT, (new_addr + length) >> PAGE_SHIFT)
         if not keep:
             munmap(mm, addr, length)
         else:
@@ -177,11 +177,13 @@ def _move_in_steps(mm: Mm, addr: int, length: int, new_addr: int, limit: int) ->
     Every entry is cleared and flushed before it appears at its new place. Where there is no page table nothing is said.
     """
     pgd, end, shift = mm.pgd, addr + length, new_addr - addr
+    table_end = 0
     while addr < end:
-        table_end = (addr | ~_PMD_MASK) + 1
-        if pgd.next_present(addr >> PAGE_SHIFT, min(table_end, end) >> PAGE_SHIFT) < 0:
-            addr = table_end
-            continue
+        if addr >= table_end:
+            table_end = (addr | ~_PMD_MASK) + 1
+            if pgd.next_present((addr & _PMD_MASK) >> PAGE_SHIFT, table_end >> PAGE_SHIFT) < 0:
+                addr = table_end
+                continue
         stop = min(end, addr + limit, table_end, ((addr + shift) | ~_PMD_MASK) + 1 - shift)
         with mm.notifiers.invalidate_range(addr, stop, RangeEvent.UNMAP):
             for page, entry in pgd.entries(addr >> PAGE_SHIFT, stop >> PAGE_SHIFT):

@@ -23,6 +23,7 @@ from xipvm.address import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE, page_up
 from xipvm.errors import MmError
 from xipvm.mmu import uffd_wp
 from xipvm.mmu.frames import ZERO_PFN
+from xipvm.mmu.huge_pmd import split_huge_pmd
 from xipvm.mmu.pte import ANON, GUARD, MAPPED, MIGRATION, SOFT_DIRTY, SPECIAL, UFFD_WP, pte_pfn
 from xipvm.mmu.vma import TASK_SIZE, VM_SOFTDIRTY, Vma
 from xipvm.notifier import RangeEvent
@@ -153,6 +154,9 @@ class _Scan:
 
     def _table(self, area: Vma, common: int, first: int, last: int) -> None:
         """The pages of one page table, which is there."""
+        huge = self.mm.pgd.huge(first)
+        if huge and not self._huge(area, common | _huge_categories(huge), first, last):
+            return
         entries = dict(self.mm.pgd.entries(first, last))
         todo: list[int] = []
         try:
@@ -167,6 +171,21 @@ class _Scan:
                 self._stop_before(reached, hva + PAGE_SIZE)
         finally:
             self._protect(area, todo)
+
+    def _huge(self, area: Vma, categories: int, first: int, last: int) -> bool:
+        """The pages of a huge entry; whether it had to be split, as a part of it can only be protected then."""
+        if not self._interesting(categories):
+            return False
+        start, end = first << PAGE_SHIFT, last << PAGE_SHIFT
+        protects = self.wp and bool(categories & PAGE_IS_WRITTEN)
+        if protects and (last - first < _TABLE_PAGES or 0 < self.max_pages < self.found + _TABLE_PAGES):
+            split_huge_pmd(self.mm, start)
+            return True
+        reached = self._output(categories, start, end)
+        if protects and reached == end:
+            self._protect(area, list(range(first, last)))
+        self._stop_before(reached, end)
+        return False
 
     def _categories(self, area: Vma, common: int, entry: int) -> int:
         """Those of one entry, -1 if it does not count."""
@@ -234,6 +253,14 @@ def _categories(area: Vma, entry: int) -> int:
     if entry & GUARD:
         return found | PAGE_IS_GUARD
     return found | (PAGE_IS_FILE if entry & MIGRATION and not entry & ANON else 0)
+
+
+def _huge_categories(entry: int) -> int:
+    found = PAGE_IS_HUGE | (0 if entry & UFFD_WP else PAGE_IS_WRITTEN)
+    found |= PAGE_IS_SOFT_DIRTY if entry & SOFT_DIRTY else 0
+    if not entry & MAPPED:
+        return found | PAGE_IS_SWAPPED | (0 if entry & ANON else PAGE_IS_FILE)
+    return found | PAGE_IS_PRESENT | (PAGE_IS_PFNZERO if entry & SPECIAL else 0 if entry & ANON else PAGE_IS_FILE)
 
 
 def pagemap_scan(

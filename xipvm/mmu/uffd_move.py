@@ -6,8 +6,9 @@ For each run of pages that can go together::
     destination → TLB flush of the source → range end
 
 A run is broken by whatever is no page of this process alone (a hole, the zero page, a swap entry), which is a step of
-its own, and by the end of a page table on either side. The destination is empty, so nobody is told of it. A frame that
-moves belongs to the destination's reverse map from then on.
+its own, and by the end of a page table on either side. A huge page goes whole where both places are aligned, and is
+made small pages otherwise. The destination is empty, so nobody is told of it. A frame that moves belongs to the
+destination's reverse map from then on.
 """
 
 from __future__ import annotations
@@ -18,12 +19,15 @@ from typing import TYPE_CHECKING, Final
 from xipvm.address import PAGE_SHIFT, PAGE_SIZE
 from xipvm.errors import MmError
 from xipvm.mmu.frames import ZERO_PFN
+from xipvm.mmu.huge_page import split_if_compound
+from xipvm.mmu.huge_pmd import HPAGE_MASK, HPAGE_SIZE, pmdp_clear_flush, split_huge_pmd
 from xipvm.mmu.mapping import anon_vma_prepare
 from xipvm.mmu.pte import (
     ACCESSED,
     ANON,
     DIRTY,
     EXCLUSIVE,
+    HUGE,
     MAPPED,
     MIGRATION,
     PFN_SHIFT,
@@ -61,7 +65,8 @@ def move(uffd: Userfaultfd, dst: int, src: int, length: int, holes: bool) -> int
             with mm.because("uffd_move", start=src + done, end=src + length, to=dst + done):
                 try:
                     while done < length and not waits:
-                        step = _step(mm, target, source, dst + done, src + done, length - done, holes)
+                        step = _move_huge(mm, target, dst + done, src + done, length - done)
+                        step = step or _step(mm, target, source, dst + done, src + done, length - done, holes)
                         done += step
                         waits = 0 if step else mm.pgd.get((src + done) >> PAGE_SHIFT)
                 except MmError:
@@ -94,6 +99,37 @@ def _areas(uffd: Userfaultfd, dst: int, src: int, length: int) -> tuple[Vma, Vma
     ):
         raise MmError(errno.EINVAL, f"{what}: from {source!r} to {target!r}")
     return target, source
+
+
+def _move_huge(mm: Mm, target: Vma, dst: int, src: int, length: int) -> int:
+    """Moves the huge page at ``src`` whole, where that can be; 0: not, and it is small pages now. Raises EBUSY."""
+    host, page = mm.host, src >> PAGE_SHIFT
+    entry = mm.pgd.huge(page)
+    if entry and (
+        (src | dst) & ~HPAGE_MASK or length < HPAGE_SIZE or entry & MIGRATION or not mm.pgd.pmd_none(dst >> PAGE_SHIFT)
+    ):
+        split_huge_pmd(mm, src)
+        entry = 0
+    if not entry:
+        small = mm.pgd.get(page)
+        if small & MAPPED and not small & SPECIAL and not split_if_compound(host, pte_pfn(small)):
+            raise MmError(errno.EBUSY, f"UFFDIO_MOVE from {src:#x} in {mm.name}: the huge page is in use")
+        return 0
+    head = pte_pfn(entry)
+    if not entry & SPECIAL and (not entry & EXCLUSIVE or host.refcount(head) != 1):
+        raise MmError(errno.EBUSY, f"UFFDIO_MOVE from {src:#x} in {mm.name}: the huge page is shared, or in use")
+    with mm.notifiers.invalidate_range(src, src + HPAGE_SIZE, RangeEvent.CLEAR):
+        if mm.pgd.huge(page) != entry or not mm.pgd.pmd_none(dst >> PAGE_SHIFT):
+            return 0
+        pmdp_clear_flush(mm, src)
+        flags = target.rights | HUGE | ACCESSED
+        if entry & SPECIAL:
+            flags |= SPECIAL
+        else:
+            host.set_rmap(head, anon_vma_prepare(target).id, target.page_offset(dst))
+            flags |= WRITE | ANON | EXCLUSIVE | SOFT_DIRTY | entry & DIRTY
+        mm.set_pte(dst, head << PFN_SHIFT | flags)
+    return HPAGE_SIZE
 
 
 def _step(mm: Mm, target: Vma, source: Vma, dst: int, src: int, length: int, holes: bool) -> int:

@@ -11,7 +11,8 @@ Protecting and lifting are changes of protection::
 Where nothing is mapped there is no bit to set. A *marker*, UFFD_WP alone in an entry, keeps the protection of an empty
 place: pages of files are taken out of page tables at any time and come back by themselves, so there it is always used;
 for anonymous memory only with WP_UNPOPULATED. A fault turns a marker into a protected entry. Without markers there is
-no range, either, where nothing is mapped at all.
+no range, either, where nothing is mapped at all. Huge entries that lie in the range in part, and all of files, are
+split inside it, with a range of their own.
 
 Zapping keeps the protection of file mappings, unless the area itself goes, and forgets that of anonymous memory, whose
 page is lost. Swap, migration and KSM take the bit along; a copy on write comes behind the monitor's word and has none.
@@ -19,11 +20,15 @@ page is lost. Swap, migration and KSM take the bit along; a copy on write comes 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Final
 
 from xipvm.actors import point
 from xipvm.address import PAGE_SHIFT
-from xipvm.mmu.pte import ANON, MAPPED, MIGRATION, POISON, PRESENT, PROTNONE, SWAP, UFFD_WP, WRITE
+from xipvm.mmu.frames import HUGE_PAGES
+from xipvm.mmu.huge_pmd import split_huge_edges, split_huge_pmd
+from xipvm.mmu.pte import ANON, HUGE, MAPPED, MIGRATION, POISON, PRESENT, PROTNONE, SWAP, UFFD_WP, WRITE
+from xipvm.mmu.rmap import PMD_SHIFT
 from xipvm.mmu.vma import VM_UFFD_WP, Vma
 from xipvm.notifier import RangeEvent
 
@@ -57,6 +62,12 @@ def change(mm: Mm, area: Vma, start: int, end: int, on: bool) -> None:
             return
         start = max(first, populated & ~(_PUD_PAGES - 1)) << PAGE_SHIFT
     with mm.notifiers.invalidate_range(start, end, RangeEvent.PROTECTION_VMA):
+        split_huge_edges(mm, start, end)
+        if on and area.file is not None:  # a marker stands for one page
+            for page, entry in mm.pgd.entries(first, last):
+                if entry & HUGE:
+                    split_huge_pmd(mm, page << PAGE_SHIFT)
+        mm.ptl.wait_range(start >> PMD_SHIFT, (end - 1 >> PMD_SHIFT) + 1)
         flush = protect(mm, area, first, last) if on else _lift(mm, area, first, last)
     if flush:
         point("mm.uffd_wp.unflushed")
@@ -75,10 +86,10 @@ def protect(mm: Mm, area: Vma, first: int, last: int) -> bool:
         trace.emit("pte_protect", mm=mm.name, start=lo << PAGE_SHIFT, end=hi << PAGE_SHIFT, flags=flags)
     if uses_markers(area):
         at = first
-        for page, _ in [*pgd.entries(first, last), (last, 0)]:
+        for page, entry in [*pgd.entries(first, last), (last, 0)]:
             for empty in range(at, page):
                 pgd.set(empty, UFFD_WP)
-            at = page + 1
+            at = page + (HUGE_PAGES if entry & HUGE else 1)
     return flushes > 0
 
 
@@ -121,7 +132,7 @@ def before_zap(mm: Mm, start: int, end: int, keep_anon: bool) -> list[int]:
     return pages
 
 
-def mark(mm: Mm, pages: list[int]) -> None:
+def mark(mm: Mm, pages: Iterable[int]) -> None:
     """Puts markers into entries that have just been cleared."""
     for page in pages:
         mm.pgd.set(page, UFFD_WP)
@@ -132,11 +143,6 @@ def forget(mm: Mm, first: int, last: int) -> None:
     for page, entry in mm.pgd.entries(first, last):
         if entry & UFFD_WP:
             mm.pgd.set(page, entry & ~UFFD_WP)
-
-
-def without(entry: int) -> int:
-    """``entry`` without the protection, empty for a marker."""
-    return entry & ~UFFD_WP
 
 
 def protected(entry: int, flags: int) -> int:

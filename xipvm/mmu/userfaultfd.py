@@ -107,8 +107,9 @@ class Userfaultfd:
     Every call raises MmError EBADF after :meth:`close` and ESRCH when the mm has exited, EINVAL for a mode that there
     is not, and for a range that is empty, not aligned to pages or not inside the address space; and has then changed
     nothing. Calls that change entries raise EAGAIN while the layout changes, that is until the event that tells of it
-    has been read. Those that fill or move return the bytes that they did, which are fewer than asked for when a later page could not be done:
-    doing the rest tells why. Unless DONTWAKE is in the mode they wake who waits for what they did.
+    has been read. Those that fill or move return the bytes that they did, which are fewer than asked for when a later
+    page could not be done: doing the rest tells why. Unless DONTWAKE is in the mode they wake who waits for what they
+    did.
     """
 
     __slots__ = ("changing", "closed", "features", "handler", "idle_wakes", "mm", "queue", "waiters")
