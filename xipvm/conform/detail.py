@@ -95,6 +95,7 @@ _TOKENS: Final = {
     "primary_tlb_flush": "tlb",
     "kvm_page_fault": "fault",
     "spte_set": "spte",
+    "spte_set_huge": "spte",
     "uffd_pagefault": "uffd",
     "mmu_notifier_clear_flush_young": "cfy",
     "mmu_notifier_release": "release",

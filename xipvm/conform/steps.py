@@ -427,7 +427,7 @@ def _uffd(world: World) -> userfaultfd.Userfaultfd:
 
 
 def _vm_create(world: World, args: Args) -> Observed:
-    world.vms[args["vm"]] = Vm(world, args["vm"])
+    world.vms[args["vm"]] = Vm(world, args["vm"], 2 if args["guest_pages"] == "2m" else 1)
     return _DONE
 
 

@@ -137,8 +137,9 @@ def _located(call: str, event: str, start: int, end: int) -> Call:
 class Vm:
     """A VM of the scenario: KVM's secondary MMU, the vCPU, and the probe."""
 
-    def __init__(self, world: World, name: str) -> None:
+    def __init__(self, world: World, name: str, max_level: int = 1) -> None:
         self.kvm = Kvm(world.mm, world.trace, world.host, name=name)
+        self.kvm.max_level = max_level
         self.kvm.mmio_lookup = lambda gpa: True  # no memslot: KVM leaves it to user space
         self.vcpu = Vcpu(self.kvm, world.host)
         self.kvm.vcpus.append(self.vcpu)
@@ -227,7 +228,11 @@ class World:
 
     def _observe(self, event: Event) -> None:
         self.events.append(event)
-        if event.kind == "page_alloc":
+        if event.kind == "page_alloc_huge":
+            self.allocations += 1
+            for first, count in event.fields["pages"]:
+                self.births.update(dict.fromkeys(range(first, first + count), self.allocations))
+        elif event.kind == "page_alloc":
             self.allocations += 1
             self.births[event.fields["pfn"]] = self.allocations
         elif event.kind == "page_free":

@@ -78,7 +78,9 @@ def handle_mm_fault(mm: Mm, hva: int, write: bool, force: bool = False) -> VmFau
     area = mm.cached_vma
     if area is None or not area.start <= hva < area.end:
         area = mm.find_vma(hva)
-    if area is None or ((not area.prot or (write and not area.prot & PROT_WRITE)) and (not force or area.flags & _UNFORCED)):
+    if area is None or (
+        (not area.prot or (write and not area.prot & PROT_WRITE)) and (not force or area.flags & _UNFORCED)
+    ):
         result, how = VmFault.SIGSEGV, "sigsegv"
     else:
         try:

@@ -37,9 +37,9 @@ def get_user_pages(mm: Mm, hva: int, write: bool) -> GupPage:
 
 
 def pieces(hva: int, size: int) -> list[tuple[int, int, int]]:
-    """``[hva, hva + size)`` cut at page boundaries: (address, offset in its page, bytes). EFAULT for a negative one."""
-    if hva < 0:
-        raise MmError(errno.EFAULT, f"address {hva:#x}")
+    """``[hva, hva + size)`` cut at page boundaries: (address, offset in its page, bytes). EFAULT if one is negative."""
+    if hva < 0 or size < 0:
+        raise MmError(errno.EFAULT, f"{size} bytes at {hva:#x}")
     cuts = []
     end = hva + size
     while hva < end:

@@ -88,10 +88,11 @@ class HostThread:
         mm, page = self.mm, hva >> PAGE_SHIFT
         wanted = PRESENT | WRITE if write else PRESENT
         while True:
-            entry = mm.pgd.get(page)
+            entry = mm.pgd.pte(page)
             if entry & wanted == wanted:
-                entry |= ACCESSED | (DIRTY if write else 0)
-                mm.pgd.set(page, entry)
+                used = ACCESSED | (DIRTY if write else 0)
+                entry |= used
+                mm.pgd.set_bits(page, page + 1, used)
                 self.tlb[page] = entry
                 if mm.trace.on:
                     rights, thread = "rw" if entry & WRITE else "r", self.name

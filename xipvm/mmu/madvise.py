@@ -11,6 +11,10 @@ What each advice announces:
 * POPULATE_READ and _WRITE fault the pages in; a copy on write announces itself.
 * PAGEOUT: one range (CLEAR) per anonymous page that goes to swap; without swap nothing happens (swap.py).
 * UNMERGEABLE: one range (CLEAR) per page that KSM had merged. MERGEABLE tells nobody, merging does (ksm.py).
+* HUGEPAGE and NOHUGEPAGE say where huge pages are to be made (huge_fault.py); nobody is told. COLLAPSE makes them now:
+  one range (CLEAR) per 2 MiB, and for memory files one per mapped page before (collapse.py).
+* Of a huge page that lies in the range only in part DONTNEED splits the entry; FREE, COLD and PAGEOUT split the page.
+  Both announce the 2 MiB, inside the range if there is one.
 * COLD clears young bits and flushes, GUARD_REMOVE takes the markers away, WILLNEED reads ahead, DONTFORK and DOFORK say
   what fork copies: nobody is told.
 """
@@ -23,6 +27,7 @@ from typing import TYPE_CHECKING, Final
 
 from xipvm.address import PAGE_SHIFT, PAGE_SIZE
 from xipvm.errors import MmError, OutOfFrames
+from xipvm.mmu.collapse import madvise_collapse
 from xipvm.mmu.fault import handle_mm_fault
 from xipvm.mmu.file import VmFault
 from xipvm.mmu.frames import (
@@ -34,6 +39,8 @@ from xipvm.mmu.frames import (
     PG_REFERENCED,
     PG_SWAPBACKED,
 )
+from xipvm.mmu.huge_page import split_huge_pages
+from xipvm.mmu.huge_pmd import whole_entries
 from xipvm.mmu.hugetlb import check_split
 from xipvm.mmu.hugetlb import dontneed as hugetlb_dontneed
 from xipvm.mmu.ksm import UNFIT, unmerge
@@ -41,7 +48,17 @@ from xipvm.mmu.mapping import anon_vma_prepare, merge, split
 from xipvm.mmu.pageout import pageout
 from xipvm.mmu.pte import ACCESSED, DIRTY, GUARD, PRESENT, SPECIAL, UFFD_WP, WRITE, pte_pfn
 from xipvm.mmu.uffd_reach import removing
-from xipvm.mmu.vma import PROT_WRITE, VM_DONTCOPY, VM_HUGETLB, VM_LOCKED, VM_MERGEABLE, VM_MIXEDMAP, Vma
+from xipvm.mmu.vma import (
+    PROT_WRITE,
+    VM_DONTCOPY,
+    VM_HUGEPAGE,
+    VM_HUGETLB,
+    VM_LOCKED,
+    VM_MERGEABLE,
+    VM_MIXEDMAP,
+    VM_NOHUGEPAGE,
+    Vma,
+)
 from xipvm.mmu.zap import MmuGather
 from xipvm.notifier import RangeEvent
 
@@ -56,10 +73,13 @@ MADV_DONTFORK: Final = 10
 MADV_DOFORK: Final = 11
 MADV_MERGEABLE: Final = 12
 MADV_UNMERGEABLE: Final = 13
+MADV_HUGEPAGE: Final = 14
+MADV_NOHUGEPAGE: Final = 15
 MADV_COLD: Final = 20
 MADV_PAGEOUT: Final = 21
 MADV_POPULATE_READ: Final = 22
 MADV_POPULATE_WRITE: Final = 23
+MADV_COLLAPSE: Final = 25
 MADV_GUARD_INSTALL: Final = 102
 MADV_GUARD_REMOVE: Final = 103
 
@@ -100,6 +120,16 @@ def madvise(mm: Mm, addr: int, length: int, advice: int) -> None:
             _set_dontfork(mm, addr, length, advice == MADV_DONTFORK)
     elif advice in (MADV_MERGEABLE, MADV_UNMERGEABLE):
         _set_mergeable(mm, addr, length, advice == MADV_MERGEABLE)
+    elif advice in (MADV_HUGEPAGE, MADV_NOHUGEPAGE):
+        with mm.mmap_lock.write:
+            _set_hugepage(mm, addr, length, advice == MADV_HUGEPAGE)
+    elif advice == MADV_COLLAPSE:
+        with mm.mmap_lock.read:
+            pieces = _pieces(mm, addr, length, 0, "COLLAPSE")
+        if pieces:
+            with mm.because("mm_madvise", start=addr, end=pieces[-1][2], advice="COLLAPSE"):
+                for _, start, end in pieces:
+                    madvise_collapse(mm, start, end)
     else:
         raise MmError(errno.EINVAL, f"madvise: advice {advice}")
 
@@ -134,7 +164,8 @@ def _dontneed(mm: Mm, gather: MmuGather, area: Vma, start: int, end: int) -> Non
 def _free(mm: Mm, gather: MmuGather, area: Vma, start: int, end: int) -> None:
     host, pgd = mm.host, mm.pgd
     with mm.notifiers.invalidate_range(start, end, RangeEvent.CLEAR):
-        for page, entry in pgd.entries(start >> PAGE_SHIFT, end >> PAGE_SHIFT):
+        split_huge_pages(mm, start, end, partial=True)
+        for page, entry in whole_entries(mm, start, end):
             if entry & SPECIAL or not entry & PRESENT:
                 continue
             pfn = pte_pfn(entry)
@@ -144,14 +175,15 @@ def _free(mm: Mm, gather: MmuGather, area: Vma, start: int, end: int) -> None:
                 host.clear_flags(pfn, PG_DIRTY)
             if entry & (ACCESSED | DIRTY):
                 pgd.set(page, entry & ~(ACCESSED | DIRTY))
-                gather.flush_later(page << PAGE_SHIFT)
+                gather.flush_later(page << PAGE_SHIFT, entry)
             host.clear_flags(pfn, PG_SWAPBACKED | PG_REFERENCED)
             host.lru_move(pfn, LRU_INACTIVE_FILE)
 
 
 def _cold(mm: Mm, gather: MmuGather, area: Vma, start: int, end: int) -> None:
     host, pgd = mm.host, mm.pgd
-    for page, entry in pgd.entries(start >> PAGE_SHIFT, end >> PAGE_SHIFT):
+    split_huge_pages(mm, start, end, partial=True)
+    for page, entry in whole_entries(mm, start, end):
         if entry & SPECIAL or not entry & PRESENT or host.mapcount(pte_pfn(entry)) != 1:
             continue
         pfn = pte_pfn(entry)
@@ -160,7 +192,7 @@ def _cold(mm: Mm, gather: MmuGather, area: Vma, start: int, end: int) -> None:
             host.lru_move(pfn, LRU_INACTIVE_FILE if host.flags(pfn) & PG_FILE else LRU_INACTIVE_ANON)
         if entry & ACCESSED:
             pgd.set(page, entry & ~ACCESSED)
-            gather.flush_later(page << PAGE_SHIFT)
+            gather.flush_later(page << PAGE_SHIFT, entry)
 
 
 def _pageout(mm: Mm, gather: MmuGather, area: Vma, start: int, end: int) -> None:
@@ -211,6 +243,17 @@ def _set_dontfork(mm: Mm, addr: int, length: int, on: bool) -> None:
         change_flags(mm, start, end, VM_DONTCOPY, on)
 
 
+def _set_hugepage(mm: Mm, addr: int, length: int, on: bool) -> None:
+    """What there is stays as it is; faults and khugepaged go by it from now on."""
+    name = "HUGEPAGE" if on else "NOHUGEPAGE"
+    pieces = _pieces(mm, addr, length, 0, name)
+    if pieces:
+        start, end = addr, pieces[-1][2]
+        with mm.because("mm_madvise", start=start, end=end, advice=name):
+            flag, other = (VM_HUGEPAGE, VM_NOHUGEPAGE) if on else (VM_NOHUGEPAGE, VM_HUGEPAGE)
+            change_flags(mm, start, end, flag, True, without=other)
+
+
 def _set_mergeable(mm: Mm, addr: int, length: int, on: bool) -> None:
     """Areas that KSM cannot use are left out without a word. Pages are given back as a reader of mmap_lock."""
     name = "MERGEABLE" if on else "UNMERGEABLE"
@@ -227,16 +270,16 @@ def _set_mergeable(mm: Mm, addr: int, length: int, on: bool) -> None:
                     raise MmError(errno.ENOMEM, f"madvise: MADV_UNMERGEABLE at {start:#x} in {mm.name}") from None
 
 
-def change_flags(mm: Mm, start: int, end: int, flag: int, on: bool) -> None:
+def change_flags(mm: Mm, start: int, end: int, flag: int, on: bool, *, without: int = 0) -> None:
     """Sets or clears ``flag`` of the areas in ``[start, end)``, splitting and merging them. mmap_lock is held.
 
-    Raises EINVAL where that would cut a huge page.
+    They lose the flags ``without``. Raises EINVAL where that would cut a huge page.
     """
     check_split(mm, "madvise", start, end)
     split(mm, start)
     split(mm, end)
     for area in mm.areas_in(start, end):
-        area.flags = area.flags | flag if on else area.flags & ~flag
+        area.flags = (area.flags | flag if on else area.flags & ~flag) & ~without
     merge(mm, start, end)
 
 

@@ -97,8 +97,10 @@ def _check(mm: Mm, size: int, prot: int, flags: int, addr: int | None, file: Add
         or (file is not None and flags & MAP_ANONYMOUS)
     ):
         raise MmError(errno.EINVAL, call)
-    if file is None and not flags & MAP_ANONYMOUS:
+    if (file is None and not flags & MAP_ANONYMOUS) or (file is not None and file.closed):
         raise MmError(errno.EBADF, call)
+    if size > TASK_SIZE:
+        raise MmError(errno.ENOMEM, call)
     if flags & MAP_HUGE_2MB not in (0, MAP_HUGE_2MB):
         raise MmError(errno.EINVAL, f"{call}: huge pages have 2 MiB")
     check_mmap(call, file, bool(flags & MAP_HUGETLB), addr if fixed and addr is not None else 0, pgoff)

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 
 from xipvm.actors import point
 from xipvm.address import PAGE_SHIFT, PAGE_SIZE
-from xipvm.mmu.huge_pmd import split_huge_edges
+from xipvm.mmu.huge_pmd import HPAGE_SIZE, split_huge_edges
+from xipvm.mmu.pte import HUGE
 from xipvm.mmu.rmap import PMD_SHIFT
 from xipvm.mmu.tables import Gather
 from xipvm.mmu.thp import thp_of
@@ -59,10 +60,10 @@ class MmuGather:
         if trace.on:
             trace.emit("pte_clear", mm=mm.name, start=start, end=end, pages=runs)
 
-    def flush_later(self, hva: int) -> None:
-        """The entry of the page at ``hva`` has changed."""
+    def flush_later(self, hva: int, entry: int = 0) -> None:
+        """The entry of the page at ``hva``, a huge one if ``entry`` is, has changed."""
         self._start = min(self._start, hva)
-        self._end = max(self._end, hva + PAGE_SIZE)
+        self._end = max(self._end, hva + (HPAGE_SIZE if entry & HUGE else PAGE_SIZE))
 
     def finish(self) -> None:
         """Flushes the TLBs, then puts the frames."""
