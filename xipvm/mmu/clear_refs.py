@@ -17,7 +17,7 @@ from xipvm.address import PAGE_SHIFT, PAGE_SIZE
 from xipvm.errors import MmError
 from xipvm.mmu.frames import PG_REFERENCED
 from xipvm.mmu.pte import ACCESSED, PRESENT, SOFT_DIRTY, SPECIAL, pte_pfn
-from xipvm.mmu.vma import TASK_SIZE, VM_SOFTDIRTY, Vma
+from xipvm.mmu.vma import TASK_SIZE, VM_HUGETLB, VM_SOFTDIRTY, Vma
 from xipvm.notifier import RangeEvent
 
 if TYPE_CHECKING:
@@ -40,9 +40,14 @@ def clear_refs(mm: Mm, mode: int) -> None:
         return
     if mode not in (CLEAR_REFS_ALL, CLEAR_REFS_ANON, CLEAR_REFS_MAPPED):
         raise MmError(errno.EINVAL, f"clear_refs: mode {mode}")
-    for area in mm.vmas:
+    for area in _tracked(mm):
         if mode == CLEAR_REFS_ALL or (mode == CLEAR_REFS_ANON) == (area.file is None):
             _clear_young(mm, area)
+
+
+def _tracked(mm: Mm) -> list[Vma]:
+    """Huge pages of the pool are left out."""
+    return [area for area in mm.vmas if not area.flags & VM_HUGETLB]
 
 
 def _clear_young(mm: Mm, area: Vma) -> None:
@@ -59,7 +64,7 @@ def _clear_soft_dirty(mm: Mm) -> None:
             area.flags &= ~VM_SOFTDIRTY
             area.set_prot(area.prot)
         with mm.notifiers.invalidate_range(0, _EVERYTHING, RangeEvent.SOFT_DIRTY):
-            for area in mm.vmas:
+            for area in _tracked(mm):
                 start, end = area.start >> PAGE_SHIFT, area.end >> PAGE_SHIFT
                 mm.pgd.clear_bits(start, end, SOFT_DIRTY)
                 for lo, hi, flags in mm.pgd.protect(start, end, area.rights, 0, trace.on)[1]:
@@ -74,6 +79,8 @@ def soft_dirty(mm: Mm, start: int, end: int) -> list[tuple[int, int]]:
         lo, hi = max(area.start, start), min(area.end, end)
         if area.flags & VM_SOFTDIRTY:
             pages = list(range(lo, hi, PAGE_SIZE))
+        elif area.flags & VM_HUGETLB:
+            pages = []
         else:
             entries = mm.pgd.entries(lo >> PAGE_SHIFT, hi >> PAGE_SHIFT)
             pages = [page << PAGE_SHIFT for page, entry in entries if entry & SOFT_DIRTY]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from xipvm.address import PAGE_MASK, page_up
 from xipvm.errors import MmError
 from xipvm.mmu.madvise import change_flags, fault_in
-from xipvm.mmu.vma import PROT_WRITE, VM_LOCKED
+from xipvm.mmu.vma import ADDRESSES, PROT_WRITE, VM_HUGETLB, VM_LOCKED
 
 if TYPE_CHECKING:
     from xipvm.mmu.mm import Mm
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def mlock(mm: Mm, addr: int, length: int, on: bool) -> None:
     """See :meth:`Mm.mlock`; ``on`` is False for munlock."""
     what = "mlock" if on else "munlock"
-    if addr < 0 or length < 0:
+    if addr < 0 or length < 0 or addr + length > ADDRESSES:
         raise MmError(errno.EINVAL, f"{what}({addr:#x}, {length:#x})")
     start, end = addr & PAGE_MASK, page_up(addr + length)
     with mm.mmap_lock.write:
@@ -29,8 +29,10 @@ def mlock(mm: Mm, addr: int, length: int, on: bool) -> None:
         mm.covered(what, start, end)
         if mm.trace.on:
             mm.trace.emit("mm_mlock", mm=mm.name, start=start, end=end, on=on)
-        if start < end:
-            change_flags(mm, start, end, VM_LOCKED, on)
+        # Huge pages of the pool stay anyway, and areas of them cannot be cut everywhere.
+        areas = mm.areas_in(start, end) if start < end else []
+        for lo, hi in [(max(a.start, start), min(a.end, end)) for a in areas if not a.flags & VM_HUGETLB]:
+            change_flags(mm, lo, hi, VM_LOCKED, on)
     if on:
         populate(mm, start, end)
 
