@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Final
 
 from xipvm.address import PAGE_SHIFT, PAGE_SIZE
 from xipvm.errors import MmError
-from xipvm.mmu.frames import PG_REFERENCED
-from xipvm.mmu.pte import ACCESSED, PRESENT, SOFT_DIRTY, SPECIAL, pte_pfn
+from xipvm.mmu.frames import HUGE_PAGES, PG_REFERENCED
+from xipvm.mmu.pte import ACCESSED, HUGE, PRESENT, SOFT_DIRTY, SPECIAL, pte_pfn
 from xipvm.mmu.vma import TASK_SIZE, VM_HUGETLB, VM_SOFTDIRTY, Vma
 from xipvm.notifier import RangeEvent
 
@@ -83,7 +83,13 @@ def soft_dirty(mm: Mm, start: int, end: int) -> list[tuple[int, int]]:
             pages = []
         else:
             entries = mm.pgd.entries(lo >> PAGE_SHIFT, hi >> PAGE_SHIFT)
-            pages = [page << PAGE_SHIFT for page, entry in entries if entry & SOFT_DIRTY]
+            pages = [
+                each << PAGE_SHIFT
+                for page, entry in entries
+                if entry & SOFT_DIRTY
+                for each in range(page, page + (HUGE_PAGES if entry & HUGE else 1))
+                if lo <= each << PAGE_SHIFT < hi
+            ]
         for hva in pages:
             if runs and runs[-1][1] == hva:
                 runs[-1] = runs[-1][0], hva + PAGE_SIZE

@@ -13,7 +13,8 @@ The first page of a kind is only write-protected: it becomes the shared page, wh
 any shared page, even where it has one entry left. MADV_UNMERGEABLE copies every merged page back (a CLEAR range each);
 the copies are exclusive, but not writable before the first write.
 
-Pages in the swap cache are left out. Scans go by mm, area and address, so that what happens follows from the state
+A part of a huge page is merged if the page can be split, which announces all of it. Pages in the swap cache are left
+out. Scans go by mm, area and address, so that what happens follows from the state
 alone. mremap takes merged pages along.
 """
 
@@ -25,12 +26,14 @@ from zlib import crc32
 from xipvm.actors import point
 from xipvm.address import PAGE_SHIFT, PAGE_SIZE
 from xipvm.mmu.cow import wp_page_copy
-from xipvm.mmu.frames import PG_DIRTY, PG_KSM, PG_SWAPCACHE, HostMemory
+from xipvm.mmu.frames import HUGE_PAGES, PG_DIRTY, PG_KSM, PG_SWAPCACHE, HostMemory
+from xipvm.mmu.huge_page import split_if_compound
 from xipvm.mmu.pte import (
     ACCESSED,
     ANON,
     DIRTY,
     EXCLUSIVE,
+    HUGE,
     MAPPED,
     PFN_SHIFT,
     PRESENT,
@@ -99,8 +102,9 @@ class Ksm:
             for area in [area for area in mm.vmas if area.flags & VM_MERGEABLE]:
                 for page, entry in mm.pgd.entries(area.start >> PAGE_SHIFT, area.end >> PAGE_SHIFT):
                     if entry & PRESENT and entry & ANON:
-                        point("ksm.scan")
-                        merged += self._consider(mm, page << PAGE_SHIFT, before)
+                        for each in range(page, page + (HUGE_PAGES if entry & HUGE else 1)):
+                            point("ksm.scan")
+                            merged += self._consider(mm, each << PAGE_SHIFT, before)
         self._unstable = {}
         return merged
 
@@ -113,7 +117,7 @@ class Ksm:
 
     def _mapped(self, mm: Mm, hva: int) -> int | None:
         """The mergeable page at ``hva``, None if there is none (any more)."""
-        area, entry = mm.find_vma(hva), mm.pgd.get(hva >> PAGE_SHIFT)
+        area, entry = mm.find_vma(hva), mm.pgd.pte(hva >> PAGE_SHIFT)
         if area is None or mm.dead or not area.flags & VM_MERGEABLE or not entry & PRESENT or not entry & ANON:
             return None
         return pte_pfn(entry)
@@ -151,6 +155,8 @@ class Ksm:
     def _merge(self, mm: Mm, hva: int, pfn: int, root: KsmRoot | None) -> bool:
         """Makes the page at ``hva`` the shared page, or replaces it by that of ``root``; False if it could not be."""
         with mm.mmap_lock.read:
+            if not split_if_compound(self._host, pfn):
+                return False
             page_lock = self._rmap.page_lock.attempt(pfn)
             if page_lock is None:
                 return False

@@ -13,6 +13,9 @@ waits for a migration that is further up its own stack, or which nobody lets go 
 A page with more references than its entries and its cache have, a pinned one, does not move: its entries come back as
 they were. Migration entries of an area that goes away meanwhile are gone, those that fork copies are found as well.
 
+A compound page moves as a whole, by migration entries that are huge where its entries are; where there is no room for
+another it is split (huge_page.py).
+
 There is one NUMA node, so move_pages and mbind find every page where it should be. :func:`compact_memory` is what
 moves pages here, as kcompactd does.
 """
@@ -25,10 +28,21 @@ from typing import TYPE_CHECKING
 from xipvm.actors import point
 from xipvm.address import PAGE_SHIFT
 from xipvm.errors import MmError, OutOfFrames
-from xipvm.mmu.frames import PG_ANON, PG_DIRTY, PG_KSM, PG_REFERENCED, PG_RESERVED, PG_SWAPBACKED, HostMemory
+from xipvm.mmu.frames import (
+    PG_ANON,
+    PG_DIRTY,
+    PG_HUGETLB,
+    PG_KSM,
+    PG_REFERENCED,
+    PG_RESERVED,
+    PG_SWAPBACKED,
+    HostMemory,
+)
+from xipvm.mmu.huge_page import migrate_huge_page, put_pages, split_if_compound
 from xipvm.mmu.page_cache import PageCache
 from xipvm.mmu.pte import FLAGS, MAPPED, MIGRATION, PFN_SHIFT, SPECIAL, UFFD_WP, WRITE, pte_pfn
 from xipvm.mmu.rmap import reverse_map
+from xipvm.mmu.thp import alloc_huge
 from xipvm.mmu.unmap import try_to_migrate
 from xipvm.mmu.vma import PROT_WRITE
 
@@ -44,8 +58,37 @@ def migrate_page(host: HostMemory, trace: Trace, pfn: int) -> int:
 
     Raises OutOfFrames, and MmError EAGAIN for a page that somebody holds, EBUSY for one that cannot be moved.
     """
-    with reverse_map(host).page_lock(pfn):
-        return _migrate_page(host, trace, pfn)
+    head = host.compound_head(pfn)
+    with reverse_map(host).page_lock(head):
+        if not host.is_compound(pfn):
+            return _migrate_page(host, trace, pfn)
+        new = _migrate_huge_page(host, trace, head)
+        if new is not None:
+            return new + pfn - head
+    if not split_if_compound(host, pfn):
+        raise MmError(errno.EAGAIN, f"frame {pfn:#x} is in use")
+    return migrate_page(host, trace, pfn)
+
+
+def _migrate_huge_page(host: HostMemory, trace: Trace, head: int) -> int | None:
+    """Moves a compound page as a whole. None when there is no room for one; raises as :func:`migrate_page`."""
+    if host.flags(head) & (PG_RESERVED | PG_HUGETLB) or not host.mapping(head):
+        raise MmError(errno.EBUSY, f"frame {head:#x} is no page that can be moved")
+    try:
+        new = alloc_huge(host, trace, False)
+    except OutOfFrames:
+        return None
+    host.get(head)
+    moved = False
+    try:
+        moved = migrate_huge_page(host, head, new)
+    finally:
+        if trace.on:
+            trace.emit("page_migrate", old=head, new=new, moved=moved)
+        put_pages(host, trace, [head, new])
+    if not moved:
+        raise MmError(errno.EAGAIN, f"frame {head:#x} is in use")
+    return new
 
 
 def _migrate_page(host: HostMemory, trace: Trace, pfn: int) -> int:
@@ -115,9 +158,9 @@ def compact_memory(host: HostMemory, trace: Trace) -> int:
     for mm in reverse_map(host).mms:
         for _, entry in mm.pgd.entries(0, 1 << 36):
             if entry & MAPPED and not entry & SPECIAL:
-                pages[pte_pfn(entry)] = None
+                pages[host.compound_head(pte_pfn(entry))] = None
     for pfn in pages:
-        if host.mapcount(pfn):  # has not gone meanwhile
+        if host.total_mapcount(pfn):  # has not gone meanwhile
             try:
                 migrate_page(host, trace, pfn)
             except MmError as error:

@@ -15,8 +15,9 @@ from xipvm.actors import point
 from xipvm.address import PAGE_SHIFT, PAGE_SIZE, page_up
 from xipvm.errors import MmError
 from xipvm.mmu.file import AddressSpace, FaultResult, VmFault
-from xipvm.mmu.frames import PG_DIRTY, PG_SWAPBACKED
+from xipvm.mmu.frames import HUGE_PAGES, PG_DIRTY, PG_SWAPBACKED
 from xipvm.mmu.gup import pieces
+from xipvm.mmu.huge_page import split_if_compound
 from xipvm.mmu.reclaim import retry
 from xipvm.mmu.rmap import reverse_map
 from xipvm.mmu.vma import TASK_SIZE
@@ -113,6 +114,7 @@ class PageCache(AddressSpace):
 
     def _evict(self, first: int, end: int) -> None:
         """Takes the pages ``[first, end)``, which nobody maps, out of the cache, and of swap."""
+        first, end = self._without_held(first, end)
         for pgoff in sorted(pgoff for pgoff in self.swapped if first <= pgoff < end):
             assert self.rmap.swap is not None
             self.rmap.swap.free((self.swapped.pop(pgoff),))
@@ -125,9 +127,38 @@ class PageCache(AddressSpace):
                         self._drop(pgoff)
 
     def _drop(self, pgoff: int) -> None:
-        pfn = self.pages.pop(pgoff)
-        self.host.set_rmap(pfn, 0, 0)
-        self._put(pfn)
+        """Takes a page out of the cache, a compound one as a whole."""
+        host, pfn = self.host, self.pages[pgoff]
+        head, count = host.compound_head(pfn), HUGE_PAGES if host.is_compound(pfn) else 1
+        for i in range(count):
+            del self.pages[pgoff - (pfn - head) + i]
+        host.set_rmap(head, 0, 0)
+        for i in range(count):
+            self._put(head + i)
+
+    def _without_held(self, first: int, end: int) -> tuple[int, int]:
+        """``[first, end)`` without parts of compound pages that reach beyond and cannot be split: those get zeros."""
+        held = self._unsplit(first)
+        if held:
+            self._zero(first, min(held[1], end))
+            first = min(held[1], end)
+        held = self._unsplit(end)
+        if held:
+            self._zero(max(held[0], first), end)
+            end = max(held[0], first)
+        return first, end
+
+    def _unsplit(self, edge: int) -> tuple[int, int] | None:
+        """Splits the compound page that ``edge`` lies inside of; where it begins and ends if that cannot be."""
+        host, pfn = self.host, self.pages.get(edge)
+        if pfn is None or host.compound_head(pfn) == pfn or split_if_compound(host, pfn):
+            return None
+        start = edge - (pfn - host.compound_head(pfn))
+        return start, start + HUGE_PAGES
+
+    def _zero(self, first: int, end: int) -> None:
+        for pgoff in range(first, end):
+            self.host.write(self.pages[pgoff], 0, bytes(PAGE_SIZE))
 
     def _put(self, pfn: int) -> None:
         freed = self.host.put_page(pfn)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from xipvm.address import PAGE_SHIFT
 from xipvm.errors import InternalError
 from xipvm.mmu.frames import (
+    HUGE_PAGES,
     LRU_ACTIVE_FILE,
     PG_ACTIVE,
     PG_ANON,
@@ -44,6 +45,7 @@ from xipvm.mmu.pte import (
     pte_pfn,
 )
 from xipvm.mmu.rmap import reverse_map
+from xipvm.mmu.thp import thp_of
 from xipvm.mmu.vma import PROT_WRITE, VM_HUGETLB, VM_UFFD_WP
 
 if TYPE_CHECKING:
@@ -68,12 +70,15 @@ def verify(host: HostMemory, *, held: Mapping[int, int] | None = None) -> None:
     slots.update(slot for file in rmap.files() if isinstance(file, PageCache) for slot in file.swapped.values())
     wrong.extend(_swap(host, rmap.swap, slots, references))
     wrong.extend(_pool(host, references))
-    for pfn, found in mappings.items():
+    zero = thp_of(host).zero_pfn
+    if zero:
+        references[zero] += 1
+    for pfn, found in list(mappings.items()):
         references[host.compound_head(pfn)] += len(found)
-        if set(rmap.walk(host, pfn)) != found:
-            wrong.append(
-                f"frame {pfn:#x}: the reverse map finds {len(list(rmap.walk(host, pfn)))} of {len(found)} entries"
-            )
+        expected = found | _huge_places(host, mappings, pfn)
+        if set(rmap.walk(host, pfn)) != expected:
+            finds = len(list(rmap.walk(host, pfn)))
+            wrong.append(f"frame {pfn:#x}: the reverse map finds {finds} of {len(expected)} entries")
     for file in rmap.files():
         if isinstance(file, PageCache):
             for pgoff, pfn in file.pages.items():
@@ -86,6 +91,13 @@ def verify(host: HostMemory, *, held: Mapping[int, int] | None = None) -> None:
     wrong.extend(_lru(host))
     if wrong:
         raise InternalError("\n".join(wrong))
+
+
+def _huge_places(host: HostMemory, mappings: Mapping[int, set[tuple[Vma, int]]], pfn: int) -> set[tuple[Vma, int]]:
+    """Where ``pfn`` is mapped by huge entries of the compound page that it belongs to."""
+    head = host.compound_head(pfn)
+    by = (pfn - head) << PAGE_SHIFT
+    return {(area, hva + by) for area, hva in mappings.get(head, ()) if area.mm.pgd.huge(hva >> PAGE_SHIFT)}
 
 
 def _swap(host: HostMemory, swap: Swap | None, slots: Counter[int], references: Counter[int]) -> list[str]:
@@ -182,7 +194,10 @@ def _entry(area: Vma, hva: int, entry: int) -> list[str]:
         wrong.append("is writable, but its file was not told")
     if bool(area.flags & VM_HUGETLB) != bool(entry & HUGE and host.flags(pfn) & PG_HUGETLB):
         wrong.append("is a page of the hugetlb pool or not, wrongly")
-    if bool(entry & SPECIAL) != (pfn == ZERO_PFN or host.is_device(pfn)):
+    if entry & HUGE and (pfn % HUGE_PAGES or host.compound_head(pfn) != pfn or not host.is_compound(pfn)):
+        wrong.append("is huge, but maps no compound page")
+    zero = thp_of(host).zero_pfn if entry & HUGE else ZERO_PFN
+    if bool(entry & SPECIAL) != (pfn == zero or host.is_device(pfn)):
         wrong.append("is special or not, wrongly")
     if entry & ANON:
         if not host.flags(pfn) & PG_ANON:
@@ -192,8 +207,9 @@ def _entry(area: Vma, hva: int, entry: int) -> list[str]:
                 wrong.append("maps a page that KSM shares as its own")
         elif host.mapping(pfn) not in [root.id for root in area.anon_chain] or host.index(pfn) != area.page_offset(hva):
             wrong.append("maps a page whose root does not lead back")
-        if entry & EXCLUSIVE and host.mapcount(pfn) != 1:
-            wrong.append(f"is exclusive, with mapcount {host.mapcount(pfn)}")
+        mapcount = host.total_mapcount(pfn) if entry & HUGE else host.mapcount(pfn)
+        if entry & EXCLUSIVE and mapcount != 1:
+            wrong.append(f"is exclusive, with mapcount {mapcount}")
         if entry & WRITE and not entry & EXCLUSIVE:
             wrong.append("is a writable entry of a shared page")
         if entry & ANON and area.shared:
@@ -218,6 +234,12 @@ def _frames(host: HostMemory, mappings: Mapping[int, set[tuple[Vma, int]]], refe
         small = len(mappings.get(pfn, ())) - huge
         if mapcounts[pfn] != small or (heads[pfn] == pfn and host.entire_mapcount(pfn) != huge):
             wrong.append(f"frame {pfn:#x}: mapcount {host.mapcount(pfn)}, found {small} and {huge} huge entries")
+        if heads[pfn] == pfn:
+            parts = sum(mapcounts[pfn : pfn + HUGE_PAGES]) + host.entire_mapcount(pfn)
+            if host.total_mapcount(pfn) != parts:
+                wrong.append(f"frame {pfn:#x}: total mapcount {host.total_mapcount(pfn)}, its parts have {parts}")
+            if set(heads[pfn : pfn + HUGE_PAGES]) != {pfn} or pfn % HUGE_PAGES:
+                wrong.append(f"frame {pfn:#x}: is the head of a compound page that is not whole")
         free += counts[pfn] == 0 and heads[pfn] == 0
     if free != host.free_frames:
         wrong.append(f"{free} frames have no reference, {host.free_frames} are free")
