@@ -30,6 +30,7 @@ from xipvm.mmu.frames import HUGE_PAGES
 from xipvm.mmu.huge_pmd import HPAGE_MASK
 from xipvm.mmu.hugetlb_pool import hugetlb_acct_memory
 from xipvm.mmu.pte import ANON, pte_pfn
+from xipvm.mmu.rmap import PMD_SHIFT
 from xipvm.mmu.vma import VM_HUGETLB, VM_SHARED, Vma
 from xipvm.mmu.zap import MmuGather
 from xipvm.notifier import RangeEvent
@@ -115,7 +116,7 @@ def hugetlb_split(area: Vma, hva: int) -> None:
     """``area`` is about to be cut at ``hva``: page tables that cover both sides can be shared no longer."""
     floor = hva & -_PUD_SIZE
     if area.flags & VM_SHARED and floor != hva and area.start <= floor and floor + _PUD_SIZE <= area.end:
-        with area.mm.notifiers.invalidate_range(floor, floor + _PUD_SIZE, RangeEvent.CLEAR):
+        with area.mm.notifiers.around_entry(floor, floor + _PUD_SIZE, RangeEvent.CLEAR):
             area.mm.flush_tlb_range(floor, floor + _PUD_SIZE)
 
 
@@ -124,6 +125,7 @@ def hugetlb_split(area: Vma, hva: int) -> None:
 
 def dontneed(mm: Mm, gather: MmuGather, area: Vma, start: int, end: int) -> None:
     """MADV_DONTNEED: the range ends with the last whole huge page, if its length is no multiple of one."""
+    mm.notifiers.needs_modern("MADV_DONTNEED of huge pages")
     end &= HPAGE_MASK
     if start < end:
         with mm.notifiers.invalidate_range(*adjust_range_if_pmd_sharing_possible(area, start, end), RangeEvent.CLEAR):
@@ -131,7 +133,10 @@ def dontneed(mm: Mm, gather: MmuGather, area: Vma, start: int, end: int) -> None
 
 
 def unmap_hugepage_range(area: Vma, start: int, end: int) -> None:
-    """Takes ``[start, end)`` out of one area, private copies included: truncation, holes, a child that has to yield."""
+    """Takes ``[start, end)`` out of one area, private copies included: truncation, holes, a child that has to yield.
+
+    i_mmap of the file is locked.
+    """
     mm, file = area.mm, area.file
     assert file is not None
     gather = MmuGather(mm)
@@ -156,10 +161,12 @@ def zap_hugepage_range(gather: MmuGather, area: Vma, start: int, end: int) -> No
 
 def hugetlb_change_protection(mm: Mm, area: Vma) -> None:
     """mprotect. Announced and flushed whether or not anything is mapped; the flush comes before the range end."""
-    trace = mm.trace
+    trace, file = mm.trace, area.file
+    assert file is not None
     start, end = adjust_range_if_pmd_sharing_possible(area, area.start, area.end)
-    with mm.notifiers.invalidate_range(start, end, RangeEvent.PROTECTION_VMA):
+    with mm.notifiers.invalidate_range(start, end, RangeEvent.PROTECTION_VMA), file.i_mmap.write:
         first, last = area.start >> PAGE_SHIFT, area.end >> PAGE_SHIFT
         for lo, hi, flags in mm.pgd.protect(first, last, area.page_prot, 0, trace.on)[1]:
             trace.emit("pte_protect", mm=mm.name, start=lo << PAGE_SHIFT, end=hi << PAGE_SHIFT, flags=flags)
+        mm.ptl.wait_range(area.start >> PMD_SHIFT, area.end >> PMD_SHIFT)
         mm.flush_tlb_range(start, end)

@@ -26,6 +26,7 @@ from xipvm.mmu.hugetlb import LOST, HugeReserve, own_reserve, unmap_hugepage_ran
 from xipvm.mmu.hugetlb_pool import HugePagesInFlightError, alloc_hugetlb_page
 from xipvm.mmu.mapping import anon_vma_prepare
 from xipvm.mmu.pte import ACCESSED, ANON, DIRTY, EXCLUSIVE, HUGE, MAPPED, PFN_SHIFT, SOFT_DIRTY, WRITE, pte_pfn
+from xipvm.mmu.rmap import PMD_SHIFT
 from xipvm.mmu.unmap import migration_entry_wait
 from xipvm.mmu.vma import PROT_WRITE, Vma
 from xipvm.notifier import RangeEvent
@@ -125,6 +126,7 @@ def _copy(mm: Mm, area: Vma, hva: int, entry: int, new: Pfn, reserve: HugeReserv
     ``reserve`` is what ``new`` came from, and gets it back if it is not used.
     """
     host, old = mm.host, pte_pfn(entry)
+    anon_vma_prepare(area)  # which is too late under the page table lock
     for offset in range(HUGE_PAGES):
         host.copy(old + offset, new + offset)
     host.get(old)
@@ -132,7 +134,8 @@ def _copy(mm: Mm, area: Vma, hva: int, entry: int, new: Pfn, reserve: HugeReserv
     try:
         with mm.mmap_lock.read:
             point("mm.cow.copied")
-            with mm.notifiers.invalidate_range(hva, hva + HPAGE_SIZE, RangeEvent.CLEAR):
+            # In 2008 nobody was told: around_entry says nothing then, and no pte is cleared that would.
+            with mm.notifiers.around_entry(hva, hva + HPAGE_SIZE, RangeEvent.CLEAR), mm.ptl(hva >> PMD_SHIFT):
                 if mm.pgd.get(hva >> PAGE_SHIFT) == entry:
                     pmdp_clear_flush(mm, hva)
                     _map_new_anon(mm, area, hva, new, True)
@@ -162,13 +165,14 @@ def _alloc_private(mm: Mm, reserve: HugeReserve | None, pgoff: int) -> tuple[Pfn
 def _unmap_ref_private(area: Vma, pgoff: int, pfn: int) -> None:
     """Takes the page ``pfn`` out of the areas that share it with ``area`` and have nothing set aside."""
     assert area.file is not None
-    for other in tuple(area.file.areas):
-        hva = other.address_of(pgoff)
-        if other is area or hva is None or other.shared or other not in area.file.areas:
-            continue
-        if own_reserve(other) is not None:
-            continue
-        entry = other.mm.pgd.get(hva >> PAGE_SHIFT)
-        if entry & MAPPED and pte_pfn(entry) == pfn:
-            unmap_hugepage_range(other, hva, hva + HPAGE_SIZE)
-            other.huge_reserve = LOST
+    with area.file.i_mmap.write:
+        for other in tuple(area.file.areas):
+            hva = other.address_of(pgoff)
+            if other is area or hva is None or other.shared or other not in area.file.areas:
+                continue
+            if own_reserve(other) is not None:
+                continue
+            entry = other.mm.pgd.get(hva >> PAGE_SHIFT)
+            if entry & MAPPED and pte_pfn(entry) == pfn:
+                other.huge_reserve = LOST
+                unmap_hugepage_range(other, hva, hva + HPAGE_SIZE)

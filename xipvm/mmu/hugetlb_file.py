@@ -95,11 +95,12 @@ class HugetlbFile(AddressSpace):
 
     def _unmap(self, first: int, end: int | None) -> None:
         """Takes ``[first, end)`` out of every mapping, private copies included."""
-        for area in tuple(self.areas):
-            lo = max(area.start, area.start + ((first - area.pgoff) << PAGE_SHIFT))
-            hi = area.end if end is None else min(area.end, area.start + ((end - area.pgoff) << PAGE_SHIFT))
-            if lo < hi and area in self.areas:
-                unmap_hugepage_range(area, lo, hi)
+        with self.i_mmap.write:
+            for area in tuple(self.areas):
+                lo = max(area.start, area.start + ((first - area.pgoff) << PAGE_SHIFT))
+                hi = area.end if end is None else min(area.end, area.start + ((end - area.pgoff) << PAGE_SHIFT))
+                if lo < hi and area in self.areas:
+                    unmap_hugepage_range(area, lo, hi)
 
     def _remove(self, first: int, end: int | None) -> None:
         """Takes the pages ``[first, end)`` out of the cache, and gives back what is set aside for them.
@@ -151,6 +152,8 @@ class HugetlbFile(AddressSpace):
 
         Unlike with other files, private copies of the pages that are freed go, too.
         """
+        for area in self.areas:
+            area.mm.notifiers.needs_modern(f"a hole in {self.name}")
         end = pgoff + count
         low, high = (pgoff + HUGE_PAGES - 1) & -HUGE_PAGES, end & -HUGE_PAGES
         if low < high:
