@@ -226,8 +226,9 @@ def _frames(host: HostMemory, mappings: Mapping[int, set[tuple[Vma, int]]], refe
     wrong = []
     meta = host.meta_view()
     counts, mapcounts, heads = meta["refcount"].tolist(), meta["mapcount"].tolist(), meta["head"].tolist()
-    free = 0
-    for pfn in range(1, host.nr_frames):
+    idle = (meta["refcount"] == 0) & (meta["head"] == 0)
+    busy = (~(idle & (meta["mapcount"] == 0))).nonzero()[0].tolist()
+    for pfn in sorted({*busy, *mappings, *references} - {ZERO_PFN}):  # of all others nothing is said, rightly
         if counts[pfn] != references.get(pfn, 0):
             wrong.append(f"frame {pfn:#x}: refcount {counts[pfn]}, found {references.get(pfn, 0)}")
         huge = sum(bool(area.mm.pgd.get(hva >> PAGE_SHIFT) & HUGE) for area, hva in mappings.get(pfn, ()))
@@ -240,7 +241,7 @@ def _frames(host: HostMemory, mappings: Mapping[int, set[tuple[Vma, int]]], refe
                 wrong.append(f"frame {pfn:#x}: total mapcount {host.total_mapcount(pfn)}, its parts have {parts}")
             if set(heads[pfn : pfn + HUGE_PAGES]) != {pfn} or pfn % HUGE_PAGES:
                 wrong.append(f"frame {pfn:#x}: is the head of a compound page that is not whole")
-        free += counts[pfn] == 0 and heads[pfn] == 0
+    free = int(idle[1:].sum())
     if free != host.free_frames:
         wrong.append(f"{free} frames have no reference, {host.free_frames} are free")
     if not host.flags(ZERO_PFN) & PG_RESERVED or host.read(ZERO_PFN, 0, 4096).strip(b"\0"):
@@ -264,7 +265,8 @@ def _lru(host: HostMemory) -> list[str]:
                 wrong.append(f"frame {pfn:#x}: stands behind {previous:#x} on LRU list {number}, but does not know it")
             if bool(flags[pfn] & PG_ACTIVE) + 2 * bool(flags[pfn] & PG_FILE) != number:
                 wrong.append(f"frame {pfn:#x}: is on LRU list {number}, its flags are {flags[pfn]:#x}")
-    for pfn in range(1, host.nr_frames):
+    named = ((meta["mapping"] != 0) | ((meta["flags"] & PG_LRU) != 0)).nonzero()[0].tolist()
+    for pfn in sorted({*named, *listed} - {ZERO_PFN}):
         expected = 1 if mappings[pfn] and not flags[pfn] & PG_HUGETLB else 0
         if listed[pfn] != expected or bool(flags[pfn] & PG_LRU) != bool(expected):
             wrong.append(f"frame {pfn:#x}: is {listed[pfn]} times on LRU lists, not {expected}")
