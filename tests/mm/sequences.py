@@ -9,6 +9,7 @@ matter is taken away.
 from __future__ import annotations
 
 import argparse
+import os
 import random
 import sys
 import tempfile
@@ -104,7 +105,8 @@ def main() -> int:
     def report(done: int) -> None:
         print(f"{done} sequences, {time.monotonic() - start:.0f} s", flush=True)
 
-    with tempfile.TemporaryDirectory(prefix="xipvm-sequences-") as folder:
+    memory = "/dev/shm" if os.path.isdir("/dev/shm") else None  # the files are small, and made anew each time
+    with tempfile.TemporaryDirectory(prefix="xipvm-sequences-", dir=memory) as folder:
         try:
             operations = run_many(options.count, options.seed, options.length, folder, report)
         except AssertionError as error:
