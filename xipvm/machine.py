@@ -41,9 +41,10 @@ from xipvm.loader.elf import ElfImage
 from xipvm.loader.place import Placement, board_for, place
 from xipvm.mmu.frames import HostMemory
 from xipvm.mmu.mm import Mm
-from xipvm.mmu.secondary.kvm import Kvm, KvmBase
+from xipvm.mmu.secondary.kvm_2008 import kvm_of
 from xipvm.mmu.secondary.memslot import GFN_LIMIT
 from xipvm.mmu.vma import MAP_ANONYMOUS, MAP_PRIVATE, PROT_EXEC, PROT_READ, PROT_WRITE
+from xipvm.notifier import PROTOCOLS
 from xipvm.report import crash_report
 from xipvm.result import RunResult, Summary
 from xipvm.trace.funnel import Trace
@@ -78,6 +79,7 @@ class Machine:
     an uncached window (what devices take out of RAM is not in it). ``pin_sptes``: nobody tells the secondary MMU of
     changes; it holds every page that the guest has used instead, as KVM did before there were notifiers. ``trace``: what
     everything is told to; sinks may be attached before or after. ``storm``: mm operations that come while the guest runs.
+    ``protocol``: how the secondary MMU is told of changes, ``modern`` or ``2008``.
     Raises BadInput; nothing is left open then.
     """
 
@@ -96,10 +98,13 @@ class Machine:
         dtb: str | os.PathLike[str] | None = None,
         ram_alias: int | None = None,
         pin_sptes: bool = False,
+        protocol: str = "modern",
         storm: Storm | None = None,
     ) -> None:
         if clock not in CLOCKS:
             raise BadInput(f"no clock is called {clock!r}; known are {', '.join(CLOCKS)}")
+        if protocol not in PROTOCOLS:
+            raise BadInput(f"no notifier protocol is called {protocol!r}; known are {', '.join(PROTOCOLS)}")
         if secondary not in SECONDARIES:
             raise BadInput(f"no secondary MMU is called {secondary!r}; known are {', '.join(SECONDARIES)}")
         if storm is not None and clock != "instructions":
@@ -119,6 +124,7 @@ class Machine:
         self.dtb_given = None if dtb is None else _read(os.fspath(dtb))
         self.counted = clock == "instructions"
         self.pin_sptes = pin_sptes
+        self.protocol = protocol
         self.trace = Trace() if trace is None else trace
         self.console = Console() if console is None else console
         self.bus = Bus()
@@ -162,9 +168,9 @@ class Machine:
         """Where a crash report finds the last events, if somebody attached one to ``trace``."""
         self.htif: Htif | None = None
         self.htif_base = 0
-        self.mm = Mm(self.host, self.trace, name="mm0")
+        self.mm = Mm(self.host, self.trace, name="mm0", protocol=self.protocol)
         undo(self.mm.exit)
-        self.secondary: KvmBase = Kvm(self.mm, self.trace, self.host, pin_sptes=self.pin_sptes)
+        self.secondary = kvm_of(self.mm, self.trace, self.host, pin_sptes=self.pin_sptes)
         undo(self.secondary.destroy)
         self.secondary.mmio_lookup = self.bus.covers
         self.ram = self.mm.mmap(self.memory_size, PROT_READ | PROT_WRITE | PROT_EXEC, MAP_PRIVATE | MAP_ANONYMOUS)

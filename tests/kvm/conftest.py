@@ -11,7 +11,8 @@ from xipvm.actors import on_point
 from xipvm.mmu.frames import HostMemory
 from xipvm.mmu.mm import Mm
 from xipvm.mmu.secondary.base import FAULT, MMIO, READ, RETRY_WALK, WRITE
-from xipvm.mmu.secondary.kvm import Kvm
+from xipvm.mmu.secondary.kvm import KvmBase
+from xipvm.mmu.secondary.kvm_2008 import kvm_of
 from xipvm.trace import Event, Trace
 
 PAGE = 4096
@@ -39,23 +40,23 @@ class Vcpu:
 class World:
     """``log`` gets the kinds of trace events that ``watch`` names, and what vCPUs are told, in order."""
 
-    def __init__(self, *, pin_sptes: bool = False) -> None:
+    def __init__(self, *, pin_sptes: bool = False, protocol: str = "modern") -> None:
         self.trace = Trace()
         self.host = HostMemory(16 << 20, poison="frame")
-        self.mm = Mm(self.host, self.trace)
+        self.mm = Mm(self.host, self.trace, protocol=protocol)
         self.pin_sptes = pin_sptes
         self.log: list[str] = []
         self.events: list[Event] = []
-        self.vms: list[Kvm] = []
+        self.vms: list[KvmBase] = []
         self.kvm = self.add_vm("vm0")
         self.vcpu = self.add_vcpu(self.kvm, "vcpu0")
 
-    def add_vm(self, name: str) -> Kvm:
-        vm = Kvm(self.mm, self.trace, self.host, name=name, pin_sptes=self.pin_sptes)
+    def add_vm(self, name: str) -> KvmBase:
+        vm = kvm_of(self.mm, self.trace, self.host, name=name, pin_sptes=self.pin_sptes)
         self.vms.append(vm)
         return vm
 
-    def add_vcpu(self, vm: Kvm, name: str) -> Vcpu:
+    def add_vcpu(self, vm: KvmBase, name: str) -> Vcpu:
         vcpu = Vcpu(name, self.log)
         vm.vcpus.append(vcpu)
         return vcpu
@@ -64,7 +65,7 @@ class World:
         """Anonymous memory of the host."""
         return self.mm.mmap(pages * PAGE, prot)
 
-    def slot(self, pages: int, gfn: int = 0, *, slot: int = 0, flags: int = 0, vm: Kvm | None = None) -> int:
+    def slot(self, pages: int, gfn: int = 0, *, slot: int = 0, flags: int = 0, vm: KvmBase | None = None) -> int:
         """A memslot with anonymous memory behind it; its hva."""
         hva = self.ram(pages)
         (vm or self.kvm).set_memslot(slot, gfn, pages, hva, flags)
@@ -73,7 +74,7 @@ class World:
     def drop(self, hva: int, pages: int = 1) -> None:
         self.mm.madvise(hva, pages * PAGE, MADV_DONTNEED)
 
-    def access(self, gfn: int, access: int, vm: Kvm | None = None) -> int | str:
+    def access(self, gfn: int, access: int, vm: KvmBase | None = None) -> int | str:
         """What a walker does: the frame that it ends up with, or "mmio" or "fault"."""
         vm = vm or self.kvm
         for _ in range(100):
@@ -87,12 +88,12 @@ class World:
                 return {MMIO: "mmio", FAULT: "fault"}[result]
         raise AssertionError(f"access to gfn {gfn:#x} was retried for ever")
 
-    def read(self, gfn: int, size: int = 8, vm: Kvm | None = None) -> bytes:
+    def read(self, gfn: int, size: int = 8, vm: KvmBase | None = None) -> bytes:
         pfn = self.access(gfn, READ, vm)
         assert isinstance(pfn, int), pfn
         return self.host.read(pfn, 0, size)
 
-    def write(self, gfn: int, data: bytes, vm: Kvm | None = None) -> None:
+    def write(self, gfn: int, data: bytes, vm: KvmBase | None = None) -> None:
         pfn = self.access(gfn, WRITE, vm)
         assert isinstance(pfn, int), pfn
         self.host.write(pfn, 0, data)

@@ -10,7 +10,7 @@ import pytest
 from xipvm.errors import MmError
 from xipvm.locks import RwLock
 from xipvm.locks.order import MMAP_LOCK
-from xipvm.notifier import MmuNotifiers
+from xipvm.notifier import notifiers_of
 from xipvm.trace import Trace
 
 
@@ -33,10 +33,10 @@ class Locks:
 class World:
     """The mm."""
 
-    def __init__(self, name: str = "mm0") -> None:
+    def __init__(self, name: str = "mm0", protocol: str = "modern") -> None:
         self.name = name
         self.trace = Trace()
-        self.notifiers = MmuNotifiers(self)
+        self.notifiers = notifiers_of(self, protocol)
         self.mmap_lock = RwLock(name, MMAP_LOCK)
         self.locking: list[str] = []
 

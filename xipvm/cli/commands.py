@@ -120,6 +120,12 @@ def cli() -> None:
 @click.option("--until", metavar="TEXT", help="End with status 0 when the input is used up and the guest prints TEXT.")
 @click.option("--dtb", metavar="FILE", help="Device tree for the guest, instead of the board's own.")
 @click.option(
+    "--protocol",
+    type=click.Choice(["modern", "2008"]),
+    default="modern",
+    help="How the secondary MMU is told of changes: as Linux does today, or as MMU notifiers began.",
+)
+@click.option(
     "--pin-sptes",
     is_flag=True,
     help="The secondary MMU hears of nothing and pins every page it maps, as KVM did before there were notifiers.",

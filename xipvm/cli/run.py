@@ -37,6 +37,7 @@ def run_guest(
     dtb: str | None,
     ram_alias: int | None,
     pin_sptes: bool,
+    protocol: str,
     quiet: bool,
 ) -> int:
     """Run a guest as the options of ``xipvm run`` say. Returns the exit status. Raises XipvmError."""
@@ -75,6 +76,7 @@ def run_guest(
             from xipvm.trace.recorder import Recorder
 
             info = _machine_info(guest, board, memory, smp, secondary=secondary, clock=clock)
+            info |= {"protocol": protocol, "pin_sptes": pin_sptes}
             recorder = Recorder(trace, machine=info, deferred=True, on_error=trace_failed)
             funnel.attach(recorder)
         try:
@@ -91,6 +93,7 @@ def run_guest(
                 dtb=dtb,
                 ram_alias=ram_alias,
                 pin_sptes=pin_sptes,
+                protocol=protocol,
             ) as machine:
                 machine.history = history
                 result = machine.run(timeout=timeout, max_instructions=max_instructions, until=until)

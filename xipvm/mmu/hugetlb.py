@@ -144,6 +144,8 @@ def unmap_hugepage_range(area: Vma, start: int, end: int) -> None:
         # Split, or gone: somebody was faster.
         for part in [part for part in file.areas if part.mm is mm and part.start < end and start < part.end]:
             zap_hugepage_range(gather, part, max(start, part.start), min(end, part.end))
+        if mm.notifiers.flush_in_range:
+            gather.flush()
     gather.finish()
 
 

@@ -146,6 +146,8 @@ def _pieces(mm: Mm, addr: int, length: int, refused: int, name: str) -> list[Pie
             raise MmError(errno.EINVAL, f"madvise: MADV_{name} of {area!r}")
         if name == "DONTNEED" and area.start <= start:
             check_split(mm, "madvise", start)  # the end may cut a page: it is rounded down
+        if name == "DONTNEED" and area.flags & VM_HUGETLB:
+            mm.notifiers.needs_modern("MADV_DONTNEED of huge pages")
     mm.covered("madvise", start, end)
     return [(area, max(area.start, start), min(area.end, end)) for area in areas]
 

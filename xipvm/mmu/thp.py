@@ -57,6 +57,8 @@ class Thp:
 
     def wanted(self, area: Vma) -> bool:
         """Whether faults and khugepaged make huge pages in ``area``."""
+        if not area.mm.notifiers.huge_entries:
+            return False
         return not area.flags & _UNFIT and (
             self._enabled == "always" or (self._enabled == "madvise" and bool(area.flags & VM_HUGEPAGE))
         )

@@ -21,7 +21,7 @@ from xipvm.mmu.rmap import PMD_SHIFT
 from xipvm.mmu.tables import Gather
 from xipvm.mmu.thp import thp_of
 from xipvm.mmu.uffd_wp import before_zap, mark
-from xipvm.mmu.vma import TASK_SIZE, Vma
+from xipvm.mmu.vma import TASK_SIZE, VM_HUGETLB, Vma
 from xipvm.notifier import RangeEvent
 
 if TYPE_CHECKING:
@@ -32,10 +32,11 @@ if TYPE_CHECKING:
 class MmuGather:
     """The frames and the address range of one operation, between the clearing of entries and the flush."""
 
-    __slots__ = ("_end", "_frames", "_mm", "_start")
+    __slots__ = ("_end", "_flushed", "_frames", "_mm", "_start")
 
     def __init__(self, mm: Mm) -> None:
         self._mm = mm
+        self._flushed = False
         self._frames = Gather(mm.host)
         self._start = TASK_SIZE
         self._end = 0
@@ -65,6 +66,12 @@ class MmuGather:
         self._start = min(self._start, hva)
         self._end = max(self._end, hva + (HPAGE_SIZE if entry & HUGE else PAGE_SIZE))
 
+    def flush(self) -> None:
+        """Flushes the TLBs now already: what is cleared so far needs no flush in the end."""
+        if self._end:
+            self._mm.flush_tlb_range(self._start, self._end)
+            self._start, self._end, self._flushed = TASK_SIZE, 0, True
+
     def finish(self) -> None:
         """Flushes the TLBs, then puts the frames."""
         mm = self._mm
@@ -72,10 +79,11 @@ class MmuGather:
             slots, self._frames.swaps = self._frames.swaps, None
             assert mm.rmap.swap is not None
             mm.rmap.swap.free(slots)
-        if not self._end:
+        if self._end:
+            point("mm.gather.unflushed")
+            mm.flush_tlb_range(self._start, self._end)
+        elif not self._flushed:
             return
-        point("mm.gather.unflushed")
-        mm.flush_tlb_range(self._start, self._end)
         point("mm.gather.flushed")
         trace = mm.trace
         swap = mm.rmap.swap
@@ -92,9 +100,21 @@ def unmap_vmas(mm: Mm, areas: list[Vma], start: int, end: int) -> None:
     gather = MmuGather(mm)
     with mm.notifiers.invalidate_range(start, end, RangeEvent.UNMAP):
         for area in areas:
-            gather.zap(area.start, area.end)
+            if area.flags & VM_HUGETLB and mm.notifiers.flush_in_range:
+                _unmap_hugetlb_2008(mm, area)
+            else:
+                gather.zap(area.start, area.end)
     for area in areas:
         mm.rmap.leave(area)
+    gather.finish()
+
+
+def _unmap_hugetlb_2008(mm: Mm, area: Vma) -> None:
+    """Huge pages of the pool had a range of their own inside the other, a flush in it, and went behind it."""
+    gather = MmuGather(mm)
+    with mm.notifiers.invalidate_range(area.start, area.end, RangeEvent.CLEAR):
+        gather.zap(area.start, area.end)
+        gather.flush()
     gather.finish()
 
 

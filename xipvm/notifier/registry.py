@@ -86,6 +86,8 @@ class MmuNotifiers:
     """DONTNEED frees the pages of an area before it begins with the next one."""
     unmap_asks_young: ClassVar[bool] = False
     """Reclaim asks once more whether an entry was used when it is about to take it away."""
+    huge_entries: ClassVar[bool] = True
+    """There are transparent huge pages."""
     move_limit: ClassVar[int | None] = None
     """The most bytes that mremap moves in one range, None without a limit."""
 

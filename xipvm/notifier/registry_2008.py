@@ -45,6 +45,7 @@ class MmuNotifiers2008(MmuNotifiers):
     flush_in_range: ClassVar[bool] = True
     gather_per_area: ClassVar[bool] = True
     unmap_asks_young: ClassVar[bool] = True
+    huge_entries: ClassVar[bool] = False
     move_limit: ClassVar[int] = 64 * PAGE_SIZE
 
     def _link(self, notifiers: tuple[Any, ...]) -> None:

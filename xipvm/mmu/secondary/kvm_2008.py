@@ -25,8 +25,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 from xipvm.address import PAGE_SIZE
 from xipvm.errors import InternalError
-from xipvm.mmu.secondary.kvm import KvmBase
-from xipvm.notifier import MmuNotifier2008, NotifiedMm
+from xipvm.mmu.secondary.kvm import Kvm, KvmBase
+from xipvm.notifier import MmuNotifier2008, MmuNotifiers2008, NotifiedMm
 
 if TYPE_CHECKING:
     from xipvm.mmu.frames import HostMemory
@@ -58,6 +58,7 @@ class Kvm2008(KvmBase, MmuNotifier2008):
         return self.mmu_invalidate_in_progress > 0
 
     def _unmap_hva(self, start: int, end: int) -> None:
+        """Remove the entries of bytes ``[start, end)`` of the host, and have every vCPU forget them. Under mmu_lock."""
         for first, last in self.memslots.in_hva_range(start, end):
             self._zap(first, last)
         if self.tlbs_dirty:
@@ -66,24 +67,27 @@ class Kvm2008(KvmBase, MmuNotifier2008):
     def invalidate_page(self, mm: NotifiedMm, address: int) -> None:
         """Remove the entries of the page; faults that looked it up before start over."""
         self.invalidations += 1
-        self.mmu_invalidate_seq += 1
-        self._unmap_hva(address, address + PAGE_SIZE)
+        with self.mmu_lock.write:
+            self.mmu_invalidate_seq += 1
+            self._unmap_hva(address, address + PAGE_SIZE)
 
     def invalidate_range_start(self, mm: NotifiedMm, start: int, end: int) -> None:
         """Remove the entries of the range and keep faults from installing any."""
         self.invalidations += 1
-        self.mmu_invalidate_in_progress += 1
-        try:
-            self._unmap_hva(start, end)
-        except BaseException:  # an aborted run, a sink that failed: no end comes, and the next change flushes
-            self._invalidate_end()
-            raise
+        with self.mmu_lock.write:
+            self.mmu_invalidate_in_progress += 1
+            try:
+                self._unmap_hva(start, end)
+            except BaseException:  # an aborted run, a sink that failed: no end comes, and the next change flushes
+                self._invalidate_end()
+                raise
 
     def invalidate_range_end(self, mm: NotifiedMm, start: int, end: int) -> None:
         """Faults may install entries again."""
         if not self.mmu_invalidate_in_progress:
             raise InternalError(f"{self.name}: range {start:#x}..{end:#x} ended, but did not begin")
-        self._invalidate_end()
+        with self.mmu_lock.write:
+            self._invalidate_end()
 
     def clear_flush_young(self, mm: NotifiedMm, address: int) -> bool:
         """Whether the guest used the page; its next use misses."""
@@ -98,3 +102,10 @@ class Kvm2008(KvmBase, MmuNotifier2008):
         if self.subscribed_to is not None:
             self.mm.notifiers.unregister(self)
         self.mmu_invalidate_in_progress = 0  # unregistering can cut a start from its end
+
+
+def kvm_of(mm: Mm, trace: Trace, host: HostMemory, *, name: str = "vm0", pin_sptes: bool = False) -> KvmBase:
+    """The KVM that speaks the protocol of ``mm``; with ``pin_sptes`` one that needs none."""
+    if pin_sptes or mm.protocol != MmuNotifiers2008.protocol:
+        return Kvm(mm, trace, host, name=name, pin_sptes=pin_sptes)
+    return Kvm2008(mm, trace, host, name=name)
