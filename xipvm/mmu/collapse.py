@@ -32,7 +32,7 @@ from xipvm.mmu.huge_fault import map_huge_anon, map_huge_file_page
 from xipvm.mmu.huge_page import put_pages
 from xipvm.mmu.huge_pmd import HPAGE_MASK, HPAGE_SIZE, huge_up
 from xipvm.mmu.page_cache import ShmemFile
-from xipvm.mmu.pte import ACCESSED, ANON, DIRTY, GUARD, MAPPED, SPECIAL, SWAP, pte_pfn
+from xipvm.mmu.pte import ACCESSED, ANON, DIRTY, GUARD, MAPPED, SPECIAL, SWAP, UFFD_WP, pte_pfn
 from xipvm.mmu.rmap import PMD_SHIFT, reverse_map
 from xipvm.mmu.thp import Thp, alloc_huge_or_none, forbidden, suitable, thp_of
 from xipvm.mmu.unmap import unmap_all
@@ -118,6 +118,8 @@ def _look(mm: Mm, area: Vma, hva: int, limits: Thp | None) -> int:
     shared = swapped = young = 0
     none = HUGE_PAGES - len(entries)
     for at, entry in entries:
+        if entry & UFFD_WP:
+            return errno.EINVAL
         if not entry & MAPPED:
             if not entry & SWAP:
                 return errno.EINVAL if entry & GUARD else errno.EAGAIN
@@ -136,6 +138,8 @@ def _look(mm: Mm, area: Vma, hva: int, limits: Thp | None) -> int:
             young = bool(entry & ACCESSED or host.flags(pfn) & PG_REFERENCED) or mm.notifiers.test_young(
                 at << PAGE_SHIFT
             )
+    if none and area.flags & VM_UFFD:  # a monitor waits for faults there
+        return errno.EINVAL
     if limits is None:
         return 0
     if area.flags & VM_UFFD or not young:

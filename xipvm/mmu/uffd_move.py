@@ -47,6 +47,8 @@ if TYPE_CHECKING:
     from xipvm.mmu.userfaultfd import Userfaultfd
 
 _TABLE: Final = 512 * PAGE_SIZE
+_AGAIN: Final = -1
+"""The source has changed meanwhile."""
 
 
 def move(uffd: Userfaultfd, dst: int, src: int, length: int, holes: bool) -> int:
@@ -57,7 +59,7 @@ def move(uffd: Userfaultfd, dst: int, src: int, length: int, holes: bool) -> int
         waits = 0
         with mm.mmap_lock.read:
             try:
-                target, source = _areas(uffd, dst + done, src + done, length - done)
+                target, _ = _areas(uffd, dst + done, src + done, length - done)
             except MmError:
                 if not done:
                     raise
@@ -66,8 +68,8 @@ def move(uffd: Userfaultfd, dst: int, src: int, length: int, holes: bool) -> int
                 try:
                     while done < length and not waits:
                         step = _move_huge(mm, target, dst + done, src + done, length - done)
-                        step = step or _step(mm, target, source, dst + done, src + done, length - done, holes)
-                        done += step
+                        step = step or _step(mm, target, dst + done, src + done, length - done, holes)
+                        done += max(step, 0)
                         waits = 0 if step else mm.pgd.get((src + done) >> PAGE_SHIFT)
                 except MmError:
                     if not done:
@@ -120,7 +122,7 @@ def _move_huge(mm: Mm, target: Vma, dst: int, src: int, length: int) -> int:
         raise MmError(errno.EBUSY, f"UFFDIO_MOVE from {src:#x} in {mm.name}: the huge page is shared, or in use")
     with mm.notifiers.invalidate_range(src, src + HPAGE_SIZE, RangeEvent.CLEAR):
         if mm.pgd.huge(page) != entry or not mm.pgd.pmd_none(dst >> PAGE_SHIFT):
-            return 0
+            return _AGAIN
         pmdp_clear_flush(mm, src)
         flags = target.rights | HUGE | ACCESSED
         if entry & SPECIAL:
@@ -132,8 +134,8 @@ def _move_huge(mm: Mm, target: Vma, dst: int, src: int, length: int) -> int:
     return HPAGE_SIZE
 
 
-def _step(mm: Mm, target: Vma, source: Vma, dst: int, src: int, length: int, holes: bool) -> int:
-    """Moves what can go together; how many bytes. 0: a migration has to end first."""
+def _step(mm: Mm, target: Vma, dst: int, src: int, length: int, holes: bool) -> int:
+    """Moves what can go together; how many bytes. 0: a migration has to end first; or _AGAIN."""
     anon_vma_prepare(target)
     with mm.notifiers.invalidate_range(src, src + length, RangeEvent.CLEAR):
         entry = mm.pgd.get(src >> PAGE_SHIFT)
@@ -143,6 +145,8 @@ def _step(mm: Mm, target: Vma, source: Vma, dst: int, src: int, length: int, hol
             if not holes:
                 raise MmError(errno.ENOENT, f"UFFDIO_MOVE from {src:#x} in {mm.name}: a hole")
             return PAGE_SIZE
+        if entry & HUGE:
+            return _AGAIN
         if not entry & MAPPED:
             return _move_nonpresent(mm, target, dst, src, entry)
         if entry & SPECIAL:
