@@ -26,6 +26,7 @@ from xipvm.mmu.madvise import (
     MADV_REMOVE,
     MADV_WILLNEED,
 )
+from xipvm.mmu.migrate import compact_memory, migrate_page
 from xipvm.mmu.mm import Mm
 from xipvm.mmu.mremap import MREMAP_DONTUNMAP, MREMAP_FIXED, MREMAP_MAYMOVE
 from xipvm.mmu.page_cache import ShmemFile
@@ -522,6 +523,68 @@ def test_fallocate(host: HostMemory, trace: Trace, mm: Mm) -> None:
     assert counts(host) == (0, 0)
     assert file.size == H // 2 + H
     file.close()
+
+
+# ---- migration
+
+
+def test_a_page_moves_within_the_pool(host: HostMemory, trace: Trace, mm: Mm, steps: Steps) -> None:
+    start = mapped(mm)
+    child = mm.fork("child")
+    mm.write(start + H, b"own")
+    old = pte_pfn(mm.pgd.get(start >> 12))
+    steps()
+    new = migrate_page(host, trace, old + 3) - 3
+    assert steps() == [
+        *["alloc", "S CLEAR 0-512", "clear 512", "tlb", "nonpresent", "E"],
+        *["clear 512", "tlb", "nonpresent"],  # the child has no notifier
+        *["set", "set", "free 512"],
+    ]
+    assert new != old
+    assert host.flags(new) & PG_HUGETLB
+    assert mm.read(start, 1) == child.read(start, 1) == b"\x01"
+    assert counts(host) == (3, 0)
+    verify(host)
+
+
+def test_a_cached_page_moves_too(host: HostMemory, trace: Trace, mm: Mm) -> None:
+    start = mapped(mm, 2, SHARED)
+    old = pte_pfn(mm.pgd.get(start >> 12))
+    assert migrate_page(host, trace, old) != old
+    assert mm.read(start, 1) == b"\x01"
+    assert counts(host) == (4, 0)
+
+
+def test_a_page_that_is_held_or_has_no_place_to_go_stays(host: HostMemory, trace: Trace, mm: Mm) -> None:
+    start = mapped(mm)
+    pfn = mm.get_user_pages(start, write=True).pfn
+    host.get(pfn + 1)
+    fails(errno.EAGAIN, lambda: migrate_page(host, trace, pfn))
+    host.put(pfn + 1)
+    mm.mmap(4 * H, RW, PRIVATE)  # all that is free is promised
+    with pytest.raises(OutOfFrames):
+        migrate_page(host, trace, pfn)
+    assert mm.get_user_pages(start, write=True).pfn == pfn
+    assert compact_memory(host, trace) == 0
+
+
+def test_a_fault_waits_for_a_page_that_is_being_moved(host: HostMemory, trace: Trace, mm: Mm) -> None:
+    start = mapped(mm)
+    old = pte_pfn(mm.pgd.get(start >> 12))
+    seen = []
+
+    def hook(label: str) -> None:
+        if label == "mm.migrate.unmapped" and not seen:
+            seen.append(label)
+            with on_point(lambda inner: None):
+                fails(errno.EDEADLK, lambda: mm.read(start, 1))
+            mm.madvise(start, H, MADV_DONTNEED)  # goes through: nothing is mapped afterwards
+
+    with on_point(hook):
+        migrate_page(host, trace, old)
+    assert mm.pgd.get(start >> 12) == 0
+    assert counts(host) == (5, 1)
+    assert mm.read(start, 1) == b"\0"
 
 
 # ---- page tables that could be shared

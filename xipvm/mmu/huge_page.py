@@ -22,10 +22,11 @@ from xipvm.actors import point
 from xipvm.address import PAGE_SHIFT, PAGE_SIZE
 from xipvm.mmu.frames import HUGE_PAGES, PG_ANON, PG_DIRTY, PG_REFERENCED, PG_SWAPBACKED, HostMemory
 from xipvm.mmu.huge_pmd import HPAGE_SIZE, page_remove_rmap, pmdp_clear_flush
+from xipvm.mmu.hugetlb import adjust_range_if_pmd_sharing_possible
 from xipvm.mmu.pte import ACCESSED, DIRTY, HUGE, MAPPED, MIGRATION, PFN_SHIFT, SPECIAL, UFFD_WP, WRITE, pte_pfn
 from xipvm.mmu.rmap import PMD_SHIFT, reverse_map
 from xipvm.mmu.unmap import migration_entry
-from xipvm.mmu.vma import PROT_WRITE
+from xipvm.mmu.vma import PROT_WRITE, VM_HUGETLB
 from xipvm.notifier import RangeEvent
 
 if TYPE_CHECKING:
@@ -186,7 +187,10 @@ def unmap_huge_page(host: HostMemory, head: int, *, whole: bool) -> bool:
             if found is None:
                 return False
             area, start, end = found
-            with area.mm.notifiers.invalidate_range(start, end, RangeEvent.CLEAR), area.mm.ptl(start >> PMD_SHIFT):
+            lo, hi = start, end
+            if area.flags & VM_HUGETLB:
+                lo, hi = adjust_range_if_pmd_sharing_possible(area, lo, hi)
+            with area.mm.notifiers.invalidate_range(lo, hi, RangeEvent.CLEAR), area.mm.ptl(start >> PMD_SHIFT):
                 _unmap_area(area, start, end, head, anon, whole)
     return True
 

@@ -39,6 +39,7 @@ from xipvm.mmu.frames import (
     HostMemory,
 )
 from xipvm.mmu.huge_page import migrate_huge_page, put_pages, split_if_compound
+from xipvm.mmu.hugetlb_migrate import migrate_hugetlb_page
 from xipvm.mmu.page_cache import PageCache
 from xipvm.mmu.pte import FLAGS, MAPPED, MIGRATION, PFN_SHIFT, SPECIAL, UFFD_WP, WRITE, pte_pfn
 from xipvm.mmu.rmap import reverse_map
@@ -62,6 +63,8 @@ def migrate_page(host: HostMemory, trace: Trace, pfn: int) -> int:
     with reverse_map(host).page_lock(head):
         if not host.is_compound(pfn):
             return _migrate_page(host, trace, pfn)
+        if host.flags(head) & PG_HUGETLB:
+            return migrate_hugetlb_page(host, trace, head) + pfn - head
         new = _migrate_huge_page(host, trace, head)
         if new is not None:
             return new + pfn - head
@@ -72,7 +75,7 @@ def migrate_page(host: HostMemory, trace: Trace, pfn: int) -> int:
 
 def _migrate_huge_page(host: HostMemory, trace: Trace, head: int) -> int | None:
     """Moves a compound page as a whole. None when there is no room for one; raises as :func:`migrate_page`."""
-    if host.flags(head) & (PG_RESERVED | PG_HUGETLB) or not host.mapping(head):
+    if host.flags(head) & PG_RESERVED or not host.mapping(head):
         raise MmError(errno.EBUSY, f"frame {head:#x} is no page that can be moved")
     try:
         new = alloc_huge(host, trace, False)
@@ -150,14 +153,14 @@ def _remove_migration_entries(host: HostMemory, old: int, new: int) -> None:
 
 
 def compact_memory(host: HostMemory, trace: Trace) -> int:
-    """Moves every mapped page that can be moved; how many were."""
+    """Moves every mapped page that can be moved, but those of the hugetlb pool; how many were."""
     for mm in reverse_map(host).mms:
         mm.notifiers.needs_modern("compaction")
     moved = 0
     pages: dict[int, None] = {}
     for mm in reverse_map(host).mms:
         for _, entry in mm.pgd.entries(0, 1 << 36):
-            if entry & MAPPED and not entry & SPECIAL:
+            if entry & MAPPED and not entry & SPECIAL and not host.flags(pte_pfn(entry)) & PG_HUGETLB:
                 pages[host.compound_head(pte_pfn(entry))] = None
     for pfn in pages:
         if host.total_mapcount(pfn):  # has not gone meanwhile
