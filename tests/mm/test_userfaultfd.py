@@ -340,7 +340,7 @@ def test_missing_pages_of_a_file(mm: Mm, host: HostMemory, shmem: tuple[ShmemFil
 
 
 def test_private_mappings_of_a_file(mm: Mm, host: HostMemory, shmem: tuple[ShmemFile, int]) -> None:
-    file, hva = shmem
+    file, _ = shmem
     private = mm.mmap(8 * PAGE, RW, MAP_PRIVATE, file=file)
     monitor = Monitor(private)
     mm.userfaultfd(monitor).register(private, 8 * PAGE, MISSING | MINOR)
