@@ -3,8 +3,18 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
+
+from xipvm.locks import checking
+
+
+@pytest.fixture
+def checked_locks() -> Iterator[None]:
+    """The rules of locking are checked during the test."""
+    with checking():
+        yield
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:

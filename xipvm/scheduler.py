@@ -75,7 +75,7 @@ class Scheduler:
         before = (trace.actor, trace.cause) if trace is not None else ("", 0)
         try:
             while self._failure is None:
-                chosen = self._next("end")
+                chosen = self._next("start" if self.running is None else "end")
                 if chosen is None:
                     break
                 self._enter(chosen)

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import pytest
 
 from xipvm.actors import on_point
+from xipvm.locks import nothing_held
 from xipvm.mmu.frames import HostMemory
 from xipvm.mmu.mm import Mm
 from xipvm.mmu.secondary.base import FAULT, MMIO, READ, RETRY_WALK, WRITE
@@ -130,6 +131,13 @@ class World:
             result = self.kvm.fault(gfn, access)
         assert not pending, f"the fault did not pass {label}"
         return result
+
+
+@pytest.fixture(autouse=True)
+def _checked_locks(checked_locks: None) -> Iterator[None]:
+    """In all tests here, which leave no lock behind."""
+    yield
+    nothing_held("at the end of the test")
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from xipvm.locks import nothing_held
 from xipvm.mmu.frames import HostMemory
 from xipvm.mmu.mm import Mm
 from xipvm.mmu.verify import verify
@@ -28,6 +29,13 @@ WORDS = {
     "pte_guard": "guard",
     "mmu_notifier_release": "release",
 }
+
+
+@pytest.fixture(autouse=True)
+def _checked_locks(checked_locks: None) -> Iterator[None]:
+    """In all tests here, which leave no lock behind."""
+    yield
+    nothing_held("at the end of the test")
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from xipvm.notifier import MmuNotifier
 from xipvm.trace.funnel import Trace
 
 PAGE = 4096
+HUGE = 2 << 20
 RW = PROT_READ | PROT_WRITE
 
 
@@ -37,13 +38,13 @@ def populate(mm: Mm) -> tuple[AddressSpace, AddressSpace, list[int]]:
     """Two files, each mapped twice, and anonymous memory, mixed by address."""
     file = AddressSpace(mm.host, mm.trace, "file", writable=True)
     huge = HugeFile(mm.host, mm.trace, "huge", writable=True)
-    hvas = [0x100000 * n for n in range(1, 7)]
+    hvas = [2 * HUGE * n for n in range(1, 7)]
     mm.mmap(PAGE, RW, addr=hvas[0])
     mm.mmap(PAGE, RW, MAP_SHARED, addr=hvas[1], file=file)
-    mm.mmap(PAGE, RW, MAP_SHARED, addr=hvas[2], file=huge)
+    mm.mmap(HUGE, RW, MAP_SHARED, addr=hvas[2], file=huge)
     mm.mmap(PAGE, RW, MAP_PRIVATE, addr=hvas[3], file=file, pgoff=4)
     mm.mmap(PAGE, RW, addr=hvas[4])
-    mm.mmap(PAGE, RW, MAP_SHARED, addr=hvas[5], file=huge, pgoff=4)
+    mm.mmap(HUGE, RW, MAP_SHARED, addr=hvas[5], file=huge, pgoff=HUGE // PAGE)
     for hva in (hvas[0], hvas[4]):
         mm.write(hva, b"x")
     return file, huge, hvas

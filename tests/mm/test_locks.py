@@ -7,9 +7,8 @@ from collections.abc import Callable
 
 import pytest
 
-from xipvm.actors import on_point, on_wait
+from xipvm.actors import on_point
 from xipvm.errors import MmError
-from xipvm.locks import LockClass, RwLock
 from xipvm.mmu.frames import HostMemory
 from xipvm.mmu.madvise import MADV_DONTNEED
 from xipvm.mmu.mm import Mm
@@ -181,39 +180,3 @@ def test_a_truncation_that_lost_its_race_leaves_new_areas_alone(
     assert file.pages == {}
     assert not file.i_mmap.taken
     verify(host)
-
-
-def test_who_has_to_wait_is_handed_to_the_scheduler() -> None:
-    lock = RwLock("lock", LockClass("lock"))
-    log: list[str] = []
-    writing = lock.write
-
-    def release(what: str, ready: Callable[[], bool]) -> None:
-        log.append(what)
-        assert not ready()
-        writing.__exit__()
-        assert ready()
-
-    writing.__enter__()
-    with on_wait(release), lock.read:
-        assert (lock.readers, lock.writer) == (1, False)
-        lock.readers += 1  # another reader
-        lock.readers -= 1
-    writing.__enter__()
-    with on_wait(release), lock.write:
-        assert lock.writer
-    assert log == ["read of lock", "write of lock"]
-
-
-def test_without_a_scheduler_waiting_is_an_error() -> None:
-    lock = RwLock("lock", LockClass("lock"))
-    with lock.read, pytest.raises(MmError, match="1 readers") as raised, lock.write:
-        pass
-    assert raised.value.errno == errno.EDEADLK
-    with lock.write, pytest.raises(MmError, match="its writer"), lock.read:
-        pass
-    with lock.write:
-        lock.downgrade()
-        with lock.read:
-            assert lock.readers == 2
-    assert (lock.readers, lock.writer) == (0, False)

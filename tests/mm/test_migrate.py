@@ -151,17 +151,15 @@ def test_a_page_that_moves_while_it_is_written_back(trace: Trace, host: HostMemo
     old = frame(mm, start)
     failed: list[int] = []
 
-    class Mover(MmuNotifier):
-        def invalidate_range_end(self, range: MmuNotifierRange) -> None:
-            if not failed:
-                failed.append(0)
-                with pytest.raises(MmError) as error:
-                    migrate_page(host, trace, old)
-                failed.append(error.value.errno)
+    def move() -> None:
+        with pytest.raises(MmError) as error:
+            migrate_page(host, trace, old)
+        failed.append(error.value.errno)
 
-    mm.notifiers.register(Mover())
-    mm.msync(start, PAGE)
-    assert failed == [0, errno.EAGAIN]
+    mm.notifiers.register(MmuNotifier())
+    with on_point(during("notifier.range_end.done", move)):
+        mm.msync(start, PAGE)
+    assert failed == [errno.EAGAIN]
     assert path.read_bytes()[:6] == b"dirty."
     mm.exit()
     file.close()

@@ -7,7 +7,7 @@ import errno
 import pytest
 
 from tests.notifier.world import error_of
-from xipvm.actors import on_point
+from xipvm.actors import on_point, point
 from xipvm.errors import InternalError
 from xipvm.locks import might_sleep
 from xipvm.notifier.srcu import Srcu
@@ -37,8 +37,10 @@ def test_a_callback_never_runs_at_once() -> None:
 
 def test_later_sections_are_not_waited_for() -> None:
     srcu = Srcu("mm0")
-    early = srcu.read_lock()
-    sections = [early]
+    sections: list[int] = []
+    with on_point(lambda label: sections.append(srcu.read_lock())):
+        point("somebody else's")
+    early = sections[0]
 
     def others(label: str) -> None:
         assert label == "notifier.synchronize"

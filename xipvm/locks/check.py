@@ -157,11 +157,14 @@ checker: Checker | None = None
 def checking() -> Iterator[Checker]:
     """Locks are checked while the context is open, in the whole process. A context inside has a graph of its own."""
     global checker
+    actor = actors.current
     before, checker = checker, Checker()
+    held, actor.held = actor.held, []  # what was taken before anybody looked is not known; nor is who drops it later
     try:
         yield checker
     finally:
         checker = before
+        actor.held = held
 
 
 @contextmanager
