@@ -45,7 +45,21 @@ class State(Enum):
 class Actor:
     """Somebody who runs beside others. ``name`` is what traces call it."""
 
-    __slots__ = ("atomic", "cause", "error", "greenlet", "held", "name", "ready", "state", "trace_name", "waits_for")
+    __slots__ = (
+        "after",
+        "atomic",
+        "cause",
+        "error",
+        "gives_way",
+        "greenlet",
+        "held",
+        "name",
+        "ran",
+        "ready",
+        "state",
+        "trace_name",
+        "waits_for",
+    )
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -62,6 +76,12 @@ class Actor:
         """The atomic sections it is in, outermost first: why, and where each began."""
         self.error: BaseException | None = None
         """What it failed with."""
+        self.gives_way = False
+        """It has nothing to do until somebody else has done something."""
+        self.after: set[Actor] = set()
+        """It gave way, and these go first."""
+        self.ran: set[Actor] = set()
+        """Who has run since it gave way the last time."""
         self.trace_name = name
         self.cause = 0
 
@@ -81,6 +101,16 @@ def point(label: str) -> None:
     """A place where another actor may run. ``label`` names it, dotted, module first."""
     if _point_hook is not None:
         _point_hook(label)
+
+
+def give_way(label: str) -> None:
+    """A point for who tries again and again: others go first, if any can, so that a search does not try for ever."""
+    actor = current
+    actor.gives_way = True
+    try:
+        point(label)
+    finally:
+        actor.gives_way = False
 
 
 def wait(what: str, ready: Callable[[], bool], *, because: str = "", label: str = "") -> None:

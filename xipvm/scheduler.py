@@ -3,7 +3,8 @@
 Each actor is a greenlet: plain code that runs until it passes a point, waits, or ends. There the scheduler lists who
 can go on, the one that just ran first, the others in the order of ``spawn``, and asks ``choose(n, label)`` for a number
 below n; always 0 runs each actor until it waits or ends. It asks only when there is a choice. Nothing else decides
-anything, so the same answers give the same run.
+anything, so the same answers give the same run. Who gives way (``actors.give_way``) is no candidate before everybody
+who can has run since it gave way the last time, which is what makes retrying end (Musuvathi and Qadeer, PLDI 2008).
 
 What belongs to an actor goes with it: the trace's actor and cause, its locks and atomic sections. Actors may be
 switched inside callbacks of an engine, which is how vCPUs are: each has an engine of its own.
@@ -53,6 +54,8 @@ class Scheduler:
         self._trace = trace
         self._hub: greenlet | None = None
         self._aborting = False
+        self._polite = False
+        """Somebody has given way."""
         self._failure: BaseException | None = None
 
     def spawn(self, name: str, function: Callable[..., object], *arguments: Any) -> Actor:
@@ -107,6 +110,8 @@ class Scheduler:
                     found.append(actor)
             elif actor.state is State.WAITING:
                 waiting = True
+        if self._polite and len(found) > 1:
+            found = [actor for actor in found if actor.after.isdisjoint(found)] or found
         if len(found) > 1:
             self.candidates = found
             chosen = self._choose(len(found), label)
@@ -135,6 +140,10 @@ class Scheduler:
         actor = self.running
         if self._aborting or actor is None or getcurrent() is not actor.greenlet:
             return
+        if actor.gives_way:
+            self._polite = True
+            actor.after = {other for other in self.actors if other is not actor and other not in actor.ran}
+            actor.ran = set()
         self._switch(actor, label)
 
     def _wait(self, what: str, ready: Callable[[], bool]) -> None:
@@ -172,6 +181,9 @@ class Scheduler:
         if actor is not self.running:
             self.switches += 1
             self.running = actor
+        for other in self.actors:
+            other.ran.add(actor)
+            other.after.discard(actor)
         actors.set_current(actor)
         if self._trace is not None:
             self._trace.actor, self._trace.cause = actor.trace_name, actor.cause

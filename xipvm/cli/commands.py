@@ -130,12 +130,22 @@ def cli() -> None:
     is_flag=True,
     help="The secondary MMU hears of nothing and pins every page it maps, as KVM did before there were notifiers.",
 )
+@click.option(
+    "--host-memory", type=SIZE, help="The host's memory, such as 8M; by default it has room for all of the guest's RAM."
+)
+@click.option(
+    "--swap",
+    metavar="SIZE|FILE[,size=SIZE]",
+    help="Where pages go that the host's memory has no room for: a temporary file, or a swap file.",
+)
+@click.option("--hugetlb", is_flag=True, help="RAM is huge pages of 2 MiB, taken from the host's pool before the run.")
 @click.option("--ram-alias", type=HEX, metavar="ADDRESS", help="RAM appears a second time at ADDRESS, as 2000000000.")
 @click.option("--quiet", is_flag=True, help="No summary on stderr.")
 def run(**options: Any) -> int:
     """Run GUEST, an ELF file, in place. Without GUEST the machine starts from the flash images.
 
-    The exit status is the guest's own; 124 on a limit, 1 when the guest crashed, 2 for bad input.
+    The exit status is the guest's own; 124 on a limit, 1 when the guest crashed, 137 when the host's OOM killer
+    ended it, 2 for bad input.
     """
     from xipvm.cli.run import run_guest
 
@@ -192,6 +202,46 @@ def check(paths: tuple[str, ...], invariants: tuple[str, ...], as_json: bool) ->
     from xipvm.cli.check import check_traces
 
     return check_traces(paths, invariants, as_json=as_json)
+
+
+@cli.command()
+@click.argument("scenario", required=False)
+@click.option(
+    "--strategy",
+    type=click.Choice(["random", "pct", "coverage", "exhaustive"]),
+    default="random",
+    help="How the interleavings are searched.",
+)
+@click.option("--runs", type=click.IntRange(min=1), default=1000, metavar="N", help="At most so many; 1000.")
+@click.option("--seed", type=int, default=0, metavar="N", help="Of all chance; 0.")
+@click.option("--preemptions", type=click.IntRange(min=0), default=2, metavar="N", help="Bound of 'exhaustive'; 2.")
+@click.option("--save", metavar="FILE", help="Where a counterexample goes; by default SCENARIO.xipvm.json.")
+@click.option("--quiet", is_flag=True, help="No progress bar.")
+def explore(
+    scenario: str | None, strategy: str, runs: int, seed: int, preemptions: int, save: str | None, quiet: bool
+) -> int:
+    """Search the interleavings of SCENARIO for one that breaks the protocol; without SCENARIO, list those there are.
+
+    SCENARIO is a name, or FILE.py:NAME for one of your own. What is wrong is shrunk, shown and saved for 'xipvm
+    replay'. The exit status is 0 when nothing is wrong, 1 when something is, 2 for bad input.
+    """
+    from xipvm.cli.explore import explore_scenario, list_scenarios
+
+    if scenario is None:
+        list_scenarios()
+        return 0
+    return explore_scenario(scenario, strategy, runs=runs, seed=seed, preemptions=preemptions, save=save, quiet=quiet)
+
+
+@cli.command()
+@click.argument("file")
+@click.option("--continue", "go_on", is_flag=True, help="When the program has changed, go on from the common part.")
+@click.option("--events", is_flag=True, help="Show every event of the run first.")
+def replay(file: str, go_on: bool, events: bool) -> int:
+    """Run a counterexample FILE again. The exit status is 1 when it is still wrong, 0 when it is right now."""
+    from xipvm.cli.explore import replay_file
+
+    return replay_file(file, go_on=go_on, events=events)
 
 
 @cli.group(no_args_is_help=False)

@@ -50,6 +50,11 @@ class Trace:
         self._seq = 0
         self._sinks: tuple[Sink, ...] = ()
 
+    @property
+    def seq(self) -> int:
+        """Sequence number of the last event."""
+        return self._seq
+
     def emit(self, kind: str, /, **fields: Any) -> int:
         """Tell every sink that ``kind`` happened. Returns its sequence number, 0 when nobody listens.
 

@@ -1,0 +1,210 @@
+"""Runs a scenario again and again, each time in another order, until one of them is wrong or the budget is used up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from xipvm.check import Violation
+from xipvm.errors import BadInput, DeadlockError, LockError, XipvmError
+from xipvm.explore.choices import Choice, DriftError, Pick, Question, Recording, Replay
+from xipvm.explore.scene import BrokenError, Furnish, Scene, opened
+from xipvm.explore.strategies import Feature, Strategy
+from xipvm.trace.events import Event
+
+LIMIT = 20_000
+"""Questions in one run after which it is called a livelock."""
+
+
+class LivelockError(XipvmError):
+    """A run asked LIMIT questions and did not end."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What was wrong with a run. ``what`` is the invariant, or the kind of error."""
+
+    what: str
+    message: str
+    violation: Violation | None = None
+    error: BaseException | None = None
+
+    def render(self) -> str:
+        """Several lines for a person."""
+        return self.violation.render() if self.violation is not None else f"{self.what}: {self.message}"
+
+
+@dataclass
+class Run:
+    """One run: the questions it was asked, with the answers, and what was wrong, if anything."""
+
+    choices: list[Choice]
+    failure: Failure | None = None
+    switches: int = 0
+    order: tuple[tuple[str, str], ...] = ()
+    """Who did what: actor and kind of each event, if the run was asked to remember."""
+    features: frozenset[Feature] = frozenset()
+    checks: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def preemptions(self) -> int:
+        """How often an actor that could have gone on had to wait."""
+        return sum(choice.is_preemption for choice in self.choices)
+
+
+@dataclass
+class Search:
+    """What a search found. ``complete``: there are no other runs within its bounds."""
+
+    runs: int = 0
+    distinct: int = 0
+    """Runs that differ in more than the order of steps that nobody can tell apart."""
+    complete: bool = False
+    failing: Run | None = None
+    failing_at: int = 0
+    """Which run it was, from 1."""
+    checks: dict[str, int] = field(default_factory=dict)
+    """How often each invariant was asked."""
+
+
+def run_once(scenario: Furnish, pick: Pick, *, sinks: Sequence[Callable[[Event], None]] = (), **options: Any) -> Run:
+    """One run of ``scenario``. Raises DriftError as ``pick`` does, and nothing for what is wrong with the run."""
+    asked = 0
+
+    def limited(question: Question) -> int:
+        nonlocal asked
+        asked += 1
+        if asked > LIMIT:
+            raise LivelockError(f"it does not end: {LIMIT} choices, the last at {question.label}")
+        return pick(question)
+
+    recording = Recording(limited)
+    features: set[Feature] = set()
+    last: dict[str, str] = {}
+    order: list[tuple[str, str]] = []
+    previous = ""
+
+    def see(event: Event) -> None:
+        nonlocal previous
+        actor, kind = event.actor, event.kind
+        order.append((actor, kind))
+        if actor != previous:
+            for other, what in last.items():
+                if other != actor:
+                    features.add((other, what, actor, kind))
+            previous = actor
+        last[actor] = kind
+
+    failure: Failure | None = None
+    scene: Scene | None = None
+    try:
+        with opened(scenario, recording, **options) as scene:
+            scene.trace.attach(see)
+            for sink in sinks:
+                scene.trace.attach(sink)
+            scene.run()
+    except (DriftError, BadInput, KeyboardInterrupt):
+        raise
+    except BrokenError as error:
+        failure = Failure(error.violation.invariant, error.violation.message, error.violation, error)
+    except LivelockError as error:
+        failure = Failure("livelock", str(error), error=error)
+    except LockError as error:
+        failure = Failure("lock", str(error), error=error)
+    except DeadlockError as error:
+        failure = Failure("deadlock", str(error), error=error)
+    except Exception as error:
+        failure = Failure(type(error).__name__, str(error), error=error)
+    switches = scene.scheduler.switches if scene is not None else 0
+    checks = scene.oracle.checks if scene is not None else {}
+    return Run(recording.choices, failure, switches, tuple(order), frozenset(features), checks)
+
+
+def explore(
+    scenario: Furnish,
+    strategy: Strategy,
+    *,
+    runs: int,
+    progress: Callable[[int], None] | None = None,
+    stop_at_first: bool = True,
+    **options: Any,
+) -> Search:
+    """At most ``runs`` runs of ``scenario`` as ``strategy`` orders them; stops at the first that is wrong."""
+    search = Search()
+    seen: set[int] = set()
+    while search.runs < runs and strategy.begin():
+        run = run_once(scenario, strategy.pick, **options)
+        strategy.end(run.choices, run.features)
+        search.runs += 1
+        seen.add(hash(run.order))
+        for name, count in run.checks.items():
+            search.checks[name] = search.checks.get(name, 0) + count
+        if progress is not None:
+            progress(search.runs)
+        if run.failure is not None and search.failing is None:
+            search.failing, search.failing_at = run, search.runs
+            if stop_at_first:
+                break
+    search.distinct = len(seen)
+    search.complete = bool(getattr(strategy, "complete", False))
+    return search
+
+
+def replay(scenario: Furnish, choices: Sequence[Choice], *, strict: bool = True, **options: Any) -> Run:
+    """The run that ``choices`` describe. Raises DriftError when the program asks something else, if ``strict``."""
+    answers = Replay(choices, strict=strict)
+    run = run_once(scenario, answers, **options)
+    if run.failure is None:
+        answers.finish()
+    return run
+
+
+def shrink(scenario: Furnish, run: Run, *, budget: int = 500, **options: Any) -> Run:
+    """A shorter run that is wrong in the same way: fewer switches, then fewer questions.
+
+    Tries to answer whole stretches, then single questions, with 0, and to cut the end off. ``budget`` runs at most.
+    """
+    if run.failure is None:
+        raise BadInput("a run that is right cannot be shrunk")
+    what = run.failure.what
+    best = run
+
+    def attempt(answers: Sequence[Choice]) -> bool:
+        nonlocal best, budget
+        if budget <= 0:
+            return False
+        budget -= 1
+        found = run_once(scenario, Replay(answers), **options)
+        if found.failure is None or found.failure.what != what:
+            return False
+        if _size(found) >= _size(best):
+            return False
+        best = found
+        return True
+
+    improved = True
+    while improved and budget > 0:
+        improved = False
+        stretch = len(best.choices)
+        while stretch:
+            at = 0
+            while at < len(best.choices):
+                choices = best.choices
+                piece = choices[at : at + stretch]
+                if any(choice.answer for choice in piece):
+                    calm = [*choices[:at], *(choice._replace(answer=0) for choice in piece), *choices[at + stretch :]]
+                    if attempt(calm) or attempt(choices[:at]):
+                        improved = True
+                        continue
+                at += stretch
+            stretch //= 2
+        for at, choice in enumerate(best.choices):  # another actor may do as well, and end sooner
+            if choice.answer > 1 and attempt([*best.choices[:at], choice._replace(answer=1), *best.choices[at + 1 :]]):
+                improved = True
+                break
+    return best
+
+
+def _size(run: Run) -> tuple[int, int, int]:
+    return run.switches, sum(1 for choice in run.choices if choice.answer), len(run.choices)

@@ -1,0 +1,44 @@
+"""Scenarios by name: those that come with xipvm, and those in a user's file (``path.py:name``)."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+from xipvm.errors import BadInput
+from xipvm.explore.scenarios import SCENARIOS
+from xipvm.explore.scene import Scenario
+
+
+def find(name: str) -> Scenario:
+    """The scenario ``name``. Raises BadInput for one that there is not, or a file that cannot be loaded."""
+    if name in SCENARIOS:
+        return SCENARIOS[name]
+    path, separator, function = name.rpartition(":")
+    if not separator:
+        if name.endswith(".py"):
+            raise BadInput(f"{name}: which scenario? Write {name}:NAME, NAME being one of {_names(name)}")
+        raise BadInput(f"no scenario is called {name!r}; known are {', '.join(SCENARIOS)}, and FILE.py:NAME")
+    found = in_file(path)
+    if function not in found:
+        raise BadInput(f"{path} has no scenario {function!r}; it has {', '.join(found) or 'none'}")
+    return found[function]
+
+
+def in_file(path: str) -> dict[str, Scenario]:
+    """The scenarios that the Python file ``path`` defines. Raises BadInput."""
+    if not Path(path).is_file():
+        raise BadInput(f"{path}: No such file")
+    spec = importlib.util.spec_from_file_location(f"xipvm_scenarios_{abs(hash(path))}", path)
+    if spec is None or spec.loader is None:
+        raise BadInput(f"{path}: not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise BadInput(f"{path}: {type(error).__name__}: {error}") from error
+    return {each.name: each for each in vars(module).values() if isinstance(each, Scenario)}
+
+
+def _names(path: str) -> str:
+    return ", ".join(in_file(path)) or "none"

@@ -1,0 +1,204 @@
+"""A scene: the host, its address spaces, secondary MMUs and actors of one scenario, made anew for every run.
+
+A scenario is a function that furnishes a scene::
+
+    @scenario
+    def fault_against_munmap(scene: Scene) -> None:
+        mm = scene.mm()
+        ram = mm.mmap(PAGE_SIZE, PROT_READ | PROT_WRITE)
+        vcpu = scene.vcpu(scene.kvm(mm, ram, pages=1))
+        scene.actor("vcpu0", vcpu.store, 0, b"x")
+        scene.actor("host", mm.munmap, ram, PAGE_SIZE)
+
+What it does itself happens before the actors run, and in order. At the end, when all actors are done, whatever
+``scene.afterwards`` was given is called, then the scene checks what has to hold in any case: no range is open, no
+count is left up, references and reverse map agree with a full scan, every shadow entry is the host's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Final
+
+from xipvm import locks
+from xipvm.address import PAGE_SHIFT, Gfn
+from xipvm.check import Oracle, Violation
+from xipvm.errors import XipvmError
+from xipvm.explore.choices import Question, Recording
+from xipvm.explore.scripted import GuestAccessError, ScriptedVcpu
+from xipvm.mmu.frames import HostMemory
+from xipvm.mmu.mm import Mm
+from xipvm.mmu.pte import PRESENT, WRITE, pte_pfn
+from xipvm.mmu.secondary.base import SecondaryMmu
+from xipvm.mmu.secondary.kvm import Kvm
+from xipvm.mmu.verify import verify
+from xipvm.scheduler import Scheduler
+from xipvm.trace.funnel import Trace
+
+HOST_MEMORY: Final = 1 << 20
+"""Of a scene, bytes; frames are poisoned as a whole."""
+
+
+class BrokenError(XipvmError):
+    """The oracle found ``violation``."""
+
+    def __init__(self, violation: Violation) -> None:
+        super().__init__(f"{violation.invariant}: {violation.message}")
+        self.violation = violation
+
+
+class Scene:
+    """What one run is made of. ``recording`` answers every question; close it, or use :meth:`open`."""
+
+    def __init__(self, recording: Recording, *, host_memory: int = HOST_MEMORY, invariants: Any = None) -> None:
+        self.trace = Trace()
+        self.oracle = Oracle(stop=self._stop) if invariants is None else Oracle(invariants, stop=self._stop)
+        self.trace.attach(self.oracle)
+        self.host = HostMemory(host_memory, poison="frame")
+        self.scheduler = Scheduler(self._choose, trace=self.trace)
+        self.mms: list[Mm] = []
+        self.mmus: list[SecondaryMmu] = []
+        self.guest_errors: list[GuestAccessError] = []
+        """Accesses that ended their actor."""
+        self._recording = recording
+        self._afterwards: list[Callable[[], object]] = []
+        self._undo: list[Callable[[], object]] = []
+        self._stopped = False
+
+    # ---- furniture
+
+    def mm(self, *, protocol: str = "modern") -> Mm:
+        """An empty address space of its own."""
+        mm = Mm(self.host, self.trace, name=f"mm{len(self.mms)}", protocol=protocol)
+        self.mms.append(mm)
+        return mm
+
+    def kvm(self, mm: Mm, hva: int | None = None, *, pages: int = 1, gfn: int = 0) -> Kvm:
+        """A KVM on ``mm``, with a memslot of ``pages`` at ``gfn`` onto ``hva`` if that is given."""
+        kvm = Kvm(mm, self.trace, self.host, name=f"vm{len(self.mmus)}")
+        self.mmus.append(kvm)
+        self._undo.append(kvm.destroy)
+        if hva is not None:
+            kvm.set_memslot(0, gfn, pages, hva)
+        return kvm
+
+    def watch(self, mmu: SecondaryMmu) -> None:
+        """Check a secondary MMU of the scenario's own at the end, and destroy it."""
+        self.mmus.append(mmu)
+        self._undo.append(mmu.destroy)
+
+    def vcpu(self, mmu: SecondaryMmu) -> ScriptedVcpu:
+        """A vCPU without code: its accesses are calls."""
+        vcpu = ScriptedVcpu(mmu, self.host, self.trace, sum(len(other.vcpus) for other in self.mmus))
+        mmu.vcpus.append(vcpu)
+        return vcpu
+
+    def actor(self, name: str, function: Callable[..., object], *arguments: Any) -> None:
+        """Somebody who runs beside the others: calls ``function(*arguments)``.
+
+        An access to memory that is not there ends it, as it would a guest; ``guest_errors`` has it then.
+        """
+        self.scheduler.spawn(name, self._live, function, arguments)
+
+    def _live(self, function: Callable[..., object], arguments: tuple[Any, ...]) -> None:
+        try:
+            function(*arguments)
+        except GuestAccessError as error:
+            self.guest_errors.append(error)
+
+    def afterwards(self, function: Callable[[], object]) -> None:
+        """Call ``function`` when all actors are done; what it raises is the run's failure."""
+        self._afterwards.append(function)
+
+    def undo(self, function: Callable[[], object]) -> None:
+        """Call ``function`` when the scene is closed, last first."""
+        self._undo.append(function)
+
+    def choose(self, n: int, label: str) -> int:
+        """A number below ``n``, as the search wants it: a victim, a moment, a size."""
+        return self._recording.ask(Question(n, label)) if n > 1 else 0
+
+    # ---- its run
+
+    def run(self) -> None:
+        """Run the actors to their end and check. Raises whatever is wrong: BrokenError, XipvmError, AssertionError."""
+        with locks.checking():
+            self.scheduler.run()
+        for function in self._afterwards:
+            function()
+        self.oracle.finish()
+        verify(self.host)
+        for mmu in self.mmus:
+            if isinstance(mmu, Kvm):
+                check_kvm(mmu)
+
+    def close(self) -> None:
+        """Give everything back; nothing is judged any more."""
+        self._stopped = True
+        self.trace.detach(self.oracle)
+        for undo in reversed(self._undo):
+            undo()
+        for mm in self.mms:
+            mm.exit()
+        self.host.close()
+
+    def _choose(self, n: int, label: str) -> int:
+        scheduler = self.scheduler
+        candidates = scheduler.candidates
+        preempts = candidates[0] is scheduler.running and not candidates[0].waits_for
+        return self._recording.ask(Question(n, label, preempts, tuple(actor.name for actor in candidates)))
+
+    def _stop(self, violation: Violation) -> None:
+        if not self._stopped:
+            self._stopped = True
+            raise BrokenError(violation)
+
+
+def check_kvm(kvm: Kvm) -> None:
+    """At rest: no invalidation is counted, and every shadow entry is the host's. Raises AssertionError."""
+    counts = kvm.mmu_invalidate_in_progress, kvm.mn_active_invalidate_count
+    if counts != (0, 0):
+        raise AssertionError(f"{kvm.name} is left with {counts[0]} invalidations in progress, {counts[1]} active")
+    for slot in kvm.memslots:
+        for gfn in range(slot.gfn, slot.gfn + slot.pages):
+            seen = kvm.translate(gfn)
+            if seen is None:
+                continue
+            entry = kvm.mm.pgd.get(slot.hva_of(Gfn(gfn)) >> PAGE_SHIFT)
+            if not entry & PRESENT or pte_pfn(entry) != seen[0] or (seen[1] and not entry & WRITE):
+                raise AssertionError(f"{kvm.name} maps guest frame {gfn:#x} to {seen}, the host has {entry:#x}")
+
+
+Furnish = Callable[[Scene], object]
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """A scenario by its name; calling it furnishes a scene."""
+
+    name: str
+    furnish: Furnish
+    doc: str = ""
+
+    def __call__(self, scene: Scene) -> None:
+        """Furnish ``scene``."""
+        self.furnish(scene)
+
+
+def scenario(function: Furnish) -> Scenario:
+    """Decorates the function that furnishes a scene."""
+    name = getattr(function, "__name__", "scenario")
+    return Scenario(name.replace("_", "-"), function, (function.__doc__ or "").strip().partition("\n")[0])
+
+
+@contextmanager
+def opened(scenario: Furnish, recording: Recording, **options: Any) -> Iterator[Scene]:
+    """A furnished scene, closed at the end."""
+    scene = Scene(recording, **options)
+    try:
+        scenario(scene)
+        yield scene
+    finally:
+        scene.close()

@@ -1,0 +1,74 @@
+"""A vCPU whose accesses are calls: it walks, faults and keeps translations as the engine's walker and TLB do.
+
+An access is: TLB, else the shadow entry, else ``SecondaryMmu.fault`` and *the walk starts over*. Between the last look
+at an entry and the access there is no schedule point: a flush waits until every vCPU has acknowledged it, so it never
+comes in between.
+"""
+
+from __future__ import annotations
+
+from xipvm.actors import give_way, point
+from xipvm.errors import XipvmError
+from xipvm.mmu.frames import HostMemory
+from xipvm.mmu.secondary.base import READ, RETRY_WALK, WRITE, SecondaryMmu
+from xipvm.trace.funnel import Trace
+
+
+class GuestAccessError(XipvmError):
+    """There is nothing behind guest frame ``gfn``: MMIO or no memory."""
+
+    def __init__(self, gfn: int, why: str) -> None:
+        super().__init__(f"guest frame {gfn:#x}: {why}")
+        self.gfn = gfn
+
+
+class ScriptedVcpu:
+    """vCPU ``index`` of ``mmu``. Keeps every translation that it was given until it is told to forget."""
+
+    def __init__(self, mmu: SecondaryMmu, host: HostMemory, trace: Trace, index: int) -> None:
+        self.mmu = mmu
+        self.host = host
+        self.trace = trace
+        self.index = index
+        self.tlb: dict[int, tuple[int, bool]] = {}
+        """Frame and writability by gfn."""
+
+    def flush_tlb(self, reason: str) -> None:
+        """Forget every translation."""
+        self.tlb.clear()
+        if self.trace.on:
+            self.trace.emit("tlb_flush", vcpu=self.index, reason=reason)
+
+    def kick(self, reason: str) -> None:
+        """It is in the guest for single accesses only."""
+
+    def load(self, gfn: int, size: int = 8, offset: int = 0) -> bytes:
+        """``size`` bytes at ``offset`` of guest frame ``gfn``. Raises GuestAccessError."""
+        return self.host.read(self._translate(gfn, False), offset, size)
+
+    def store(self, gfn: int, data: bytes, offset: int = 0) -> None:
+        """Put ``data`` there. Raises GuestAccessError."""
+        self.host.write(self._translate(gfn, True), offset, data)
+
+    def _translate(self, gfn: int, write: bool) -> int:
+        point("vcpu.access")
+        while True:
+            seen = self.tlb.get(gfn)
+            if seen is None or (write and not seen[1]):
+                seen = self._walk(gfn)
+            if seen is not None and (seen[1] or not write):
+                return seen[0]
+            self.tlb.pop(gfn, None)  # a CPU drops the translation that it faulted on
+            if self.mmu.fault(gfn, WRITE if write else READ) != RETRY_WALK:
+                raise GuestAccessError(gfn, self.mmu.last_error or "MMIO")
+            give_way("vcpu.retry")
+
+    def _walk(self, gfn: int) -> tuple[int, bool] | None:
+        mapped = self.mmu.translate(gfn)
+        if mapped is None:
+            return None
+        pfn, writable = mapped
+        self.tlb[gfn] = (pfn, writable)
+        if self.trace.on:
+            self.trace.emit("tlb_insert", vcpu=self.index, gfn=gfn, pfn=pfn, rights="rw" if writable else "r")
+        return pfn, writable
