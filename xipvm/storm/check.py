@@ -14,7 +14,7 @@ from xipvm.address import PAGE_SHIFT, PAGE_SIZE
 from xipvm.boards.board import Board
 from xipvm.console import Console
 from xipvm.devices.flash.files import ImageOption
-from xipvm.errors import XipvmError
+from xipvm.errors import BadInput
 from xipvm.machine import Machine
 from xipvm.result import RunResult
 from xipvm.storm.storm import Storm
@@ -79,10 +79,12 @@ def run_once(job: Job, storm: Storm | None = None, *, limit: int | None = None) 
             if storm is not None:
                 storm.end()
             return _outcome(result, output.getvalue(), ram, flash, storm)
-        except XipvmError as error:
-            summary = machine.summary()
+        except BadInput:
+            raise
+        except Exception as error:  # whatever the model does not stand counts as a difference
+            summary, what = machine.summary(), f"{type(error).__name__}: {error}"
             return Outcome(
-                "error", 1, output.getvalue(), summary.instructions or 0, {}, {}, summary.invalidations, error=str(error)
+                "error", 1, output.getvalue(), summary.instructions or 0, {}, {}, summary.invalidations, error=what
             )
 
 

@@ -336,6 +336,8 @@ def _child_write(world: World) -> None:
         known = list(child.known)
         page = known[world.choose(len(known), "known")] if known and world.choose(3, "new") else world.page()
         data = bytes([world.choose(256, "byte")]) * PAGE_SIZE
+        if child.mm.find_vma(page) is None:
+            raise MmError(errno.ENOENT, f"{child.mm.name} has unmapped {page:#x}")
         child.mm.write(page, data)
         child.known[page] = data
 

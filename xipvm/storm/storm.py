@@ -34,7 +34,7 @@ RATE: Final = 100
 MAX_RATE: Final = 100_000
 DEPTH: Final = 2
 _MILLION: Final = 1_000_000
-_POINTS: Final = 4000
+_POINTS: Final = 40_000
 """Points that pass by for an operation at one of them, times the rate."""
 _FEWEST_POINTS: Final = 8
 """A fault that is disturbed every time would never come to an end."""
