@@ -75,14 +75,15 @@ class Oracle:
 class World:
     """A machine in the middle of a run, and what the host does to it."""
 
-    def __init__(self, name: str, isa: str, *, memory: int = 32 * MIB, smp: int = 1) -> None:
+    def __init__(self, name: str, isa: str, *, memory: int = 32 * MIB, smp: int = 1, protocol: str = "modern") -> None:
         self.oracle = Oracle()
         self.output = io.BytesIO()
         self.trace = Trace()
         self.trace.attach(self.oracle)
         self.machine = Machine(
-            guest=guest(name, isa), memory=memory, smp=smp, trace=self.trace, console=Console(self.output)
-        )
+            guest=guest(name, isa), memory=memory, smp=smp, trace=self.trace, console=Console(self.output),
+            protocol=protocol,
+        )  # fmt: skip
         self.mm = self.machine.mm
         self.ram = int(self.machine.ram)
         self.random = Random(name + isa)
@@ -163,7 +164,7 @@ class World:
         self.mm.write(hva, b"\x5a" * 4 * PAGE)
         self.mm.madvise(hva, 4 * PAGE, MADV_DONTNEED)
 
-    OPERATIONS = (move, protect, fork, fork_and_keep, rewrite, drop_flash, drop_unused)
+    OPERATIONS: tuple[Callable[..., None], ...] = (move, protect, fork, fork_and_keep, rewrite, drop_flash, drop_unused)
 
     def meddle(self) -> None:
         """One of them."""
