@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Protocol
 from xipvm.cpu import core
 from xipvm.devices.bus import Bus, BusError
 from xipvm.errors import GuestError
-from xipvm.mmu.secondary.base import MMIO
+from xipvm.locks import check
+from xipvm.mmu.secondary.base import FAULT, MMIO
 from xipvm.trace.funnel import Trace
 
 if TYPE_CHECKING:
@@ -262,8 +263,12 @@ class Vcpu:
         self.faults += 1
         self.missed = page[0]
         found = self.secondary.fault(page[0], access)
+        if check.checker is not None:
+            check.nothing_held("in the guest")
         if found == MMIO:
             self._mmio.add(page)
+        elif found == FAULT and self.secondary.host_failed:
+            raise GuestError(self.secondary.last_error)  # KVM_RUN would fail, with EFAULT
         return found
 
     def _inserted(self, gfn: int, pfn: int, perms: int) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 from xipvm.actors import point
 from xipvm.address import PAGE_MASK, PAGE_SHIFT
 from xipvm.errors import OutOfFrames
+from xipvm.locks import check
 from xipvm.mmu.cow import do_wp_page, map_new_anon
 from xipvm.mmu.file import FaultResult, VmFault
 from xipvm.mmu.frames import ZERO_PFN
@@ -33,6 +34,7 @@ from xipvm.mmu.pte import (
     WRITE,
 )
 from xipvm.mmu.reclaim import make_room
+from xipvm.mmu.rmap import PMD_SHIFT
 from xipvm.mmu.swapin import do_swap_page
 from xipvm.mmu.uffd_message import (
     UFFD_PAGEFAULT_FLAG_MINOR,
@@ -73,8 +75,10 @@ def handle_mm_fault(mm: Mm, hva: int, write: bool, force: bool = False) -> VmFau
     but no entry that allows it.
     """
     point("mm.fault")
-    if mm.mmap_lock.writer:
+    if mm.mmap_lock.writer or check.checker is not None:
         mm.mmap_lock.wait_for_writer()
+    if mm.ptl.held:
+        mm.ptl.not_others(hva >> PMD_SHIFT)
     area = mm.cached_vma
     if area is None or not area.start <= hva < area.end:
         area = mm.find_vma(hva)

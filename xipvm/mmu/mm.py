@@ -42,6 +42,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from xipvm.address import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE, Hva, Pfn, page_up
 from xipvm.errors import HostMemoryError, MmError
+from xipvm.locks import check
 from xipvm.locks.lock import KeyedLocks, RwLock
 from xipvm.locks.order import MMAP_LOCK, PTL
 from xipvm.mmu import clear_refs, collapse, fork, gup, ksm, madvise, mapping, migrate, mlock, mremap, pageout, protect, swap, zap
@@ -396,7 +397,9 @@ class Mm:
         return gup.access_remote_vm(self, addr, data, False)
 
     def alloc_frame(self, zero: bool) -> Pfn:
-        """A new frame. Raises OutOfFrames."""
+        """A new frame. Raises OutOfFrames. May sleep."""
+        if check.checker is not None:
+            check.might_sleep("alloc_frame")
         pfn = self.host.alloc(zero)
         if self.trace.on:
             self.trace.emit("page_alloc", pfn=pfn)
@@ -495,8 +498,14 @@ class Mm:
         """Raises MmError ESRCH when the mm has exited, or its memory is closed."""
         if not self.host.nr_frames:
             raise MmError(errno.ESRCH, f"{what}: the memory of {self.name} is closed")
-        if self.dead or self.oom is not None:
-            raise MmError(errno.ESRCH, f"{what}: {self.name} {'has exited' if self.oom is None else 'was killed'}")
+        if self.dead:
+            raise MmError(errno.ESRCH, f"{what}: {self.name} has exited")
+
+    def check_running(self, what: str) -> None:
+        """Raises MmError ESRCH when the mm has exited, or was killed: its memory is not what it was."""
+        self.check_alive(what)
+        if self.oom is not None:
+            raise MmError(errno.ESRCH, f"{what}: {self.name} was killed: out of memory")
 
     def check_range(self, what: str, addr: int, length: int, wraps: int = errno.EINVAL) -> tuple[int, int]:
         """``[addr, addr + length)`` with the length rounded up to pages.
