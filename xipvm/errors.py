@@ -50,6 +50,15 @@ class TraceFileError(BadInput):
         self.reason = reason
 
 
+class SwapFileError(BadInput):
+    """What was named cannot be swap (size, format, lock, permissions). ``path`` names it."""
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(f"{path}: {reason}")
+        self.path = path
+        self.reason = reason
+
+
 class BoardError(BadInput):
     """Unknown board, or an option that the board does not have."""
 

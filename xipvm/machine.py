@@ -34,17 +34,22 @@ from xipvm.devices.bus import Bus
 from xipvm.devices.flash.cfi01 import PflashCfi01
 from xipvm.devices.flash.files import BankBytes, ImageOption, open_banks, parse_option
 from xipvm.devices.htif import Htif
-from xipvm.errors import BadInput, GuestError, HostMemoryError, XipvmError
+from xipvm.errors import BadInput, GuestError, HostMemoryError, MmError, XipvmError
 from xipvm.firmware import Firmware
 from xipvm.flash_memory import FlashMemory
 from xipvm.loader.elf import ElfImage
 from xipvm.loader.place import Placement, board_for, place
 from xipvm.mmu.frames import HostMemory
+from xipvm.mmu.huge_pmd import HPAGE_SIZE
 from xipvm.mmu.mm import Mm
+from xipvm.mmu.reclaim import watch_memory
 from xipvm.mmu.secondary.kvm_2008 import kvm_of
 from xipvm.mmu.secondary.memslot import GFN_LIMIT
-from xipvm.mmu.vma import MAP_ANONYMOUS, MAP_PRIVATE, PROT_EXEC, PROT_READ, PROT_WRITE
+from xipvm.mmu.swap import swap_of
+from xipvm.mmu.swap_file import SwapOption, open_swap, parse_swap
+from xipvm.mmu.vma import MAP_ANONYMOUS, MAP_HUGETLB, MAP_PRIVATE, PROT_EXEC, PROT_READ, PROT_WRITE
 from xipvm.notifier import PROTOCOLS
+from xipvm.oom_report import OOM_STATUS, oom_report
 from xipvm.report import crash_report
 from xipvm.result import RunResult, Summary
 from xipvm.trace.funnel import Trace
@@ -59,6 +64,8 @@ QUANTUM = 20_000
 TICK = 0.02
 #: Frames beside guest memory: the zero page, and room for what the host process maps of its own.
 HOST_RESERVE = 16 << 20
+#: The least host memory that a machine can do with: below, one access of the guest may need more than there is.
+HOST_MINIMUM = 1 << 20
 #: The largest device tree that a guest is given, bytes.
 DTB_LIMIT = 2 << 20
 #: An idle machine with a person at its console sleeps at most this long at a time, in seconds.
@@ -73,12 +80,16 @@ TIMEOUT_STATUS = 124
 class Machine:
     """A machine, ready to run. Use it as a context manager, or ``close`` it: it holds images and engines.
 
+    ``host_memory``: bytes of the host's own memory, by default enough for all of RAM; ``swap``: where pages go that do
+    not fit, as the command line says it (``"128M"``, ``"swap.img,size=1G"``).
     ``board``: a name or Board, by default the one that runs ``guest``. ``guest``: path of an ELF; without one the
     machine starts at the base of flash bank 0. ``memory``: bytes of RAM. ``flash``: image options, also as the command
     line writes them. ``ram_alias``: a guest-physical address where all of RAM appears a second time, as on boards with
-    an uncached window (what devices take out of RAM is not in it). ``pin_sptes``: nobody tells the secondary MMU of
-    changes; it holds every page that the guest has used instead, as KVM did before there were notifiers. ``trace``: what
-    everything is told to; sinks may be attached before or after. ``storm``: mm operations that come while the guest runs.
+    an uncached window (what devices take out of RAM is not in it). ``hugetlb``: RAM is huge pages of a pool that the
+    host has filled before, as with QEMU's memory-backend-file on hugetlbfs. ``pin_sptes``: nobody tells the secondary
+    MMU of changes; it holds every page that the guest has used instead, as KVM did before there were notifiers.
+    ``trace``: what everything is told to; sinks may be attached before or after. ``storm``: mm operations that come
+    while the guest runs.
     ``protocol``: how the secondary MMU is told of changes, ``modern`` or ``2008``.
     Raises BadInput; nothing is left open then.
     """
@@ -98,8 +109,11 @@ class Machine:
         dtb: str | os.PathLike[str] | None = None,
         ram_alias: int | None = None,
         pin_sptes: bool = False,
+        hugetlb: bool = False,
         protocol: str = "modern",
         storm: Storm | None = None,
+        host_memory: int | None = None,
+        swap: str | SwapOption | None = None,
     ) -> None:
         if clock not in CLOCKS:
             raise BadInput(f"no clock is called {clock!r}; known are {', '.join(CLOCKS)}")
@@ -117,7 +131,14 @@ class Machine:
         self.board = boards.get(board) if isinstance(board, str) else board
         self.memory_size = self.board.default_memory if memory is None else memory
         self.board.check(self.memory_size, smp)
-        _check_host(self.memory_size)
+        # What a storm forks keeps its own copies.
+        self.host_size = self.memory_size * (1 if storm is None else 2) + HOST_RESERVE
+        if host_memory is None:
+            _check_host(self.memory_size, "guest memory")
+        else:
+            self.host_size = _check_arena(host_memory)
+        self._swap = parse_swap(swap) if isinstance(swap, str) else swap
+        self.hugetlb = _check_hugetlb(self.memory_size, self.host_size) if hugetlb else False
         self.ram_alias = None if ram_alias is None else _check_alias(ram_alias, self.board, self.memory_size)
         self.image = image
         self.placement: Placement | None = None if image is None else place(image, self.board, self.memory_size)
@@ -161,19 +182,27 @@ class Machine:
         undo = self._resources.callback
         for image in {id(b.image): b.image for b in banks}.values():
             undo(image.close)
-        # What a storm forks keeps its own copies.
-        self.host = HostMemory(self.memory_size * (1 if self._storm is None else 2) + HOST_RESERVE)
+        self.host = HostMemory(self.host_size)
         undo(self.host.close)
+        self.reclaim = watch_memory(self.host, self.trace)
         self.history: History | None = None
         """Where a crash report finds the last events, if somebody attached one to ``trace``."""
         self.htif: Htif | None = None
         self.htif_base = 0
         self.mm = Mm(self.host, self.trace, name="mm0", protocol=self.protocol)
         undo(self.mm.exit)
+        if self._swap is not None:
+            area = open_swap(self._swap)
+            undo(area.close)
+            swap_of(self.mm).add_area(area)
         self.secondary = kvm_of(self.mm, self.trace, self.host, pin_sptes=self.pin_sptes)
         undo(self.secondary.destroy)
         self.secondary.mmio_lookup = self.bus.covers
-        self.ram = self.mm.mmap(self.memory_size, PROT_READ | PROT_WRITE | PROT_EXEC, MAP_PRIVATE | MAP_ANONYMOUS)
+        flags = MAP_PRIVATE | MAP_ANONYMOUS
+        if self.hugetlb:
+            self.host.reserve_huge_pages(self.memory_size // HPAGE_SIZE)
+            flags |= MAP_HUGETLB
+        self.ram = self.mm.mmap(self.memory_size, PROT_READ | PROT_WRITE | PROT_EXEC, flags)
         self.flash: list[FlashMemory] = []
         undo(self._close_flash)
         for number, (bank, data) in enumerate(zip(board.flash, banks, strict=True)):
@@ -207,7 +236,13 @@ class Machine:
         self.platform = board.build(self)
         power.map_htif(self)
         power.map_ram(self)
-        power.program(self)
+        try:
+            power.program(self)
+        except MmError:
+            if self.mm.oom is None:
+                raise
+            have = format_size(self.host_size)
+            raise HostMemoryError(self.host_size, f"{have} of host memory cannot hold the guest's image") from None
         power.power_on(self)
         if self._storm is not None:
             self._storm.bind(self)
@@ -386,7 +421,7 @@ class Machine:
             if not self.counted:
                 self._base += int(elapsed * 1e9)
             self.console.flush()
-        self._ended = result.reason in ("exit", "crash")
+        self._ended = result.reason in ("exit", "crash", "oom")
         result.summary = self.summary()
         if trace.on:
             trace.emit("machine_end", reason=result.reason, status=result.status)
@@ -410,6 +445,8 @@ class Machine:
             if self._exit is not None:
                 (status, reason), self._exit = self._exit, None
                 return RunResult(status, reason, self.summary())
+            if self.mm.oom is not None:
+                return RunResult(OOM_STATUS, "oom", self.summary(), report=oom_report(self))
             if self._reset:
                 self._restart()
             self.clock.run_due()
@@ -424,8 +461,12 @@ class Machine:
             self._first = vcpu.index + 1
             try:
                 self._turn(vcpu, limit, deadline)
-            except GuestError as error:
+            except (GuestError, MmError) as error:
                 self._settle()
+                if self.mm.oom is not None:
+                    return RunResult(OOM_STATUS, "oom", self.summary(), report=oom_report(self))
+                if isinstance(error, MmError):
+                    raise
                 return RunResult(1, "crash", self.summary(), report=crash_report(self, vcpu, error))
             interrupted = self._signals(deadline)
             if interrupted is not None:
@@ -554,6 +595,7 @@ class Machine:
 
     def summary(self) -> Summary:
         """What the machine did so far."""
+        swap = self.mm.rmap.swap
         return Summary(
             instructions=self._instructions() if self.counted else None,
             seconds=self.seconds,
@@ -562,6 +604,10 @@ class Machine:
             tlb_flushes=sum(vcpu.engine.flushes for vcpu in self.vcpus),
             flash_programs=sum(memory.device.programs for memory in self.flash),
             flash_erases=sum(memory.device.erases for memory in self.flash),
+            reclaimed=self.reclaim.lru.reclaimed,
+            swap_ins=0 if swap is None else swap.ins,
+            swap_outs=0 if swap is None else swap.outs,
+            swap_errors=0 if swap is None else swap.errors,
         )
 
 
@@ -577,10 +623,28 @@ def _check_alias(base: int, board: Board, size: int) -> int:
     return base
 
 
-def _check_host(memory: int) -> None:
+def _check_hugetlb(memory: int, host: int) -> bool:
+    if memory % HPAGE_SIZE:
+        raise BadInput(f"{format_size(memory)} of RAM is not made of huge pages: give a multiple of 2 MiB")
+    if memory + HPAGE_SIZE > host:
+        have, want = format_size(host), format_size(memory)
+        raise HostMemoryError(host, f"{have} of host memory cannot hold {want} in huge pages")
+    return True
+
+
+def _check_host(memory: int, what: str) -> None:
     have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if memory > have:
-        raise HostMemoryError(memory, f"{format_size(memory)} of guest memory: the host has {have >> 20} MiB")
+        raise HostMemoryError(memory, f"{format_size(memory)} of {what}: the host has {have >> 20} MiB")
+
+
+def _check_arena(size: int) -> int:
+    """``size`` when the model's host can have so much memory. Raises HostMemoryError."""
+    if size < HOST_MINIMUM or size % PAGE_SIZE:
+        least = format_size(HOST_MINIMUM)
+        raise HostMemoryError(size, f"host memory of {format_size(size)}: give {least} or more, whole pages of 4 KiB")
+    _check_host(size, "host memory")
+    return size
 
 
 def _options(flash: Iterable[str | ImageOption]) -> list[ImageOption]:
@@ -619,6 +683,10 @@ def run(
     max_instructions: int | None = None,
     until: str | None = None,
     storm: Storm | None = None,
+    host_memory: int | None = None,
+    swap: str | SwapOption | None = None,
+    pin_sptes: bool = False,
+    hugetlb: bool = False,
 ) -> tuple[RunResult, bytes]:
     """Run a guest to its end; returns how that was and what the guest printed.
 
@@ -636,6 +704,10 @@ def run(
         trace=trace,
         console=Console(output, stdin),
         storm=storm,
+        host_memory=host_memory,
+        swap=swap,
+        pin_sptes=pin_sptes,
+        hugetlb=hugetlb,
     ) as machine:
         result = machine.run(timeout=timeout, max_instructions=max_instructions, until=until)
     return result, output.getvalue()

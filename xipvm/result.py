@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from xipvm.oom_report import OomReport
     from xipvm.report import CrashReport
 
 
@@ -20,6 +21,11 @@ class Summary:
     tlb_flushes: int
     flash_programs: int
     flash_erases: int
+    reclaimed: int = 0
+    """Pages that left the host's memory under pressure."""
+    swap_ins: int = 0
+    swap_outs: int = 0
+    swap_errors: int = 0
 
     @property
     def mips(self) -> float | None:
@@ -37,4 +43,4 @@ class RunResult:
     status: int
     reason: str
     summary: Summary
-    report: CrashReport | None = None
+    report: CrashReport | OomReport | None = None

@@ -37,7 +37,10 @@ def run_guest(
     dtb: str | None,
     ram_alias: int | None,
     pin_sptes: bool,
+    hugetlb: bool,
     protocol: str,
+    host_memory: int | None,
+    swap: str | None,
     quiet: bool,
 ) -> int:
     """Run a guest as the options of ``xipvm run`` say. Returns the exit status. Raises XipvmError."""
@@ -76,7 +79,7 @@ def run_guest(
             from xipvm.trace.recorder import Recorder
 
             info = _machine_info(guest, board, memory, smp, secondary=secondary, clock=clock)
-            info |= {"protocol": protocol, "pin_sptes": pin_sptes}
+            info |= {"protocol": protocol, "pin_sptes": pin_sptes, "hugetlb": hugetlb}
             recorder = Recorder(trace, machine=info, deferred=True, on_error=trace_failed)
             funnel.attach(recorder)
         try:
@@ -93,7 +96,10 @@ def run_guest(
                 dtb=dtb,
                 ram_alias=ram_alias,
                 pin_sptes=pin_sptes,
+                hugetlb=hugetlb,
                 protocol=protocol,
+                host_memory=host_memory,
+                swap=swap,
             ) as machine:
                 machine.history = history
                 result = machine.run(timeout=timeout, max_instructions=max_instructions, until=until)
@@ -177,6 +183,7 @@ _ENDINGS = {
     "timeout": "the time limit was reached",
     "limit": "the instruction limit was reached",
     "crash": "the guest crashed",
+    "oom": "the host was out of memory and killed the machine's process",
     "quit": "ended from the console",
     "interrupted": "interrupted",
     "check": "the oracle stopped it",
@@ -198,6 +205,11 @@ def _summarise(result: RunResult) -> None:
         (summary.flash_erases, "flash erase"),
     ]
     _say("xipvm: " + ", ".join(_counted(count, what) for count, what in counts))
+    if summary.reclaimed or summary.swap_ins:
+        pressure = f"{_counted(summary.reclaimed, 'page')} reclaimed"
+        swapped = f"{_counted(summary.swap_outs, 'swap-out')}, {_counted(summary.swap_ins, 'swap-in')}"
+        errors = f", {_counted(summary.swap_errors, 'swap error')}" if summary.swap_errors else ""
+        _say(f"xipvm: {pressure}, {swapped}{errors}")
 
 
 def _counted(count: int, what: str) -> str:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 def get_user_pages(mm: Mm, hva: int, write: bool) -> GupPage:
     """See :meth:`Mm.get_user_pages`; this is the way for entries that do not allow the access yet."""
-    mm.check_alive("get_user_pages")
+    mm.check_running("get_user_pages")
     while True:
         fault = handle_mm_fault(mm, hva, write)
         if fault:
@@ -60,7 +60,7 @@ def copy_from_user(mm: Mm, hva: int, size: int) -> bytes:
 
 def access_remote_vm(mm: Mm, hva: int, data: bytes, force: bool) -> int:
     """See :meth:`Mm.access_remote_vm` (``force``) and :meth:`Mm.process_vm_writev`."""
-    mm.check_alive("access_remote_vm" if force else "process_vm_writev")
+    mm.check_running("access_remote_vm" if force else "process_vm_writev")
     done = 0
     for address, offset, length in pieces(hva, len(data)):
         try:

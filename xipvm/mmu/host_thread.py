@@ -107,7 +107,7 @@ class HostThread:
                 return entry
             if self.tlb.pop(page, None) is not None and mm.trace.on:  # a CPU drops the translation it faulted on
                 mm.trace.emit("host_tlb_drop", mm=mm.name, hva=hva & PAGE_MASK, thread=self.name)
-            mm.check_alive(f"access of {self.name}")
+            mm.check_running(f"access of {self.name}")
             fault = handle_mm_fault(mm, hva, write)
             if fault:
                 raise HostAccessError(_SIGNALS[fault], f"{self.name} at {hva:#x} in {mm.name}")

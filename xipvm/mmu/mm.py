@@ -45,7 +45,22 @@ from xipvm.errors import HostMemoryError, MmError
 from xipvm.locks import check
 from xipvm.locks.lock import KeyedLocks, RwLock
 from xipvm.locks.order import MMAP_LOCK, PTL
-from xipvm.mmu import clear_refs, collapse, fork, gup, ksm, madvise, mapping, migrate, mlock, mremap, pageout, protect, swap, zap
+from xipvm.mmu import (
+    clear_refs,
+    collapse,
+    fork,
+    gup,
+    ksm,
+    madvise,
+    mapping,
+    migrate,
+    mlock,
+    mremap,
+    pageout,
+    protect,
+    swap,
+    zap,
+)
 from xipvm.mmu.all_locks import AllLocks
 from xipvm.mmu.frames import HostMemory
 from xipvm.mmu.huge_pmd import huge_up

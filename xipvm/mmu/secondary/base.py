@@ -59,6 +59,8 @@ class SecondaryMmu(ABC):
         self.vcpus: list[TlbOwner] = []
         self.last_error = ""
         """Why the last FAULT was one, a phrase for a person."""
+        self.host_failed = False
+        """The last FAULT was the host's fault: there is memory, but its page was not to be had."""
 
     @abstractmethod
     def fault(self, page: int, access: int) -> int:

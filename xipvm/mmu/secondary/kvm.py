@@ -158,6 +158,7 @@ class KvmBase(SecondaryMmu):
             return MMIO
         if self.released:
             self.last_error = f"{self.name} has lost its address space"
+            self.host_failed = True
             return FAULT
         if self.mmu_invalidate_in_progress:  # only saves the lookup; what counts is the check below
             reason = self.mmu_invalidate_retry(seq, gfn)
@@ -298,12 +299,14 @@ class KvmBase(SecondaryMmu):
                     self.sptes.set(gfn, make_mmio_spte(Gfn(gfn)))
             return MMIO
         self.last_error = f"no memory at guest physical page {gfn << PAGE_SHIFT:#x}"
+        self.host_failed = False
         return FAULT
 
     def _lookup_failed(self, slot: Memslot, gfn: int, access: int, error: MmError) -> int:
         if slot.romd and access != FETCH and error.errno == errno.EFAULT:
             return MMIO  # the ROM does not show its array: the device answers
         self.last_error = f"no page behind guest frame {gfn:#x} ({slot!r}): {error}"
+        self.host_failed = not slot.romd
         return FAULT
 
     # ---- invalidation
