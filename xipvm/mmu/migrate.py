@@ -29,8 +29,12 @@ from xipvm.actors import point
 from xipvm.address import PAGE_SHIFT
 from xipvm.errors import MmError, OutOfFrames
 from xipvm.mmu.frames import (
+    LRU_ACTIVE_ANON,
+    LRU_ACTIVE_FILE,
+    PG_ACTIVE,
     PG_ANON,
     PG_DIRTY,
+    PG_FILE,
     PG_HUGETLB,
     PG_KSM,
     PG_REFERENCED,
@@ -124,7 +128,9 @@ def _move(host: HostMemory, old: int, new: int) -> bool:
     file = reverse_map(host).file(host.mapping(old))
     pgoff = host.index(old)
     cache = file if isinstance(file, PageCache) and file.pages.get(pgoff) == old else None
-    if host.mapcount(old) or host.refcount(old) != (1 if cache is None else 2):
+    swap = reverse_map(host).swap
+    swapped = swap is not None and old in swap.slots
+    if host.mapcount(old) or host.refcount(old) != (2 if swapped or cache is not None else 1):
         return False
     host.copy(old, new)
     host.set_flags(new, host.flags(old) & _FOLLOW)
@@ -132,10 +138,14 @@ def _move(host: HostMemory, old: int, new: int) -> bool:
     shared = reverse_map(host).ksm_root(host.mapping(old))
     if shared is not None:
         shared.pfn = new
+    if host.flags(old) & PG_ACTIVE:
+        host.lru_move(new, LRU_ACTIVE_FILE if host.flags(new) & PG_FILE else LRU_ACTIVE_ANON)
     if cache is not None:
         host.get(new)
         cache.pages[pgoff] = new
         host.put(old)
+    if swap is not None and swapped:
+        swap.replace(old, new)
     return True
 
 

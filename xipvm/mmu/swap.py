@@ -159,6 +159,13 @@ class Swap:
         if self._host.put(pfn) and self._trace.on:
             self._trace.emit("page_free", pages=[(pfn, 1)])
 
+    def replace(self, old: int, new: int) -> None:
+        """``new`` has what ``old`` had, and takes its place in the cache."""
+        self._host.get(new)
+        self.add(new, self.slots.pop(old))
+        self._host.clear_flags(old, PG_SWAPCACHE)
+        self._host.put(old)
+
     def forget(self, pfns: Iterable[int]) -> None:
         """Those of ``pfns`` that are cached and nobody has any more are freed."""
         for pfn in pfns:
