@@ -138,6 +138,8 @@ class Machine:
         else:
             self.host_size = _check_arena(host_memory)
         self._swap = parse_swap(swap) if isinstance(swap, str) else swap
+        if hugetlb and storm is not None:
+            raise BadInput("a storm forks children, for whose copies a pool of huge pages has no room")
         self.hugetlb = _check_hugetlb(self.memory_size, self.host_size) if hugetlb else False
         self.ram_alias = None if ram_alias is None else _check_alias(ram_alias, self.board, self.memory_size)
         self.image = image
