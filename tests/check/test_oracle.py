@@ -21,12 +21,12 @@ READ, WRITE = 1, 3
 class Story:
     """An mm with one page, behind one guest frame of vm0 that vcpu0 has in its TLB; then whatever a test tells."""
 
-    def __init__(self, invariants: tuple[str, ...] = tuple(INVARIANTS)) -> None:
+    def __init__(self, invariants: tuple[str, ...] = tuple(INVARIANTS), protocol: str = "modern") -> None:
         self.trace = Trace()
         self.oracle = Oracle(invariants)
         self.trace.attach(self.oracle)
         self.emit = self.trace.emit
-        self.emit("mmu_notifier_register", mm="mm0", notifier="vm0")
+        self.emit("mmu_notifier_register", mm="mm0", notifier="vm0", protocol=protocol)
         self.emit("memslot_set", vm="vm0", slot=0, gfn=GFN, pages=16, hva=HVA, flags=0)
         self.emit("page_alloc", pfn=PFN)
         self.set_pte(PFN)
@@ -237,6 +237,63 @@ def test_a_notifier_that_goes_on_after_its_time(story: Story) -> None:
     story.emit("mmu_notifier_release", mm="mm0", notifier="vm0")
     story.set_spte(PFN)
     assert story.broken() == ["I13"]
+
+
+def test_2008_tells_of_a_page_behind_its_flush() -> None:
+    story = Story(protocol="2008")
+    story.clear()
+    story.emit("primary_tlb_flush", mm="mm0", start=HVA, end=HVA + PAGE)
+    seq = story.emit("mmu_notifier_invalidate_page", mm="mm0", address=HVA)
+    with story.trace.because(seq):
+        story.zap()
+        story.flush()
+    story.free()
+    story.oracle.finish()
+    assert story.broken() == []
+
+
+def test_2008_and_nobody_is_told_of_the_page() -> None:
+    story = Story(protocol="2008")
+    story.clear()
+    story.emit("primary_tlb_flush", mm="mm0", start=HVA, end=HVA + PAGE)
+    assert story.broken() == []
+    story.set_pte(OTHER)
+    assert story.broken() == ["I1"]
+
+
+def test_2008_and_the_run_ends_before_anybody_is_told() -> None:
+    story = Story(protocol="2008")
+    story.clear()
+    story.oracle.finish()
+    assert story.broken() == ["I1"]
+
+
+def test_2008_and_who_is_told_does_nothing() -> None:
+    story = Story(protocol="2008")
+    story.clear()
+    seq = story.emit("mmu_notifier_invalidate_page", mm="mm0", address=HVA)
+    with story.trace.because(seq):
+        story.emit("host_access", mm="mm0", hva=0, access="read", thread="t")
+    assert story.broken() == []
+    story.emit("host_access", mm="mm0", hva=0, access="read", thread="t")
+    assert story.broken() == ["I3", "I10"]
+
+
+def test_huge_entries_are_many() -> None:
+    story = Story()
+    story.emit("page_alloc_huge", pages=[(0x200, 512)])
+    base = 0x9000_0000
+    story.emit("memslot_set", vm="vm0", slot=1, gfn=0x80000, pages=512, hva=base, flags=0)
+    story.emit("pte_set", mm="mm0", hva=base, pfn=0x200, flags=WRITE | 1 << 7)
+    story.emit("spte_set_huge", vm="vm0", gfn=0x80000, pages=512, pfn=0x200, rights="rwx")
+    assert story.broken() == []
+    story.emit("mmu_notifier_invalidate_range_start", mm="mm0", start=base, end=base + PAGE, event="CLEAR", range=1)
+    story.emit("pmd_split", mm="mm0", start=base, end=base + 512 * PAGE, pfn=0x200, flags=WRITE)
+    assert story.broken() == [], "the same pages with the same rights"
+    story.emit("pte_clear", mm="mm0", start=base, end=base + PAGE, pages=[(0x200, 1)])
+    assert story.broken() == ["I3"]
+    story.emit("page_free", pages=[(0x201, 1)])
+    assert story.broken() == ["I3", "I5"]
 
 
 def test_only_the_chosen_invariants_count() -> None:

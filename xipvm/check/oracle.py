@@ -6,6 +6,9 @@ events only, so it judges any secondary MMU that tells what it does. The order t
     range start → shadow entries removed, TLBs flushed → start returns → primary entries change → range end
                                                                    primary TLB flush → frames are freed
 
+In the protocol of 2008 a single page may do without a range: its entry is cleared, the primary TLB is flushed, and
+before anything else the notifiers are told of the page.
+
 Not demanded, because the kernel does not keep it either: minimal ranges, an end behind the flush or behind the freeing,
 a word when rights are raised, a change inside every range, a word about where mremap moves to, about migration entries
 that go away, or about MADV_COLD.
@@ -21,7 +24,7 @@ from typing import Any, Final
 
 from xipvm.address import PAGE_SHIFT
 from xipvm.check.violation import INVARIANTS, Violation
-from xipvm.check.world import WRITE, Area, Entry, Range, World
+from xipvm.check.world import WRITE, Area, Change, Entry, Range, Vm, World
 from xipvm.errors import BadInput
 from xipvm.trace.events import Event
 from xipvm.trace.history import History
@@ -64,6 +67,8 @@ class Oracle:
         self._history = History(history)
         self._returning: list[Range] = []
         """Open ranges whose start may still be telling somebody."""
+        self._changes: list[Change] = []
+        """In 2008: entries whose notifiers have not been told, or are being told."""
         self._handlers: dict[str, Callable[[Event, Fields], None]] = {
             name.removeprefix("_on_"): getattr(self, name) for name in dir(self) if name.startswith("_on_")
         }
@@ -74,12 +79,17 @@ class Oracle:
         self._history(event)
         if self._returning:
             self._see_returns(event)
+        if self._changes:
+            self._see_told(event)
         handler = self._handlers.get(event.kind)
         if handler is not None:
             handler(event, event.fields)
 
     def finish(self) -> None:
-        """No more events come: every range must have ended."""
+        """No more events come: every range must have ended, every page must have been told of."""
+        for change in self._changes:
+            if not change.told:
+                self._untold(change)
         for opened in self._world.open.values():
             self.checks["I6"] += 1
             last = self._history.events[-1]
@@ -118,10 +128,31 @@ class Oracle:
         elif opened in self._returning:
             self._returning.remove(opened)
 
+    def _see_told(self, event: Event) -> None:
+        """In 2008: between the change of an entry and the word about it, its actor may flush TLBs and nothing else."""
+        for change in tuple(self._changes):
+            if event.actor != change.actor or event.cause == change.told != 0:
+                continue
+            if change.told:  # the callbacks have returned
+                self._changes.remove(change)
+                self._translated(event, change.mm, change.page, (change.pfn, 0), None, 0, ())
+            elif event.kind == "mmu_notifier_invalidate_page":
+                if event.fields["mm"] == change.mm and event.fields["address"] >> PAGE_SHIFT == change.page:
+                    change.told = event.seq
+            elif event.kind != "primary_tlb_flush":
+                self._changes.remove(change)
+                self._untold(change)
+
+    def _untold(self, change: Change) -> None:
+        hva = change.page << PAGE_SHIFT
+        self._broken("I1", f"the entry of {hva:#x} changed, and nobody was told of the page", change.event, hva=hva)
+
     # ---- who is told
 
     def _on_mmu_notifier_register(self, event: Event, fields: Fields) -> None:
-        self._world.mm(fields["mm"]).notifiers.add(fields["notifier"])
+        process = self._world.mm(fields["mm"])
+        process.notifiers.add(fields["notifier"])
+        process.protocol = fields["protocol"]
         vm = self._world.vm(fields["notifier"])
         vm.mm, vm.gone = fields["mm"], False
 
@@ -196,6 +227,12 @@ class Oracle:
                 self._lowered(event, process.name, page, before, before[0], flags)
             process.entries[page] = (before[0], flags)
 
+    def _on_pmd_split(self, event: Event, fields: Fields) -> None:
+        first, flags = fields["pfn"], fields["flags"]
+        for offset in range((fields["end"] - fields["start"]) >> PAGE_SHIFT):
+            pfn = first + offset if first else first  # the huge zero page becomes the zero page, many times
+            self._set(event, fields["mm"], (fields["start"] >> PAGE_SHIFT) + offset, pfn, flags)
+
     def _on_pte_move(self, event: Event, fields: Fields) -> None:
         process = self._world.mm(fields["mm"])
         start, by = fields["start"] >> PAGE_SHIFT, (fields["to"] - fields["start"]) >> PAGE_SHIFT
@@ -213,18 +250,34 @@ class Oracle:
         """The entry of ``page`` was ``before`` and is ``pfn`` with ``flags`` now, or nothing."""
         world = self._world
         process = world.mms[mm]
-        watchers = list(world.watchers(mm))
         if not process.notifiers and not process.intervals:
             return
-        hva = page << PAGE_SHIFT
-        told = list(world.covering(mm, page))
-        live = process.intervals or any(not vm.gone for vm in watchers)
-        if live:
+        told = tuple(world.covering(mm, page))
+        if process.intervals or any(not vm.gone for vm in world.watchers(mm)):
             self.checks["I1"] += 1
+            if not told and process.protocol == "2008":
+                self._changes.append(Change(mm, page, before[0], event.actor, event))
+                return
             if not told:
+                hva = page << PAGE_SHIFT
                 self._broken("I1", f"the entry of {hva:#x} changes outside of every range", event, hva=hva)
+        self._translated(event, mm, page, before, pfn, flags, told)
+
+    def _translated(
+        self,
+        event: Event,
+        mm: str,
+        page: int,
+        before: tuple[int, int],
+        pfn: int | None,
+        flags: int,
+        told: tuple[Range, ...],
+    ) -> None:
+        """Nobody may translate ``page`` by ``before`` any more, as far as ``pfn`` with ``flags`` allows less."""
+        world = self._world
+        hva = page << PAGE_SHIFT
         self.checks["I3"] += 1
-        for vm in watchers:
+        for vm in world.watchers(mm):
             for gfn in vm.gfns(page):
                 spte = vm.sptes.get(gfn)
                 if spte is not None and _stale(spte, before, pfn, flags):
@@ -246,6 +299,11 @@ class Oracle:
 
     def _on_page_alloc(self, event: Event, fields: Fields) -> None:
         self._world.freed.pop(fields["pfn"], None)
+
+    def _on_page_alloc_huge(self, event: Event, fields: Fields) -> None:
+        for first, count in fields["pages"]:
+            for pfn in range(first, first + count):
+                self._world.freed.pop(pfn, None)
 
     def _on_page_free(self, event: Event, fields: Fields) -> None:
         world = self._world
@@ -287,16 +345,21 @@ class Oracle:
         self._world.vm(fields["vm"]).slots.pop(fields["slot"], None)
 
     def _on_spte_set(self, event: Event, fields: Fields) -> None:
-        world = self._world
-        vm = world.vm(fields["vm"])
-        gfn, pfn, write = fields["gfn"], fields["pfn"], "w" in fields["rights"]
+        self._install(event, self._world.vm(fields["vm"]), fields["gfn"], fields["pfn"], "w" in fields["rights"])
+
+    def _on_spte_set_huge(self, event: Event, fields: Fields) -> None:
+        vm = self._world.vm(fields["vm"])
+        for offset in range(fields["pages"]):
+            self._install(event, vm, fields["gfn"] + offset, fields["pfn"] + offset, "w" in fields["rights"])
+
+    def _install(self, event: Event, vm: Vm, gfn: int, pfn: int, write: bool) -> None:
         self.checks["I13"] += 1
         if vm.gone:
             self._broken("I13", f"{vm.name} installs an entry, but it is no notifier any more", event, gfn=gfn, pfn=pfn)
         page = vm.page(gfn)
         if page is not None and vm.mm is not None:
             self._installed(event, vm.mm, page, gfn, pfn, write)
-        world.hold(vm.sptes, gfn, Entry(pfn, write, event.seq))
+        self._world.hold(vm.sptes, gfn, Entry(pfn, write, event.seq))
 
     def _installed(self, event: Event, mm: str, page: int, gfn: int, pfn: int, write: bool) -> None:
         hva = page << PAGE_SHIFT

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from xipvm.trace.events import Event
+
 WRITE = 1 << 1
 """The bit of a primary entry's flags that allows writing (mmu/pte.py)."""
 
@@ -33,6 +35,19 @@ class Range:
     seq: int
     returned: bool = False
     """Every notifier has been told."""
+
+
+@dataclass(slots=True)
+class Change:
+    """In 2008: an entry that changed outside of every range, so that its notifiers have to be told of the page."""
+
+    mm: str
+    page: int
+    pfn: int
+    actor: str
+    event: Event
+    told: int = 0
+    """The event that tells them."""
 
 
 @dataclass(slots=True)
@@ -77,6 +92,7 @@ class Process:
     """An mm: its entries by page, flags as in ``pte_set``; and the TLBs of its threads."""
 
     name: str
+    protocol: str = "modern"
     entries: dict[int, tuple[int, int]] = field(default_factory=dict)
     notifiers: set[str] = field(default_factory=set)
     intervals: set[str] = field(default_factory=set)

@@ -166,7 +166,9 @@ class MmuNotifiers:
             notifier.users = 1
             self._link((notifier, *self._list))
         if self._mm.trace.on:
-            self._mm.trace.emit("mmu_notifier_register", mm=self._mm.name, notifier=notifier.name)
+            self._mm.trace.emit(
+                "mmu_notifier_register", mm=self._mm.name, notifier=notifier.name, protocol=self.protocol
+            )
 
     def _check(self, notifier: Subscriber) -> None:
         if notifier.subscribed_to is not None:

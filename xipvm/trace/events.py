@@ -205,7 +205,7 @@ define("host_tlb_insert", "mm:str hva:hva pfn:pfn rights:str thread:str", "a hos
 define("host_tlb_drop", "mm:str hva:hva? thread:str", "it dropped one that it faulted on; without hva, all: it ended")
 
 # Notifiers. `range` pairs an end with its start.
-define("mmu_notifier_register", "mm:str notifier:str", "a notifier joined the mm's list")
+define("mmu_notifier_register", "mm:str notifier:str protocol:str", "a notifier joined the mm's list")
 define("mmu_notifier_unregister", "mm:str notifier:str", "a notifier left the mm's list")
 define("mmu_notifier_release", "mm:str notifier:str", "a notifier was told that the mm goes away")
 define("mmu_notifier_invalidate_range_start", "mm:str start:hva end:hva event:str range:int", "S of a range")
