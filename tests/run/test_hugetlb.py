@@ -17,6 +17,7 @@ from xipvm.mmu.secondary.memslot import GFN_LIMIT
 from xipvm.mmu.secondary.spte import SPTE_HUGE
 from xipvm.mmu.verify import verify
 from xipvm.mmu.vma import PROT_EXEC, PROT_READ, PROT_WRITE
+from xipvm.storm import Storm
 
 MEMORY = 64 << 20
 
@@ -77,6 +78,8 @@ def test_ram_that_is_not_made_of_huge_pages_is_refused() -> None:
         Machine(guest("hello", "arm64"), memory=MEMORY + 4096, hugetlb=True)
     with pytest.raises(HostMemoryError, match="cannot hold"):
         Machine(guest("hello", "arm64"), memory=MEMORY, hugetlb=True, host_memory=MEMORY)
+    with pytest.raises(BadInput, match="storm"):
+        Machine(guest("hello", "arm64"), memory=MEMORY, hugetlb=True, storm=Storm(1))
     outcome = xipvm("run", "--hugetlb", "--memory", "65540K", guest("hello", "arm64"))
     assert (outcome.status, outcome.err.count("\n")) == (2, 1)
 
