@@ -552,7 +552,7 @@ def test_trace(mm: World, calls: list[str]) -> None:
     whole = {"mm": "mm0", "start": 0x1000, "end": 0x3000, "event": "PROTECTION_VMA", "range": 1}
     assert events[1].fields == whole
     assert events[4].fields == whole
-    assert events[0].fields == {"mm": "mm0", "notifier": "a"}
+    assert events[0].fields == {"mm": "mm0", "notifier": "a", "protocol": "modern"}
 
 
 @given(st.data())
