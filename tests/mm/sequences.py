@@ -1,6 +1,6 @@
 """Random sequences of operations on the mm and on the naive model beside it (world.py).
 
-    python -m tests.mm.sequences --count 100000 [--seed 0] [--length 24]
+    python -m tests.mm.sequences --count 100000 [--seed 0] [--length 24] [--huge]
 
 runs that many, and stops at the first that fails: with its seed, and what is left of it when everything that does not
 matter is taken away.
@@ -19,42 +19,48 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from tests.mm.huge_world import HugeWorld
 from tests.mm.world import HEAP_PAGES, MOST_PROCESSES, PAGES, Operation, World
 
 _WEIGHTS = {
     "store": 10, "load": 6, "guest_store": 8, "guest_load": 5, "store_across": 2, "mmap": 6, "mmap_anywhere": 1,
-    "munmap": 3, "brk": 4, "mprotect": 5, "mremap": 5, "resize": 3, "map_again": 1, "dontneed": 3, "free": 3, "cold": 1,
-    "pageout": 5, "willneed": 1, "mergeable": 5, "merge": 4, "dontfork": 1, "guard": 3, "populate": 3, "remove": 2,
-    "mlock": 3, "msync": 2, "bad_arguments": 1, "slot": 2, "reopen_vm": 1, "pin": 3, "fork": 4, "exit": 2, "reclaim": 4,
-    "swap": 2, "migrate": 3, "compact": 2, "move_pages": 1, "clear_refs": 3, "pwrite": 3, "pread": 1, "truncate": 3,
+    "munmap": 3, "brk": 4, "mprotect": 5, "mremap": 5, "resize": 3, "map_again": 1, "dontneed": 3, "free": 3,
+    "cold": 1, "pageout": 5, "willneed": 1, "mergeable": 5, "merge": 4, "dontfork": 1, "guard": 3, "populate": 3,
+    "remove": 2, "mlock": 3, "msync": 2, "bad_arguments": 1, "slot": 2, "reopen_vm": 1, "pin": 3, "fork": 4,
+    "exit": 2, "reclaim": 4, "huge": 1, "collapse": 1, "monitor": 3, "write_protect": 4, "uffd_move": 3, "swap": 2,
+    "migrate": 3, "compact": 2, "move_pages": 1, "clear_refs": 3, "pwrite": 3, "pread": 1, "truncate": 3,
     "punch": 2, "fsync": 2, "direct_write": 1,
 }  # fmt: skip
 VERBS = [verb for verb, weight in _WEIGHTS.items() for _ in range(weight)]
 CHOICES = 40320
 
 
-def sequence_of(seed: int, length: int) -> list[Operation]:
-    """The sequence of a seed: it maps something, then anything."""
+def sequence_of(seed: int, length: int, huge: bool = False) -> list[Operation]:
+    """The sequence of a seed: it maps something, then anything. ``huge``: where huge pages are wanted."""
     source = random.Random(seed)
     number = source.randrange
     first: list[Operation] = [("mmap", 0, 0, PAGES, 3 + 56 * number(3)), ("mmap", 0, number(6), 6, number(CHOICES))]
+    if huge:
+        first = [("mmap", 0, 0, 6, 0), ("huge", 0, 0, 6, 1), ("mmap", 0, number(PAGES), 3, number(CHOICES))]
     return first + [
         (source.choice(VERBS), number(MOST_PROCESSES), number(PAGES + HEAP_PAGES + 4), 1 + number(6), number(CHOICES))
         for _ in range(length)
     ]
 
 
-def run_sequence(sequence: list[Operation], folder: str, *, swap: int = 0, traced: bool = False) -> None:
+def run_sequence(
+    sequence: list[Operation], folder: str, *, swap: int = 0, traced: bool = False, huge: bool = False
+) -> None:
     """Raises what an operation raises that should not, and AssertionError."""
-    world = World(folder, swap=swap, traced=traced)
+    world = (HugeWorld if huge else World)(folder, swap=swap, traced=traced)
     for op in sequence:
         world.run(op)
     world.finish()
 
 
-def environment(seed: int) -> dict[str, Any]:
+def environment(seed: int, huge: bool = False) -> dict[str, Any]:
     """What else differs between sequences."""
-    return {"swap": (0, 4, 24)[seed % 3], "traced": seed % 16 == 0}
+    return {"swap": (0, 4, 24)[seed % 3] * (64 if huge else 1), "traced": seed % 16 == 0, "huge": huge}
 
 
 def shrink(sequence: list[Operation], fails: Callable[[list[Operation]], bool]) -> list[Operation]:
@@ -80,10 +86,12 @@ def _fails(sequence: list[Operation], folder: str, kind: type, how: dict[str, An
     return False
 
 
-def run_many(count: int, seed: int, length: int, folder: str, report: Callable[[int], None] | None = None) -> int:
+def run_many(
+    count: int, seed: int, length: int, folder: str, report: Callable[[int], None] | None = None, *, huge: bool = False
+) -> int:
     """Runs the sequences of ``count`` seeds; how many operations that were. The first failure is shrunk and raised."""
     for number in range(seed, seed + count):
-        sequence, how = sequence_of(number, length), environment(number)
+        sequence, how = sequence_of(number, length, huge), environment(number, huge)
         try:
             run_sequence(sequence, folder, **how)
         except Exception as error:
@@ -91,7 +99,7 @@ def run_many(count: int, seed: int, length: int, folder: str, report: Callable[[
             raise AssertionError(f"seed {number}: {error!r}\nrun_sequence({short!r}, folder, **{how!r})") from error
         if report is not None and (number - seed) % 1000 == 999:
             report(number - seed + 1)
-    return count * (length + 2)
+    return count * (length + 2 + huge)
 
 
 def main() -> int:
@@ -99,6 +107,7 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--length", type=int, default=24)
+    parser.add_argument("--huge", action="store_true", help="Many more pages, and huge ones among them.")
     options = parser.parse_args()
     start = time.monotonic()
 
@@ -108,7 +117,7 @@ def main() -> int:
     memory = "/dev/shm" if os.path.isdir("/dev/shm") else None  # the files are small, and made anew each time
     with tempfile.TemporaryDirectory(prefix="xipvm-sequences-", dir=memory) as folder:
         try:
-            operations = run_many(options.count, options.seed, options.length, folder, report)
+            operations = run_many(options.count, options.seed, options.length, folder, report, huge=options.huge)
         except AssertionError as error:
             traceback.print_exception(error)
             return 1

@@ -49,6 +49,11 @@ def test_many_sequences(tmp_path: Path) -> None:
     run_many(SEQUENCES, 0, 24, str(tmp_path))
 
 
+@pytest.mark.slow
+def test_sequences_with_huge_pages(tmp_path: Path) -> None:
+    run_many(max(SEQUENCES // 100, 1), 0, 24, str(tmp_path), huge=True)
+
+
 # ---- what keeps the model honest: it finds defects
 
 

@@ -10,27 +10,39 @@ import errno
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from tests.mm.naive import EMPTY, OFFSETS, READ, WRITE, NaiveFile, NaiveProcess, Page, Slot, Words, truncate
 from xipvm.errors import MmError
 from xipvm.mmu import madvise as advice
-from xipvm.mmu.frames import PG_SWAPCACHE, HostMemory
+from xipvm.mmu.frames import HUGE_PAGES, PG_RESERVED, PG_SWAPCACHE, HostMemory
 from xipvm.mmu.host_file import HostFile
 from xipvm.mmu.host_thread import HostThread
 from xipvm.mmu.migrate import compact_memory, migrate_page
 from xipvm.mmu.mm import MS_ASYNC, MS_INVALIDATE, MS_SYNC, START_BRK, Mm
 from xipvm.mmu.mremap import MREMAP_DONTUNMAP, MREMAP_FIXED, MREMAP_MAYMOVE
 from xipvm.mmu.page_cache import PageCache, ShmemFile
-from xipvm.mmu.pte import GUARD, MAPPED, PRESENT, SPECIAL, pte_pfn
+from xipvm.mmu.pte import GUARD, HUGE, MAPPED, PRESENT, SPECIAL, pte_pfn
 from xipvm.mmu.pte import WRITE as PTE_WRITE
 from xipvm.mmu.secondary.base import FAULT, MMIO, RETRY_WALK
 from xipvm.mmu.secondary.base import READ as GUEST_READ
 from xipvm.mmu.secondary.base import WRITE as GUEST_WRITE
 from xipvm.mmu.secondary.kvm import Kvm
 from xipvm.mmu.secondary.memslot import MEM_LOG_DIRTY_PAGES, MEM_READONLY
-from xipvm.mmu.secondary.spte import SPTE_PRESENT, SPTE_WRITE, spte_pfn
+from xipvm.mmu.secondary.spte import SPTE_HUGE, SPTE_PRESENT, SPTE_WRITE, spte_pfn
+from xipvm.mmu.uffd_message import (
+    UFFD_EVENT_PAGEFAULT,
+    UFFD_PAGEFAULT_FLAG_MINOR,
+    UFFD_PAGEFAULT_FLAG_WP,
+    UffdMsg,
+)
+from xipvm.mmu.uffd_wp import UFFD_FEATURE_WP_UNPOPULATED
+from xipvm.mmu.userfaultfd import UFFDIO_MOVE_MODE_ALLOW_SRC_HOLES, Userfaultfd
+from xipvm.mmu.userfaultfd import UFFDIO_REGISTER_MODE_MINOR as MINOR
+from xipvm.mmu.userfaultfd import UFFDIO_REGISTER_MODE_MISSING as MISSING
+from xipvm.mmu.userfaultfd import UFFDIO_REGISTER_MODE_WP as WP
 from xipvm.mmu.verify import verify
 from xipvm.mmu.vma import MAP_ANONYMOUS, MAP_FIXED, MAP_FIXED_NOREPLACE, MAP_PRIVATE, MAP_SHARED, VM_LOCKED
 from xipvm.trace.funnel import Trace
@@ -66,6 +78,33 @@ class Vcpu:
         pass
 
 
+@contextmanager
+def allowed(*errors: int) -> Iterator[None]:
+    """What the model cannot say: it fails with one of ``errors``, or does not."""
+    try:
+        yield
+    except MmError as raised:
+        if raised.errno not in errors:
+            raise
+
+
+def resolve(uffd: Userfaultfd, message: UffdMsg) -> None:
+    """The monitor: nobody sees that it is there."""
+    if message.event != UFFD_EVENT_PAGEFAULT:
+        return
+    if message.flags & UFFD_PAGEFAULT_FLAG_WP:
+        uffd.writeprotect(message.address, PAGE, 0)
+    elif message.flags & UFFD_PAGEFAULT_FLAG_MINOR:
+        uffd.continue_(message.address, PAGE)
+    elif message.address & PAGE:
+        uffd.copy(message.address, bytes(PAGE))
+    else:
+        try:
+            uffd.zeropage(message.address, PAGE)
+        except MmError:  # only a copy goes over a marker
+            uffd.copy(message.address, bytes(PAGE))
+
+
 @dataclass(eq=False)
 class File:
     """A file and its model. ``path``: where it is on the disk."""
@@ -83,14 +122,15 @@ class Process:
         self.model = model
         self.thread = HostThread(mm, f"thread of {mm.name}")
         self.vcpu = Vcpu()
+        self.uffd: Userfaultfd | None = None
         self.open_vm(world)
 
     def open_vm(self, world: World) -> None:
         self.kvm = Kvm(self.mm, world.trace, world.host, name=f"vm of {self.mm.name}")
         self.kvm.vcpus.append(self.vcpu)
         self.model.slots = {}
-        self.set_slot(0, Slot(0, PAGES, BASE))
-        self.set_slot(1, Slot(32, HEAP_PAGES, HEAP))
+        self.set_slot(0, Slot(0, world.pages, world.base))
+        self.set_slot(1, Slot(world.heap_gfn, HEAP_PAGES, HEAP))
 
     def set_slot(self, number: int, slot: Slot, flags: int = 0) -> None:
         self.kvm.set_memslot(number, slot.gfn, slot.pages, slot.page * PAGE, flags | MEM_READONLY * slot.readonly)
@@ -100,8 +140,16 @@ class Process:
 class World:
     """``folder``: where files are made. ``traced``: every event is made, and thrown away."""
 
+    base = BASE
+    pages = PAGES
+    frames = FRAMES
+    file_pages = FILE_PAGES
+    most_pages = MOST_PAGES
+    most_processes = MOST_PROCESSES
+    heap_gfn, alias_gfn = 32, 64
+
     def __init__(self, folder: str, *, traced: bool = False, swap: int = 0) -> None:
-        self.host = HostMemory(FRAMES * PAGE, poison="frame")
+        self.host = HostMemory(self.frames * PAGE, poison="frame")
         self.trace = Trace()
         if traced:
             self.trace.attach(lambda event: None)
@@ -111,7 +159,7 @@ class World:
             self.processes[0].mm.swapon(swap)
             self.swaps = 1
         self.files = [
-            File(ShmemFile(self.host, self.trace, "memfd", FILE_PAGES * PAGE), NaiveFile(FILE_PAGES * PAGE)),
+            File(ShmemFile(self.host, self.trace, "memfd", self.file_pages * PAGE), NaiveFile(self.file_pages * PAGE)),
             self._host_file(os.path.join(folder, "rw"), True),
             self._host_file(os.path.join(folder, "ro"), False),
         ]
@@ -133,13 +181,17 @@ class World:
     def _pages(self, process: Process, page: int, count: int) -> range:
         """In the middle, on the heap, or where mremap has put something."""
         if page < PAGES:
-            first = BASE + page
+            first = self.base + page
         elif page < PAGES + HEAP_PAGES:
             first = HEAP + page - PAGES
         else:
-            mapped = sorted(process.model.pages) or [BASE]
+            mapped = sorted(process.model.pages) or [self.base]
             first = mapped[page % len(mapped)]
         return range(first, first + count)
+
+    def target(self, choice: int, count: int) -> int:
+        """Where ``count`` pages can be moved to."""
+        return self.base + max(min(choice % PAGES, self.pages - count), 0)
 
     def everybody(self) -> Iterator[Page]:
         for process in self.processes:
@@ -161,8 +213,8 @@ class World:
 
     def mmap(self, process: Process, pages: range, choice: int) -> None:
         first, count = pages.start, len(pages)
-        if first >= BASE:
-            count = min(count, BASE + PAGES - first) if first < BASE + PAGES else 1
+        if first >= self.base:
+            count = max(min(count, self.base + self.pages - first), 1)
         kind, sharing = (3, 0, 3, 1, 2, 3)[choice % 6], "shared" if choice // 6 % 2 else "private"
         prot, how = PROTS[choice // 8 % len(PROTS)], (0, 0, 1, 2)[choice // 56 % 4]
         flags, pgoff = FLAGS[sharing] | (0, MAP_FIXED, MAP_FIXED_NOREPLACE)[how or 1], choice // 224 % 4
@@ -183,7 +235,7 @@ class World:
 
     def mmap_anywhere(self, process: Process, pages: range, choice: int) -> None:
         """A wish that is granted if there is room, and something else that is free otherwise."""
-        if len(process.model.pages) >= MOST_PAGES:
+        if len(process.model.pages) + len(pages) > self.most_pages:
             return
         free = not process.model.mapped(pages)
         got = process.mm.mmap(len(pages) * PAGE, 3, addr=pages.start * PAGE) // PAGE
@@ -209,7 +261,7 @@ class World:
         model, mm = process.model, process.mm
         keep, change = choice % 3 == 0, (0, 0, 1, -1)[choice // 3 % 4]
         new_count = len(pages) if keep else max(len(pages) + change, 1)
-        to = BASE + min(choice // 12 % PAGES, PAGES - new_count)
+        to = self.target(choice // 12, new_count)
         target, area = range(to, to + new_count), mm.find_vma(pages.start * PAGE)
         error = 0
         if area is None:
@@ -236,7 +288,7 @@ class World:
         """mremap without a place: shrinks, grows where it is, or moves, if it may."""
         model, mm, may_move = process.model, process.mm, bool(choice % 2)
         new_count = max(len(pages) + choice // 2 % 7 - 3, 1)
-        if len(model.pages) + new_count > MOST_PAGES:
+        if len(model.pages) + new_count > self.most_pages:
             return
         area = mm.find_vma(pages.start * PAGE)
         grows = new_count > len(pages)
@@ -263,7 +315,7 @@ class World:
     def map_again(self, process: Process, pages: range, choice: int) -> None:
         """mremap with an old length of 0: shared memory appears a second time."""
         model, found = process.model, process.model.at(pages.start)
-        if len(model.pages) + len(pages) > MOST_PAGES:
+        if len(model.pages) + len(pages) > self.most_pages:
             return
         error = errno.EFAULT if found is None else 0 if found.shared else errno.EINVAL
         place = self.same(error, process.mm.mremap, pages.start * PAGE, 0, len(pages) * PAGE, MREMAP_MAYMOVE)
@@ -319,6 +371,63 @@ class World:
         """Entries of file pages may be gone, and with them what they knew of writes."""
         for page in self.everybody():
             page.soft_dirty &= page.own is not None
+
+    def huge(self, process: Process, pages: range, choice: int) -> None:
+        kind = advice.MADV_HUGEPAGE if choice % 4 else advice.MADV_NOHUGEPAGE
+        self._advise(process, pages, kind, process.model.flag(pages))
+
+    def collapse(self, process: Process, pages: range, choice: int) -> None:
+        """Whether there can be huge pages the model does not know; nobody may see whether there are."""
+        if choice % 3 == 0:
+            process.mm.khugepaged_scan()
+        else:
+            with allowed(errno.EINVAL, errno.ENOMEM, errno.EAGAIN, errno.EBUSY):
+                process.mm.madvise(pages.start * PAGE, len(pages) * PAGE, advice.MADV_COLLAPSE)
+        self._file_entries_go()
+
+    # ---- userfaultfd: a monitor that gives everybody what would be there without it
+
+    def monitor(self, process: Process, pages: range, choice: int) -> None:
+        """Something is registered or let go; or the monitor closes."""
+        if choice % 4:
+            self._register(process, pages, (MISSING, WP, MISSING | WP, MINOR)[choice // 4 % 4])
+        elif process.uffd is not None and choice % 3:
+            with allowed(errno.EINVAL, errno.ENOMEM):
+                process.uffd.unregister(pages.start * PAGE, len(pages) * PAGE)
+        elif process.uffd is not None:
+            process.uffd.close()
+            process.uffd = None
+
+    def _register(self, process: Process, pages: range, mode: int) -> Userfaultfd:
+        if process.uffd is None:
+            features = UFFD_FEATURE_WP_UNPOPULATED if mode == WP and len(pages) % 2 else 0
+            process.uffd = process.mm.userfaultfd(resolve, features)
+        with allowed(errno.EINVAL, errno.ENOMEM, errno.EBUSY, errno.EPERM):
+            process.uffd.register(pages.start * PAGE, len(pages) * PAGE, mode)
+        return process.uffd
+
+    def write_protect(self, process: Process, pages: range, choice: int) -> None:
+        uffd = self._register(process, pages, WP)
+        with allowed(errno.ENOENT):
+            uffd.writeprotect(pages.start * PAGE, len(pages) * PAGE, int(choice % 4 > 0))
+
+    def uffd_move(self, process: Process, pages: range, choice: int) -> None:
+        """UFFDIO_MOVE of one page, to a page that is empty because it was dropped."""
+        model, target = process.model, self.target(choice, 1)
+        source, place, there = model.at(pages.start), model.at(target), range(target, target + 1)
+        if source is None or place is None or source is place or place.locked or place.guard:
+            return
+        uffd = self._register(process, there, MISSING)
+        self._advise(process, there, advice.MADV_DONTNEED, model.dontneed(there))
+        self.settle(process, pages.start)
+        done = 0
+        with allowed(errno.EINVAL, errno.EBUSY, errno.ENOENT, errno.EEXIST):
+            done = uffd.move(target * PAGE, pages.start * PAGE, PAGE, UFFDIO_MOVE_MODE_ALLOW_SRC_HOLES)
+        if done:
+            assert source.file is None
+            assert place.file is None
+            place.own, source.own = source.own, None
+            place.soft_dirty, source.soft_dirty = False, False
 
     def mlock(self, process: Process, pages: range, choice: int) -> None:
         on = choice % 3 > 0
@@ -435,9 +544,9 @@ class World:
             self.check_contents(process)
 
     def _gfns(self, pages: range, choice: int) -> list[int]:
-        for base, count, gfn in ((BASE, PAGES, 0), (HEAP, HEAP_PAGES, 32)):
+        for base, count, gfn in ((self.base, self.pages, 0), (HEAP, HEAP_PAGES, self.heap_gfn)):
             if base <= pages.start < base + count:
-                alias = 64 - PAGES // 2 if base == BASE and choice % 4 == 0 else gfn
+                alias = self.alias_gfn - count // 2 if base == self.base and choice % 4 == 0 else gfn
                 return [page - base + alias for page in pages if page < base + count]
         return []
 
@@ -459,7 +568,7 @@ class World:
         """A second memslot over half of the pages: made, deleted, moved, logged."""
         old = process.model.slots.get(2)
         if old is None:
-            new = Slot(64, PAGES // 2, BASE + PAGES // 2, readonly=choice % 2 == 0)
+            new = Slot(self.alias_gfn, self.pages // 2, self.base + self.pages // 2, readonly=choice % 2 == 0)
             process.set_slot(2, new, 0 if new.readonly or choice % 3 else MEM_LOG_DIRTY_PAGES)
         elif choice % 2:
             process.kvm.delete_memslot(2)
@@ -467,8 +576,9 @@ class World:
         else:
             flags = process.kvm.memslots.get(2)
             assert flags is not None
-            process.kvm.set_memslot(2, 192 - old.gfn, old.pages, old.page * PAGE, flags.flags)
-            process.model.slots[2] = Slot(192 - old.gfn, old.pages, old.page, old.readonly)
+            gfn = 3 * self.alias_gfn - old.gfn
+            process.kvm.set_memslot(2, gfn, old.pages, old.page * PAGE, flags.flags)
+            process.model.slots[2] = Slot(gfn, old.pages, old.page, old.readonly)
 
     def reopen_vm(self, process: Process, pages: range, choice: int) -> None:
         process.kvm.destroy()
@@ -486,7 +596,7 @@ class World:
         if found is not None and not error:
             if write and not found.maybe_zero:
                 found.fault_in_for_write()
-            if page.pfn:  # nobody counts the zero page
+            if not self.host.flags(self.host.compound_head(page.pfn)) & PG_RESERVED:  # nobody counts the zero pages
                 self.host.get(page.pfn)
                 self.pins[page.pfn] += 1
 
@@ -500,7 +610,7 @@ class World:
     # ---- processes
 
     def fork(self, process: Process, pages: range, choice: int) -> None:
-        if len(self.processes) < MOST_PROCESSES:
+        if len(self.processes) < self.most_processes:
             self.processes.append(Process(self, process.mm.fork(), process.model.fork()))
 
     def exit(self, process: Process, pages: range, choice: int) -> None:
@@ -531,13 +641,18 @@ class World:
 
     def migrate(self, process: Process, pages: range, choice: int) -> None:
         for page in pages:
-            entry = process.mm.pgd.get(page)
+            entry = process.mm.pgd.pte(page)
             if not entry & MAPPED or entry & SPECIAL:
                 continue
             pfn = pte_pfn(entry)
-            held = pfn in self.pins or self.host.flags(pfn) & PG_SWAPCACHE
+            held = self._pinned(pfn) or self.host.flags(pfn) & PG_SWAPCACHE
             self.same(errno.EAGAIN if held else 0, migrate_page, self.host, self.trace, pfn)
         self._file_entries_go()
+
+    def _pinned(self, pfn: int) -> bool:
+        """Somebody holds it, or a page that goes with it."""
+        head = self.host.compound_head(pfn)
+        return any(self.host.compound_head(pin) == head for pin in self.pins)
 
     def compact(self, process: Process, pages: range, choice: int) -> None:
         compact_memory(self.host, self.trace)
@@ -566,7 +681,7 @@ class World:
         return self.files[choice % 2]
 
     def pwrite(self, process: Process, pages: range, choice: int) -> None:
-        file, pgoff, slot = self._file(choice), choice // 2 % FILE_PAGES, choice // 16 % 3
+        file, pgoff, slot = self._file(choice), choice // 2 % self.file_pages, choice // 16 % 3
         word = self._word(choice // 48)
         file.real.pwrite(pgoff * PAGE + OFFSETS[slot], word.to_bytes(8, "little"))
         file.model.size = max(file.model.size, pgoff * PAGE + OFFSETS[slot] + 8)
@@ -577,13 +692,13 @@ class World:
         assert file.real.pread(offset, size) == file.model.read(offset, size)
 
     def truncate(self, process: Process, pages: range, choice: int) -> None:
-        file, size = self._file(choice), choice // 2 % (2 * FILE_PAGES + 1) * 2048
+        file, size = self._file(choice), choice // 2 % (2 * self.file_pages + 1) * 2048
         file.real.truncate(size)
         truncate(file.model, size, self.everybody())
         self._file_entries_go()
 
     def punch(self, process: Process, pages: range, choice: int) -> None:
-        file, pgoff, count = self._file(choice), choice // 2 % FILE_PAGES, len(pages)
+        file, pgoff, count = self._file(choice), choice // 2 % self.file_pages, len(pages)
         file.real.punch_hole(pgoff, count)
         file.model.punch(pgoff, count)
         self._file_entries_go()
@@ -600,7 +715,7 @@ class World:
         self._file_entries_go()
 
     def direct_write(self, process: Process, pages: range, choice: int) -> None:
-        file, pgoff = self.files[1], choice % FILE_PAGES
+        file, pgoff = self.files[1], choice % self.file_pages
         assert isinstance(file.real, HostFile)
         words: Words = (self._word(choice), choice % 3, 0)
         data = b"".join(word.to_bytes(8, "little").ljust(2040 if at else 2048, b"\0") for at, word in enumerate(words))
@@ -613,7 +728,7 @@ class World:
 
     def settle(self, process: Process, page: int) -> None:
         """Looks what has become of a page that was given away."""
-        found, entry = process.model.pages[page], process.mm.pgd.get(page)
+        found, entry = process.model.pages[page], process.mm.pgd.pte(page)
         if found.maybe_zero:
             if not entry & MAPPED:
                 found.own = found.own if entry else None
@@ -634,8 +749,16 @@ class World:
             self._check_translations(process)
             self._check_soft_dirty(process)
 
+    def _entries(self, mm: Mm) -> dict[int, int]:
+        """Page by page, also what one entry maps."""
+        entries = {}
+        for page, entry in mm.pgd.entries(0, 1 << 36):
+            for near in range(page, page + (HUGE_PAGES if entry & HUGE else 1)):
+                entries[near] = mm.pgd.pte(near)
+        return entries
+
     def check_contents(self, process: Process) -> None:
-        pages, entries = process.model.pages, dict(process.mm.pgd.entries(0, 1 << 36))
+        pages, entries = process.model.pages, self._entries(process.mm)
         for page, entry in entries.items():
             mapped = pages[page]
             if entry == GUARD:
@@ -654,19 +777,20 @@ class World:
 
     def _check_translations(self, process: Process) -> None:
         pgd, slots = process.mm.pgd, process.model.slots.values()
-        sptes = [(gfn, spte) for gfn, spte in process.kvm.sptes.entries(0, 1 << 20) if spte & SPTE_PRESENT]
-        for gfn, spte in sptes:
-            slot = next(slot for slot in slots if slot.gfn <= gfn < slot.gfn + slot.pages)
-            now = pgd.get(slot.page + gfn - slot.gfn)
-            assert now & PRESENT
-            assert pte_pfn(now) == spte_pfn(spte)
-            assert not spte & SPTE_WRITE or (now & PTE_WRITE and not slot.readonly)
-        known = dict(sptes)
+        for gfn, spte in process.kvm.sptes.entries(0, 1 << 20):
+            for near in range(gfn, gfn + (HUGE_PAGES if spte & SPTE_HUGE else 1)) if spte & SPTE_PRESENT else ():
+                slot = next(slot for slot in slots if slot.gfn <= near < slot.gfn + slot.pages)
+                now = pgd.pte(slot.page + near - slot.gfn)
+                assert now & PRESENT
+                assert pte_pfn(now) == spte_pfn(spte) + near - gfn
+                assert not spte & SPTE_WRITE or (now & PTE_WRITE and not slot.readonly)
         for gfn, (pfn, writable) in process.vcpu.tlb.items():
-            assert spte_pfn(known[gfn]) == pfn
-            assert known[gfn] & SPTE_WRITE or not writable
+            spte = process.kvm.sptes.pte(gfn)
+            assert spte & SPTE_PRESENT
+            assert spte_pfn(spte) == pfn
+            assert spte & SPTE_WRITE or not writable
         for page, entry in process.thread.tlb.items():
-            now = pgd.get(page)
+            now = pgd.pte(page)
             assert now & PRESENT
             assert pte_pfn(now) == pte_pfn(entry)
             assert now & PTE_WRITE or not entry & PTE_WRITE

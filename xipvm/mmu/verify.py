@@ -66,7 +66,9 @@ def verify(host: HostMemory, *, held: Mapping[int, int] | None = None) -> None:
     for mm in rmap.mms:
         wrong.extend(_areas(mm))
         wrong.extend(_entries(mm, mappings, slots))
-    references = Counter(held or {})
+    references: Counter[int] = Counter()
+    for pfn, count in (held or {}).items():
+        references[host.compound_head(pfn)] += count
     slots.update(slot for file in rmap.files() if isinstance(file, PageCache) for slot in file.swapped.values())
     wrong.extend(_swap(host, rmap.swap, slots, references))
     wrong.extend(_pool(host, references))
