@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.status import Status
 from rich.table import Table
 
-from benchmarks import flash, kernels, memory, startup
+from benchmarks import flash, kernels, memory, operations, startup
 from benchmarks.harness import Bench, Benchmark, Figure, MissingPeerError, Spread
 from benchmarks.peers import RAW_UNICORN, qemu_version
 
@@ -31,6 +31,9 @@ BENCHMARKS: dict[str, Benchmark] = {
     "thrash": memory.thrash,
     "coldfault": memory.coldfault,
     "dontneed": memory.dontneed,
+    "operations": operations.operations,
+    "sparse": operations.sparse,
+    "metadata": operations.metadata,
     "modeswitch": flash.modeswitch,
     "trace": kernels.trace,
     "hello": startup.hello,

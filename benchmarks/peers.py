@@ -14,13 +14,15 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import os
 import resource
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import unicorn
 from elftools.elf.elffile import ELFFile
@@ -38,6 +40,9 @@ RAW_UNICORN = (
 )
 _NOWHERE = 0x7FFF_F000
 _PATIENCE = 120.0
+_MADV_PAGEOUT = 21
+_SYS_MOVE_PAGES = 279
+_MPOL_MF_MOVE = 2
 
 _QEMU = "qemu-system-aarch64"
 _BOARD = ("-M", "virt", "-cpu", "cortex-a57", "-m", "128", "-nic", "none", "-nographic")
@@ -123,6 +128,10 @@ def qemu_version() -> str | None:
     return said.splitlines()[0]
 
 
+class NotAllowedError(Exception):
+    """The host's kernel does not do this here; the message says why."""
+
+
 def _require_qemu() -> None:
     if shutil.which(_QEMU) is None:
         raise MissingPeerError(f"{_QEMU} is not installed")
@@ -137,20 +146,104 @@ def kernel_supply(size: int) -> float:
         return time.process_time() - start
 
 
-def kernel_dontneed(size: int) -> float:
-    """CPU seconds of madvise(MADV_DONTNEED) by the host's kernel over ``size`` bytes of touched anonymous memory."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+@contextmanager
+def _touched(size: int) -> Iterator[int]:
+    """The address of ``size`` bytes of anonymous memory, every page of which was written, without huge pages."""
     with mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
         memory.madvise(mmap.MADV_NOHUGEPAGE)
         for offset in range(0, size, mmap.PAGESIZE):
             memory[offset] = 1
         anchor = ctypes.c_char.from_buffer(memory)
-        address = ctypes.addressof(anchor)
-        start = time.process_time()
-        failed = libc.madvise(address, size, mmap.MADV_DONTNEED)
-        seconds = time.process_time() - start
-        del anchor  # or the mapping could not be closed
+        try:
+            yield ctypes.addressof(anchor)
+        finally:
+            del anchor  # or the mapping could not be closed
+
+
+def _libc(name: str, *types: type) -> Callable[..., int]:
+    function = getattr(ctypes.CDLL(None, use_errno=True), name)
+    function.argtypes = types
+    return cast(Callable[..., int], function)
+
+
+def _call(name: str, address: int, size: int, *arguments: int) -> float:
+    """CPU seconds of a system call on ``[address, address + size)``. Raises OSError."""
+    function = _libc(name, ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * len(arguments))
+    start = time.process_time()
+    failed = function(address, size, *arguments)
+    seconds = time.process_time() - start
     if failed:
-        raise OSError(ctypes.get_errno(), "madvise")
+        raise OSError(ctypes.get_errno(), name)
+    return seconds
+
+
+def kernel_dontneed(size: int) -> float:
+    """CPU seconds of madvise(MADV_DONTNEED) by the host's kernel over ``size`` bytes of touched anonymous memory."""
+    with _touched(size) as address:
+        return _call("madvise", address, size, mmap.MADV_DONTNEED)
+
+
+def kernel_mprotect(size: int) -> float:
+    """The same of mprotect(PROT_READ)."""
+    with _touched(size) as address:
+        try:
+            return _call("mprotect", address, size, mmap.PROT_READ)
+        finally:
+            _call("mprotect", address, size, mmap.PROT_READ | mmap.PROT_WRITE)
+
+
+def kernel_munmap(size: int) -> float:
+    """The same of munmap. The memory is made here, so that nobody unmaps it again."""
+    place = ctypes.CDLL(None, use_errno=True).mmap
+    place.restype = ctypes.c_void_p
+    place.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+    address = place(None, size, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
+    if address in (None, ctypes.c_void_p(-1).value):
+        raise OSError(ctypes.get_errno(), "mmap")
+    _call("madvise", address, size, mmap.MADV_NOHUGEPAGE)
+    for offset in range(0, size, mmap.PAGESIZE):
+        ctypes.memset(address + offset, 1, 1)
+    return _call("munmap", address, size)
+
+
+def kernel_fork(size: int) -> float:
+    """The same of fork: what it takes longer with that memory than without it. The child ends at once."""
+    with _touched(size):
+        whole = _forked()
+    return max(whole - _forked(), 0.0)
+
+
+def _forked() -> float:
+    start = time.process_time()
+    child = os.fork()
+    if not child:
+        os._exit(0)
+    seconds = time.process_time() - start
+    os.waitpid(child, 0)
+    return seconds
+
+
+def kernel_pageout(size: int) -> float:
+    """The same of madvise(MADV_PAGEOUT). Raises NotAllowedError where nothing is swapped out."""
+    if len(Path("/proc/swaps").read_text().splitlines()) < 2:
+        raise NotAllowedError("not allowed here, there is no swap")
+    with _touched(size) as address:
+        return _call("madvise", address, size, _MADV_PAGEOUT)
+
+
+def kernel_move_pages(size: int) -> float:
+    """The same of move_pages to another NUMA node. Raises NotAllowedError where there is none."""
+    nodes = sorted(int(path.name[4:]) for path in Path("/sys/devices/system/node").glob("node[0-9]*"))
+    if len(nodes) < 2:
+        raise NotAllowedError("not allowed here, there is one NUMA node")
+    count = size // mmap.PAGESIZE
+    with _touched(size) as address:
+        pages = (ctypes.c_void_p * count)(*range(address, address + size, mmap.PAGESIZE))
+        wanted, status = (ctypes.c_int * count)(*[nodes[1]] * count), (ctypes.c_int * count)()
+        function = ctypes.CDLL(None, use_errno=True).syscall
+        start = time.process_time()
+        failed = function(_SYS_MOVE_PAGES, 0, ctypes.c_ulong(count), pages, wanted, status, _MPOL_MF_MOVE)
+        seconds = time.process_time() - start
+    if failed < 0:
+        raise NotAllowedError(f"not allowed here, {os.strerror(ctypes.get_errno())}")
     return seconds
