@@ -49,6 +49,8 @@ class AddressSpace:
     """Its frames have no reference count (VM_MIXEDMAP)."""
     hugetlb: ClassVar[bool] = False
     """Its pages are huge ones, of hugetlbfs: its i_mmap lock comes before those of other files."""
+    closed: bool = False
+    """Nobody may use it as a file, or map it, any more."""
     tracks_writes: ClassVar[bool] = False
     """Pages are mapped read-only until ``page_mkwrite`` has heard of the first write."""
 
