@@ -13,13 +13,15 @@ from xipvm.mmu import madvise as advice
 from xipvm.mmu.device_file import DeviceFile
 from xipvm.mmu.frames import HostMemory
 from xipvm.mmu.host_file import HostFile
+from xipvm.mmu.huge_pmd import HPAGE_SIZE
+from xipvm.mmu.hugetlb_file import HugetlbFile
 from xipvm.mmu.migrate import compact_memory, migrate_page
 from xipvm.mmu.mm import Mm
 from xipvm.mmu.mremap import MREMAP_DONTUNMAP, MREMAP_FIXED, MREMAP_MAYMOVE
 from xipvm.mmu.page_cache import ShmemFile
 from xipvm.mmu.pte import ACCESSED, MAPPED, pte_pfn
 from xipvm.mmu.verify import verify
-from xipvm.mmu.vma import MAP_ANONYMOUS, MAP_FIXED, MAP_PRIVATE, MAP_SHARED
+from xipvm.mmu.vma import MAP_ANONYMOUS, MAP_FIXED, MAP_HUGETLB, MAP_PRIVATE, MAP_SHARED
 from xipvm.notifier import MmuNotifier, MmuNotifier2008, NotifiedMm
 from xipvm.trace.events import KINDS, Event
 from xipvm.trace.funnel import Trace
@@ -67,7 +69,7 @@ class Listener(MmuNotifier2008):
 
 @pytest.fixture
 def host() -> Iterator[HostMemory]:
-    host = HostMemory(256 * PAGE, poison="frame")
+    host = HostMemory(8 << 20, poison="head")
     yield host
     verify(host)
 
@@ -250,6 +252,67 @@ def test_the_end_of_the_mm(mm: Mm, area: int, steps: Steps) -> None:
     """It unmaps when nobody is left who could be told."""
     mm.exit()
     assert steps() == ["release", "clear 16", "tlb 0-16", "free 16"]
+
+
+# ---- huge pages of the pool: a range of their own, a flush in it; then they go
+
+
+@pytest.fixture
+def huge(host: HostMemory, mm: Mm, steps: Steps) -> int:
+    """Two huge pages, both written."""
+    host.reserve_huge_pages(2)
+    start = mm.mmap(2 * HPAGE_SIZE, RW, MAP_PRIVATE | MAP_ANONYMOUS | MAP_HUGETLB)
+    for page in range(2):
+        mm.write(start + page * HPAGE_SIZE, b"%d" % page)
+    steps()
+    return start
+
+
+@pytest.mark.parametrize("how", ["munmap", "exit"])
+def test_unmapping_huge_pages(mm: Mm, huge: int, steps: Steps, how: str) -> None:
+    if how == "munmap":
+        mm.munmap(huge, 2 * HPAGE_SIZE)
+        inner = ["S 0-1024", "clear 1024", "tlb 0-1024", "E 0-1024", "free 1024"]
+        assert steps() == ["S 0-1024", *inner, "E 0-1024"]
+    else:
+        mm.exit()
+        assert steps() == ["release", "clear 1024", "tlb 0-1024", "free 1024"]
+
+
+def test_truncating_a_file_of_huge_pages(mm: Mm, host: HostMemory, trace: Trace, steps: Steps) -> None:
+    host.reserve_huge_pages(2)
+    file = HugetlbFile(host, trace, "hugetlbfs", 2 * HPAGE_SIZE)
+    start = mm.mmap(2 * HPAGE_SIZE, RW, MAP_SHARED, file=file)
+    mm.write(start + HPAGE_SIZE, b"x")
+    steps()
+    file.truncate(HPAGE_SIZE)
+    assert steps()[:5] == ["S 512-1024", "clear 512", "tlb 512-1024", "E 512-1024", "free 512"]
+    file.close()
+    mm.exit()
+
+
+@pytest.mark.parametrize(
+    "operation",
+    [
+        lambda mm, start: mm.madvise(start, HPAGE_SIZE, advice.MADV_DONTNEED),
+        lambda mm, start: mm.mremap(start, HPAGE_SIZE, HPAGE_SIZE, MREMAP_MAYMOVE | MREMAP_FIXED, start - (1 << 32)),
+    ],
+)
+def test_what_huge_pages_could_not_do_yet(
+    mm: Mm, huge: int, steps: Steps, operation: Callable[[Mm, int], object]
+) -> None:
+    with pytest.raises(ProtocolUnsupported):
+        operation(mm, huge)
+    assert steps() == []
+    assert mm.read(huge, 1) == b"0"
+
+
+def test_there_are_no_transparent_ones(mm: Mm, steps: Steps) -> None:
+    """Whatever the host is set to: a child or a neighbour that speaks the modern protocol may have them."""
+    mm.thp.enabled = "always"
+    start = mm.mmap(4 * HPAGE_SIZE, RW)
+    mm.write(start + HPAGE_SIZE, b"x")
+    assert steps() == ["alloc", "set"]
 
 
 # ---- mremap: a range for each step, every entry flushed before it appears again
@@ -474,6 +537,9 @@ def test_a_callback_that_raises_leaves_the_entry(
         pytest.param(lambda mm, area: mm.clear_refs(4), id="clear_refs 4"),
         pytest.param(lambda mm, area: mm.soft_dirty(area, area + PAGE), id="soft_dirty"),
         pytest.param(lambda mm, area: mm.ksm_scan(), id="ksm_scan"),
+        pytest.param(lambda mm, area: mm.userfaultfd(), id="userfaultfd"),
+        pytest.param(lambda mm, area: mm.pagemap_scan(area, area + PAGE), id="pagemap_scan"),
+        pytest.param(lambda mm, area: mm.khugepaged_scan(), id="khugepaged_scan"),
         pytest.param(lambda mm, area: mm.process_vm_writev(area, b"new"), id="process_vm_writev"),
         pytest.param(lambda mm, area: compact_memory(mm.host, mm.trace), id="compaction"),
         pytest.param(
