@@ -9,6 +9,7 @@ const char isa_name[] = "arm64";
 #define UART_FR (UART_BASE + 0x18)
 #define UART_LCRH (UART_BASE + 0x2c)
 #define UART_CR (UART_BASE + 0x30)
+#define FR_RXFE (1u << 4)
 #define FR_TXFF (1u << 5)
 #define LCRH_8N1_FIFO 0x70u
 #define CR_ENABLE_RX_TX 0x301u
@@ -25,6 +26,11 @@ void uart_putc(char c)
     while (read32(UART_FR) & FR_TXFF)
         ;
     write32(UART_DR, (u8)c);
+}
+
+int uart_getc(void)
+{
+    return read32(UART_FR) & FR_RXFE ? -1 : (int)(read32(UART_DR) & 0xff);
 }
 
 /* --- PSCI and the way out ------------------------------------------------------------------------------------- */

@@ -45,6 +45,9 @@ _Noreturn void guest_exit(unsigned status);
 void uart_init(void);
 void uart_putc(char c);
 
+/* The next byte of input, -1 when none has arrived. */
+int uart_getc(void);
+
 /* Makes instructions just written to [start, start + size) visible to this CPU's fetches. */
 void sync_code(void *start, size_t size);
 

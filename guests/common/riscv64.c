@@ -11,6 +11,7 @@ const char isa_name[] = "riscv64";
 #define UART_LSR (UART_BASE + 5)
 #define LCR_8N1 0x03u
 #define FCR_ENABLE 0x01u
+#define LSR_DR (1u << 0)
 #define LSR_THRE (1u << 5)
 
 void uart_init(void)
@@ -24,6 +25,11 @@ void uart_putc(char c)
     while (!(read8(UART_LSR) & LSR_THRE))
         ;
     write8(UART_THR, (u8)c);
+}
+
+int uart_getc(void)
+{
+    return read8(UART_LSR) & LSR_DR ? read8(UART_THR) : -1;
 }
 
 /* --- The way out ---------------------------------------------------------------------------------------------- */
