@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import errno
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 from greenlet import GreenletExit, greenlet
 
+from tests.locks.dfs import depth_first
 from xipvm import actors
 from xipvm.actors import State, on_point, on_wait, point, wait
 from xipvm.errors import DeadlockError, InternalError, LockLeakError
@@ -317,26 +318,3 @@ def test_every_schedule_of_two_actors_is_found_once() -> None:
         scheduler.run()
         found.append("".join(step[0] for step in log))
     assert len(set(found)) == 20
-
-
-def depth_first() -> Iterator[Callable[[int, str], int]]:
-    """A ``choose`` for each schedule there is, until all have been."""
-    path: list[tuple[int, int]] = []
-    while True:
-        at = iter(range(len(path)))
-
-        def choose(n: int, label: str, at: Iterator[int] = at) -> int:
-            place = next(at, None)
-            if place is None:
-                path.append((0, n))
-                return 0
-            chosen, choices = path[place]
-            assert choices == n
-            return chosen
-
-        yield choose
-        while path and path[-1][0] + 1 == path[-1][1]:
-            path.pop()
-        if not path:
-            return
-        path[-1] = path[-1][0] + 1, path[-1][1]

@@ -66,6 +66,7 @@ _UNFORCED: Final = VM_SHARED | VM_HUGETLB
 _VACANT: Final = (0, UFFD_WP)
 """Entries that can be filled."""
 _OK: Final = VmFault.OK  # attributes of enumerations are slow
+_NOPAGE: Final = VmFault.NOPAGE
 
 
 def handle_mm_fault(mm: Mm, hva: int, write: bool, force: bool = False) -> VmFault:
@@ -89,6 +90,8 @@ def handle_mm_fault(mm: Mm, hva: int, write: bool, force: bool = False) -> VmFau
     else:
         try:
             result, how = _fault(mm, area, hva, write)
+            if result and result == _NOPAGE:
+                result, how = _OK, "retry"
         except OutOfFrames:
             result, how = (_OK, "reclaim") if make_room(mm.host, mm) else (VmFault.OOM, "oom")
         except Userfault as fault:
@@ -250,14 +253,12 @@ def _do_cow_fault(mm: Mm, area: Vma, file: AddressSpace, hva: int) -> tuple[VmFa
 def _ask(mm: Mm, area: Vma, file: AddressSpace, hva: int, write: bool) -> FaultResult:
     """The file's page, which may take a while, without mmap_lock: the area can be another one, or none, afterwards."""
     found = file.fault(area, area.page_offset(hva), write)
-    if mm.mmap_lock.writer:
-        try:
-            mm.mmap_lock.wait_for_writer()
-        except BaseException:
-            if not found[1]:
-                mm.put_frame(found[0])
-            raise
-    return found
+    if not mm.mmap_lock.writer:
+        return found
+    if not found[1]:
+        mm.put_frame(found[0])
+    mm.mmap_lock.wait_for_writer()
+    return 0, _NOPAGE  # the file may have lost the page, too, meanwhile
 
 
 def _map_file_page(mm: Mm, area: Vma, page: int, pfn: int, flags: int) -> None:

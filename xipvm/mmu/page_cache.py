@@ -71,6 +71,10 @@ class PageCache(AddressSpace):
         self.host.get(pfn)
         return pfn, VmFault.OK
 
+    def page_mkwrite(self, pgoff: int, pfn: int) -> VmFault:
+        """NOPAGE when the file has lost the page meanwhile."""
+        return VmFault.OK if self.pages.get(pgoff) == pfn else VmFault.NOPAGE
+
     def cached(self, pgoff: int) -> int | None:
         """The cached frame that a fault nearby may map along; None for one that is locked."""
         pfn = self.pages.get(pgoff) if pgoff < page_up(self.size) >> PAGE_SHIFT else None
@@ -123,7 +127,9 @@ class PageCache(AddressSpace):
         for pgoff in sorted(pgoff for pgoff in self.pages if first <= pgoff < end):
             while (pfn := self.pages.get(pgoff)) is not None:
                 with self.rmap.page_lock(pfn):
-                    if self.pages.get(pgoff) == pfn:
+                    if self.host.mapcount(pfn):  # by a fault that came since its entries were taken away
+                        unmap_mapping_range(self, pgoff, 1, even_cows=False)
+                    elif self.pages.get(pgoff) == pfn:
                         self._drop(pgoff)
 
     def _drop(self, pgoff: int) -> None:
