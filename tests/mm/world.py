@@ -17,7 +17,7 @@ from typing import Any
 from tests.mm.naive import EMPTY, OFFSETS, READ, WRITE, NaiveFile, NaiveProcess, Page, Slot, Words, truncate
 from xipvm.errors import MmError
 from xipvm.mmu import madvise as advice
-from xipvm.mmu.frames import HUGE_PAGES, PG_RESERVED, PG_SWAPCACHE, HostMemory
+from xipvm.mmu.frames import HUGE_PAGES, PG_RESERVED, HostMemory
 from xipvm.mmu.host_file import HostFile
 from xipvm.mmu.host_thread import HostThread
 from xipvm.mmu.migrate import compact_memory, migrate_page
@@ -645,7 +645,7 @@ class World:
             if not entry & MAPPED or entry & SPECIAL:
                 continue
             pfn = pte_pfn(entry)
-            held = self._pinned(pfn) or self.host.flags(pfn) & PG_SWAPCACHE
+            held = self._pinned(pfn)
             self.same(errno.EAGAIN if held else 0, migrate_page, self.host, self.trace, pfn)
         self._file_entries_go()
 
