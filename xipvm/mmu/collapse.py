@@ -238,7 +238,7 @@ def _unmap_pages(file: ShmemFile, first: int) -> bool:
     for pgoff in [pgoff for pgoff in file.swapped if first <= pgoff < first + HUGE_PAGES]:
         try:
             file.bring_back(pgoff)
-        except OutOfFrames:
+        except (OutOfFrames, OSError):
             return False
     for _ in range(_TRIES):
         pages = [file.pages[pgoff] for pgoff in range(first, first + HUGE_PAGES) if pgoff in file.pages]

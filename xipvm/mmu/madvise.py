@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from xipvm.address import PAGE_SHIFT, PAGE_SIZE
@@ -48,6 +49,7 @@ from xipvm.mmu.mapping import anon_vma_prepare, merge, split
 from xipvm.mmu.pageout import pageout
 from xipvm.mmu.pte import ACCESSED, DIRTY, GUARD, PRESENT, SPECIAL, UFFD_WP, WRITE, pte_pfn
 from xipvm.mmu.uffd_reach import removing
+from xipvm.mmu.reclaim import retry
 from xipvm.mmu.vma import (
     PROT_WRITE,
     VM_DONTCOPY,
@@ -267,7 +269,7 @@ def _set_mergeable(mm: Mm, addr: int, length: int, on: bool) -> None:
         with mm.mmap_lock.read, mm.because("mm_madvise", start=addr, end=pieces[-1][2], advice=name):
             for _, start, end in pieces:
                 try:
-                    unmerge(mm, start, end)
+                    retry(mm.host, partial(unmerge, mm, start, end))
                 except OutOfFrames:
                     raise MmError(errno.ENOMEM, f"madvise: MADV_UNMERGEABLE at {start:#x} in {mm.name}") from None
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from xipvm.actors import point
 from xipvm.errors import MmError, ProtocolUnsupported
-from xipvm.mmu.frames import PG_ANON, PG_SWAPBACKED, HostMemory
+from xipvm.mmu.frames import PG_ANON, PG_HUGETLB, PG_SWAPBACKED, HostMemory
 from xipvm.mmu.pageout import is_pinned
 from xipvm.mmu.pte import HUGE, MAPPED, SPECIAL, SWAP, pte_pfn
 from xipvm.mmu.rmap import reverse_map
@@ -107,6 +107,8 @@ def memory_use(mm: Mm) -> MemoryUse:
             continue
         pfn, pages = pte_pfn(entry), 512 if entry & HUGE else 1
         flags = host.flags(pfn)
+        if flags & PG_HUGETLB:
+            continue  # of a pool: killing somebody gives it back there
         if flags & PG_ANON:
             use.anon += pages
         elif flags & PG_SWAPBACKED:

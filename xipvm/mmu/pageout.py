@@ -19,7 +19,7 @@ others do; what comes back is not merged any more (swapin.py).
 from __future__ import annotations
 
 from enum import IntEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from xipvm.actors import point
 from xipvm.address import PAGE_SHIFT
@@ -50,6 +50,9 @@ class Used(IntEnum):
     """It counts as in use always."""
 
 
+_COUNTED: Final = (Used.NOBODY, Used.ONE, Used.SEVERAL)
+
+
 def referenced(host: HostMemory, pfn: int) -> Used:
     """Who used the page since the last time; all forget it."""
     young, code = 0, False
@@ -70,7 +73,7 @@ def referenced(host: HostMemory, pfn: int) -> Used:
                     code |= bool(area.prot & PROT_EXEC) and area.file is not None
     if young and code and not host.flags(pfn) & PG_SWAPBACKED:
         return Used.CODE
-    return Used(min(young, 2))
+    return _COUNTED[min(young, 2)]
 
 
 def is_pinned(host: HostMemory, pfn: int, held: int = 0) -> bool:
