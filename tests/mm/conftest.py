@@ -20,6 +20,7 @@ WORDS = {
     "primary_tlb_flush": "tlb",
     "page_free": "free",
     "page_alloc": "alloc",
+    "page_alloc_huge": "alloc",
     "pte_clear": "clear",
     "pte_set": "set",
     "pte_protect": "protect",

@@ -15,6 +15,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from xipvm.check import Oracle
+from xipvm.conform.guest import Vcpu
 from xipvm.errors import MmError
 from xipvm.mmu.frames import HostMemory
 from xipvm.mmu.huge_pmd import HPAGE_SIZE
@@ -23,6 +25,8 @@ from xipvm.mmu.madvise import MADV_DONTNEED
 from xipvm.mmu.mm import Mm
 from xipvm.mmu.mremap import MREMAP_FIXED, MREMAP_MAYMOVE
 from xipvm.mmu.pte import WRITE, pte_pfn
+from xipvm.mmu.secondary.kvm import Kvm
+from xipvm.mmu.secondary.spte import SPTE_HUGE, SPTE_WRITE, spte_pfn
 from xipvm.mmu.verify import verify
 from xipvm.mmu.vma import (
     MAP_ANONYMOUS,
@@ -35,7 +39,6 @@ from xipvm.mmu.vma import (
     PROT_READ,
     PROT_WRITE,
 )
-from xipvm.notifier import MmuNotifier
 from xipvm.trace.funnel import Trace
 
 H = HPAGE_SIZE
@@ -298,9 +301,13 @@ class Real:
     def __init__(self) -> None:
         self.host = HostMemory((POOL + 1) * H, poison="head")
         self.host.reserve_huge_pages(POOL)
-        self.trace = Trace()
+        self.trace, self.oracle = Trace(), Oracle()
+        self.trace.attach(self.oracle)
         self.mm = Mm(self.host, self.trace)
-        self.mm.notifiers.register(MmuNotifier())
+        self.kvm = Kvm(self.mm, self.trace, self.host)
+        self.kvm.set_memslot(0, 0, SLOTS * 512, PLACE, 0)
+        self.vcpu = Vcpu(self.kvm, self.host)
+        self.kvm.vcpus.append(self.vcpu)
         self.file = HugetlbFile(self.host, self.trace, "huge", 4 * H)
         self.processes = {"p": self.mm}
 
@@ -323,11 +330,17 @@ def agree(model: Model, real: Real) -> None:
                 assert [real.host.read(pfn + offset, 0, 1)[0] for offset in (0, 300)] == page.data
                 assert area is not None
                 assert not entry & WRITE or area.shared or (page.anon and len(model.mappers(page)) == 1)
+    for gfn, spte in real.kvm.sptes.entries(0, SLOTS * 512):
+        entry = real.mm.pgd.get((PLACE >> 12) + gfn)
+        assert spte & SPTE_HUGE
+        assert pte_pfn(entry) == spte_pfn(spte)
+        assert entry & WRITE or not spte & SPTE_WRITE
+    assert real.oracle.violations == []
     verify(real.host)
 
 
 Step = tuple[str, int, int, int]
-OPS = ("mmap", "munmap", "mremap", "mprotect", "dontneed", "fork", "exit", "read", "write", "file", "child")
+OPS = ("mmap", "munmap", "mremap", "mprotect", "dontneed", "fork", "exit", "read", "write", "guest", "file", "child")
 STEPS = st.tuples(st.sampled_from(OPS), st.integers(0, SLOTS - 1), st.integers(1, 3), st.integers(0, 7))
 
 
@@ -392,6 +405,21 @@ def perform(model: Model, real: Real, step: Step) -> None:
                 lambda: model.fallocate(model.file, first, length),
                 lambda: real.file.fallocate(first * H, length * H),
             )
+    elif op == "guest":
+        gfn = slot * 512 + (300 if choice & 1 else 0)
+
+        def modelled_guest() -> None:
+            page = model.touch("p", slot, choice > 3)
+            if choice > 3:
+                page.data[choice & 1] = value
+
+        def access() -> None:
+            done = real.vcpu.store(gfn, value) if choice > 3 else real.vcpu.load(gfn)
+            if done.exit == "efault":
+                raise MmError(errno.EFAULT, "guest")
+            assert done.exit == "ok"
+
+        pair = modelled_guest, access
     else:
         who = "p" if op != "child" or f"c{count % 2}" not in real.processes else f"c{count % 2}"
         write = op == "write" or (op == "child" and choice > 2)
@@ -425,8 +453,11 @@ def play(steps: list[Step]) -> None:
     for step in steps:
         perform(model, real, step)
         agree(model, real)
+    real.kvm.destroy()
     for mm in real.processes.values():
         mm.exit()
+    real.oracle.finish()
+    assert real.oracle.violations == []
     real.file.close()
     assert (real.host.free_huge_pages, real.host.reserved_huge_pages) == (POOL, 0)
     verify(real.host)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from xipvm.address import Pfn
 from xipvm.errors import MmError
+from xipvm.mmu.frames import HUGE_PAGES
 
 if TYPE_CHECKING:
     from xipvm.mmu.frames import HostMemory
@@ -42,5 +43,5 @@ def alloc_hugetlb_page(host: HostMemory, trace: Trace, *, reserved: bool, zero: 
     host.reserved_huge_pages -= reserved
     pfn = host.alloc_huge_page(zero)
     if trace.on:
-        trace.emit("page_alloc", pfn=pfn)
+        trace.emit("page_alloc_huge", pages=[(pfn, HUGE_PAGES)])
     return pfn
