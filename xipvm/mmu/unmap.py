@@ -7,7 +7,7 @@ For each entry that the reverse map finds::
 
 The caller holds a reference of its own, so the frame outlives its last entry, and it names what takes the place of an
 entry. Nothing is assumed across a range start, which is a schedule point: the entry is looked at again behind it, and
-the walk begins anew after every entry. While it goes on, a fault may map the page again only by way of the entry that
+when all that were found are done, the walk begins anew, until it finds none. While it goes on, a fault may map the page again only by way of the entry that
 was left; a caller that must know that nobody has the page any more compares the reference count afterwards.
 """
 
@@ -65,12 +65,15 @@ def unmap_all(host: HostMemory, pfn: int, replacement: Replacement, *, skip: int
     rmap = reverse_map(host)
     with rmap.walk_lock(host, pfn):
         while True:
-            found = next((place for place in rmap.walk(host, pfn) if not place[0].flags & skip), None)
-            if found is None:
+            found = [place for place in rmap.walk(host, pfn) if not place[0].flags & skip]
+            if not found:
                 return host.mapcount(pfn) == 0
-            with rmap.place_lock(host, pfn, found[0]):
-                if found in rmap.walk(host, pfn) and not _unmap_one(*found, pfn, replacement):
-                    return False
+            for area, hva in found:
+                with rmap.place_lock(host, pfn, area):
+                    # Others may have run: a place of a page that KSM shares can have gone before its lock was taken.
+                    there = area.start <= hva < area.end and (area.anon_vma is not None or area.file is not None)
+                    if there and not area.flags & skip and not _unmap_one(area, hva, pfn, replacement):
+                        return False
 
 
 def _unmap_one(area: Vma, hva: int, pfn: int, replacement: Replacement) -> bool:
