@@ -67,11 +67,13 @@ def split_huge_pmd_locked(mm: Mm, start: int) -> None:
 
 
 def split_huge_edges(mm: Mm, start: int, end: int) -> None:
-    """Splits the huge entries that lie only in part in ``[start, end)``."""
-    if start & ~HPAGE_MASK and mm.pgd.huge(start >> PAGE_SHIFT):
-        split_huge_pmd(mm, start)
-    if end & ~HPAGE_MASK and mm.pgd.huge(end >> PAGE_SHIFT):
-        split_huge_pmd(mm, end)
+    """Splits the huge entries that lie only in part in ``[start, end)``; when it returns there is none."""
+    edges = [hva for hva in (start, end) if hva & ~HPAGE_MASK]
+    while edges:
+        cut = next((hva for hva in edges if mm.pgd.huge(hva >> PAGE_SHIFT)), None)
+        if cut is None:
+            return
+        split_huge_pmd(mm, cut)  # at whose end a fault may make a new one
 
 
 def whole_entries(mm: Mm, start: int, end: int) -> list[tuple[int, int]]:
