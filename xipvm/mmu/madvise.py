@@ -5,7 +5,7 @@ What each advice announces:
 * DONTNEED: one range per area (CLEAR), then one flush and the free for all of them.
 * FREE: one range per area (CLEAR). The entries stay and lose their young and dirty bits, the pages become lazyfree:
   reclaim may drop what nobody has written since. The secondary MMU has to drop its entries all the same: what it writes
-  through an old one would make nothing dirty.
+  through an old one would make nothing dirty. What is in swap goes: reclaim may not bring an older content back.
 * GUARD_INSTALL: as DONTNEED where anything is mapped, then a marker in every entry that makes each access a SIGSEGV.
 * REMOVE: a hole in the file, announced to everybody who maps it.
 * POPULATE_READ and _WRITE fault the pages in; a copy on write announces itself.
@@ -39,6 +39,7 @@ from xipvm.mmu.frames import (
     PG_FILE,
     PG_REFERENCED,
     PG_SWAPBACKED,
+    PG_SWAPCACHE,
 )
 from xipvm.mmu.huge_page import split_huge_pages
 from xipvm.mmu.huge_pmd import whole_entries
@@ -47,9 +48,9 @@ from xipvm.mmu.hugetlb import dontneed as hugetlb_dontneed
 from xipvm.mmu.ksm import UNFIT, unmerge
 from xipvm.mmu.mapping import anon_vma_prepare, merge, split
 from xipvm.mmu.pageout import pageout
-from xipvm.mmu.pte import ACCESSED, DIRTY, GUARD, PRESENT, SPECIAL, UFFD_WP, WRITE, pte_pfn
-from xipvm.mmu.uffd_reach import removing
+from xipvm.mmu.pte import ACCESSED, DIRTY, GUARD, PRESENT, SPECIAL, SWAP, UFFD_WP, WRITE, pte_pfn
 from xipvm.mmu.reclaim import retry
+from xipvm.mmu.uffd_reach import removing
 from xipvm.mmu.vma import (
     PROT_WRITE,
     VM_DONTCOPY,
@@ -166,16 +167,22 @@ def _dontneed(mm: Mm, gather: MmuGather, area: Vma, start: int, end: int) -> Non
 
 
 def _free(mm: Mm, gather: MmuGather, area: Vma, start: int, end: int) -> None:
-    host, pgd = mm.host, mm.pgd
+    host, pgd, swap = mm.host, mm.pgd, mm.rmap.swap
     with mm.notifiers.invalidate_range(start, end, RangeEvent.CLEAR):
         split_huge_pages(mm, start, end, partial=True)
         for page, entry in whole_entries(mm, start, end):
+            if entry & SWAP:
+                assert swap is not None
+                pgd.set(page, 0)
+                swap.free((pte_pfn(entry),))
             if entry & SPECIAL or not entry & PRESENT:
                 continue
             pfn = pte_pfn(entry)
-            if host.flags(pfn) & PG_DIRTY:
+            if host.flags(pfn) & (PG_DIRTY | PG_SWAPCACHE):
                 if host.mapcount(pfn) != 1:  # somebody else's data
                     continue
+                if swap is not None and host.flags(pfn) & PG_SWAPCACHE and not swap.give_up_slot(pfn):
+                    continue  # what is in the slot may be older than the page: it has to be written again
                 host.clear_flags(pfn, PG_DIRTY)
             if entry & (ACCESSED | DIRTY):
                 pgd.set(page, entry & ~(ACCESSED | DIRTY))
