@@ -294,6 +294,8 @@ def test_huge_entries_are_many() -> None:
     assert story.broken() == ["I3"]
     story.emit("page_free", pages=[(0x201, 1)])
     assert story.broken() == ["I3", "I5"]
+    story.emit("spte_zap", vm="vm0", start=0x80000 + 511, end=0x80000 + 600, pages=[(0x200, 512)])
+    assert set(story.oracle._world.vms["vm0"].sptes) == {GFN}, "they go as a whole"
 
 
 def test_only_the_chosen_invariants_count() -> None:

@@ -349,6 +349,7 @@ class Oracle:
 
     def _on_spte_set_huge(self, event: Event, fields: Fields) -> None:
         vm = self._world.vm(fields["vm"])
+        vm.huge[fields["gfn"]] = fields["pages"]
         for offset in range(fields["pages"]):
             self._install(event, vm, fields["gfn"] + offset, fields["pfn"] + offset, "w" in fields["rights"])
 
@@ -379,7 +380,8 @@ class Oracle:
             self._broken("I4", f"guest frame {gfn:#x} may be written, but {hva:#x} may not", event, hva=hva, pfn=pfn)
 
     def _on_spte_zap(self, event: Event, fields: Fields) -> None:
-        self._world.release_range(self._world.vm(fields["vm"]).sptes, fields["start"], fields["end"])
+        vm = self._world.vm(fields["vm"])
+        self._world.release_range(vm.sptes, *vm.zapped(fields["start"], fields["end"]))
 
     def _on_spte_protect(self, event: Event, fields: Fields) -> None:
         for gfn, entry in self._world.vm(fields["vm"]).sptes.items():

@@ -71,6 +71,15 @@ class Vm:
     """It was, and is not any more."""
     slots: dict[int, Area] = field(default_factory=dict)
     sptes: dict[int, Entry] = field(default_factory=dict)
+    huge: dict[int, int] = field(default_factory=dict)
+    """First guest frame and length of its entries that map many."""
+
+    def zapped(self, start: int, end: int) -> tuple[int, int]:
+        """What goes when ``[start, end)`` is removed: huge entries go as a whole."""
+        for first in [first for first, pages in self.huge.items() if first < end and start < first + pages]:
+            pages = self.huge.pop(first)
+            start, end = min(start, first), max(end, first + pages)
+        return start, end
 
     def gfns(self, page: int) -> Iterator[int]:
         """Where the guest sees the host's ``page``."""
