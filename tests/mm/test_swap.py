@@ -335,6 +335,29 @@ def test_what_was_given_away_is_dropped_unless_written(mm: Mm, host: HostMemory,
     assert content(mm, area) == [0, ord("a"), 2, 3]
 
 
+@pytest.mark.parametrize("loaded", [False, True])
+def test_what_was_given_away_does_not_come_back_older(mm: Mm, host: HostMemory, area: int, loaded: bool) -> None:
+    """A page that a read brought back still has its slot, which holds what the page was before it was written again."""
+    mm.madvise(area, 4 * PAGE, MADV_PAGEOUT)
+    if loaded:
+        content(mm, area)
+        mm.write(area + PAGE, b"newer")
+    mm.madvise(area, 4 * PAGE, MADV_FREE)
+    verify(host)
+    mm.madvise(area, 4 * PAGE, MADV_PAGEOUT)
+    assert content(mm, area) == [0, 0, 0, 0]
+    assert not swap_of(mm).counts
+
+
+def test_given_away_by_one_of_two(mm: Mm, host: HostMemory, area: int) -> None:
+    mm.madvise(area, 4 * PAGE, MADV_PAGEOUT)
+    child = mm.fork("child")
+    child.madvise(area, 2 * PAGE, MADV_FREE)
+    verify(host)
+    assert content(mm, area) == [0, 1, 2, 3]
+    assert content(child, area) == [0, 0, 2, 3]
+
+
 def test_pages_of_a_memory_file(mm: Mm, host: HostMemory, trace: Trace, area: int) -> None:
     file = ShmemFile(host, trace, "file", 6 * PAGE)
     start = mm.mmap(6 * PAGE, RW, MAP_SHARED, file=file)
