@@ -32,6 +32,7 @@ _WEIGHTS = {
     "punch": 2, "fsync": 2, "direct_write": 1,
 }  # fmt: skip
 VERBS = [verb for verb, weight in _WEIGHTS.items() for _ in range(weight)]
+ACCESSES = ("store", "load", "guest_store", "guest_load", "mmap", "fork")
 CHOICES = 40320
 
 
@@ -39,12 +40,19 @@ def sequence_of(seed: int, length: int, huge: bool = False) -> list[Operation]:
     """The sequence of a seed: it maps something, then anything. ``huge``: where huge pages are wanted."""
     source = random.Random(seed)
     number = source.randrange
-    first: list[Operation] = [("mmap", 0, 0, PAGES, 3 + 56 * number(3)), ("mmap", 0, number(6), 6, number(CHOICES))]
+    first: list[Operation] = [
+        ("mmap", 0, 0, PAGES, source.choice((0, 0, 0, 3, 115))),
+        ("mmap", 0, number(6), 6, number(CHOICES)),
+    ]
     if huge:
         first = [("mmap", 0, 0, 6, 0), ("huge", 0, 0, 6, 1), ("mmap", 0, number(PAGES), 3, number(CHOICES))]
+    # A few kinds of operations on a few pages come upon each other more often than all of them everywhere.
+    share = source.choice((0.2, 0.5, 1))
+    verbs = [verb for verb in _WEIGHTS if verb in ACCESSES or source.random() < share]
+    weights, places = [_WEIGHTS[verb] for verb in verbs], source.choice((2, 4, PAGES + HEAP_PAGES + 4))
     return first + [
-        (source.choice(VERBS), number(MOST_PROCESSES), number(PAGES + HEAP_PAGES + 4), 1 + number(6), number(CHOICES))
-        for _ in range(length)
+        (verb, number(MOST_PROCESSES), number(places), 1 + number(6), number(CHOICES))
+        for verb in source.choices(verbs, weights, k=length)
     ]
 
 
