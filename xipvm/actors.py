@@ -54,6 +54,8 @@ class Actor:
         "greenlet",
         "held",
         "name",
+        "on_enter",
+        "on_leave",
         "ran",
         "ready",
         "state",
@@ -84,6 +86,9 @@ class Actor:
         """Who has run since it gave way the last time."""
         self.trace_name = name
         self.cause = 0
+        self.on_enter: Callable[[], None] | None = None
+        self.on_leave: Callable[[], None] | None = None
+        """Called by the scheduler whenever it goes on, and whenever another does instead."""
 
     def __repr__(self) -> str:
         what = f" for {self.waits_for}" if self.state is State.WAITING else ""

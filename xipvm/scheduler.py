@@ -187,10 +187,16 @@ class Scheduler:
         actors.set_current(actor)
         if self._trace is not None:
             self._trace.actor, self._trace.cause = actor.trace_name, actor.cause
+        if actor.on_enter is not None:
+            actor.on_enter()
 
     def _leave(self, actor: Actor | None) -> None:
-        if actor is not None and self._trace is not None:
+        if actor is None:
+            return
+        if self._trace is not None:
             actor.trace_name, actor.cause = self._trace.actor, self._trace.cause
+        if actor.on_leave is not None:
+            actor.on_leave()
 
     # ---- an actor's life
 
