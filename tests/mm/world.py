@@ -421,7 +421,8 @@ class World:
         self._advise(process, there, advice.MADV_DONTNEED, model.dontneed(there))
         self.settle(process, pages.start)
         done = 0
-        with allowed(errno.EINVAL, errno.EBUSY, errno.ENOENT, errno.EEXIST):
+        marked = (errno.EFAULT,) if source.guard else ()
+        with allowed(errno.EINVAL, errno.EBUSY, errno.ENOENT, errno.EEXIST, *marked):
             done = uffd.move(target * PAGE, pages.start * PAGE, PAGE, UFFDIO_MOVE_MODE_ALLOW_SRC_HOLES)
         if done:
             assert source.file is None
