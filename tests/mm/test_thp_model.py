@@ -13,6 +13,7 @@ from contextlib import suppress
 import pytest
 
 from xipvm.actors import on_point
+from xipvm.check.oracle import Oracle
 from xipvm.errors import MmError
 from xipvm.mmu import madvise as advice
 from xipvm.mmu.frames import HUGE_PAGES, HostMemory
@@ -65,8 +66,9 @@ class World:
         self.random = random.Random(seed)
         self.host = HostMemory(10 * HPAGE_SIZE, poison="frame")
         self.trace = Trace()
+        self.oracle = Oracle()
         if seed % 3 == 0:
-            self.trace.attach(lambda event: None)
+            self.trace.attach(self.oracle)
         self.processes: list[Process] = []
         self.file = ShmemFile(self.host, self.trace, "memfd", PAGES * PAGE)
         self.content: dict[int, bytes] = {}
@@ -96,6 +98,7 @@ class World:
 
     def check(self) -> None:
         verify(self.host, held=self.held)
+        assert not self.oracle.violations, str(self.oracle.violations[0])
         for process in self.processes:
             for page in EDGES:
                 entry = process.mm.pgd.pte((BASE >> 12) + page)
@@ -304,9 +307,11 @@ def run(seed: int, length: int = 25) -> None:
         if inside or world.random.random() > 0.02:
             return
         inside = True
-        process = world.random.choice(world.processes)
+        trace, process = world.trace, world.random.choice(world.processes)
+        before, trace.actor, trace.cause = (trace.actor, trace.cause), "vcpu0", 0
         with suppress(MmError):
             process.kvm.fault(world.random.choice(EDGES), world.random.choice((GUEST_READ, GUEST_WRITE)))
+        trace.actor, trace.cause = before
         inside = False
 
     for _ in range(length):

@@ -62,7 +62,8 @@ def split_huge_pmd_locked(mm: Mm, start: int) -> None:
         mm.put_frame(pte_pfn(entry))
         return
     if mm.trace.on:
-        mm.trace.emit("pmd_split", mm=mm.name, start=start, end=start + HPAGE_SIZE, pfn=pte_pfn(entry), flags=flags)
+        first = ZERO_PFN if entry & SPECIAL else pte_pfn(entry)
+        mm.trace.emit("pmd_split", mm=mm.name, start=start, end=start + HPAGE_SIZE, pfn=first, flags=flags)
     mm.flush_tlb_range(start, start + HPAGE_SIZE)
 
 
