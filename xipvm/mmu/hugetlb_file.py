@@ -108,15 +108,17 @@ class HugetlbFile(AddressSpace):
         Without an ``end``, as for truncation, also what is set aside for pages that are not there.
         """
         for pgoff in sorted(pgoff for pgoff in self.pages if first <= pgoff and (end is None or pgoff < end)):
-            while self.host.mapcount(self.pages[pgoff]):
+            while pgoff in self.pages and self.host.mapcount(self.pages[pgoff]):
                 self._unmap(pgoff, pgoff + HUGE_PAGES)
-            pfn = self.pages.pop(pgoff)
+            pfn = self.pages.pop(pgoff, None)
+            if pfn is None:  # somebody else has removed it
+                continue
             self.reserved.discard(pgoff)
             self.host.set_rmap(pfn, 0, 0)
             if self.host.put(pfn) and self.trace.on:
                 self.trace.emit("page_free", pages=[(pfn, HUGE_PAGES)])
         if end is None:
-            gone = {pgoff for pgoff in self.reserved if pgoff >= first}
+            gone = {pgoff for pgoff in self.reserved if pgoff >= first and pgoff not in self.pages}
             self.reserved -= gone
             hugetlb_acct_memory(self.host, -len(gone))
 
