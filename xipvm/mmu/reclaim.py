@@ -164,20 +164,24 @@ class Reclaim:
     # ---- the work
 
     def _run(self, target: int) -> None:
-        """Reclaims until ``target`` frames are free, or all pages were looked at."""
+        """Reclaims until ``target`` frames are free, or all pages were looked at.
+
+        Active pages are left alone as long as the inactive ones are enough of them; if those do not help, nobody is.
+        """
         me = actors.current
         if me in self._at_work:
             return
         self._at_work.add(me)
         try:
-            for priority in range(PRIORITY, -1, -1):
-                if self._host.free_frames >= target:
-                    return
-                self._shrink(self.lru.quotas(priority), target)
+            for force in (False, True):
+                for priority in range(PRIORITY, -1, -1):
+                    if self._host.free_frames >= target:
+                        return
+                    self._shrink(self.lru.quotas(priority), target, force)
         finally:
             self._at_work.discard(me)
 
-    def _shrink(self, quotas: list[int], target: int) -> None:
+    def _shrink(self, quotas: list[int], target: int, force: bool) -> None:
         lru = self.lru
         while any(quotas) and self._host.free_frames < target:
             for list, quota in enumerate(quotas):
@@ -186,7 +190,7 @@ class Reclaim:
                 file, active = list >= 2, bool(list & 1)
                 if not active:
                     lru.shrink_inactive(pages, file)
-                elif lru.inactive_is_low(file):
+                elif force or lru.inactive_is_low(file):
                     lru.shrink_active(pages, file)
 
 
