@@ -172,7 +172,10 @@ class KvmBase(SecondaryMmu):
         except MmError as error:
             return self._lookup_failed(slot, gfn, access, error)
         point("kvm.fault.gup_done")
-        self._install(slot, gfn, page, seq)
+        if self.mmu_lock.writer or check.checker is not None:
+            self._install(slot, gfn, page, seq)
+        else:  # nobody can come between, and most faults come this way
+            self._install_locked(slot, gfn, page, seq)
         return RETRY_WALK
 
     def _fault_holding(self, slot: Memslot, gfn: int, hva: int, seq: int, write: bool) -> int:
@@ -194,11 +197,7 @@ class KvmBase(SecondaryMmu):
 
     def _install(self, slot: Memslot, gfn: int, page: GupPage, seq: int) -> None:
         """Puts an entry of ``page``, looked up since ``seq``, unless that must not be."""
-        lock = self.mmu_lock
-        if lock.writer or check.checker is not None:
-            with lock.read:
-                self._install_locked(slot, gfn, page, seq)
-        else:  # nobody can come between
+        with self.mmu_lock.read:
             self._install_locked(slot, gfn, page, seq)
 
     def _install_locked(self, slot: Memslot, gfn: int, page: GupPage, seq: int) -> None:
