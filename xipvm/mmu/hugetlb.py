@@ -168,7 +168,7 @@ def hugetlb_change_protection(mm: Mm, area: Vma) -> None:
     start, end = adjust_range_if_pmd_sharing_possible(area, area.start, area.end)
     with mm.notifiers.invalidate_range(start, end, RangeEvent.PROTECTION_VMA), file.i_mmap.write:
         first, last = area.start >> PAGE_SHIFT, area.end >> PAGE_SHIFT
+        mm.ptl.wait_range(area.start >> PMD_SHIFT, area.end >> PMD_SHIFT)
         for lo, hi, flags in mm.pgd.protect(first, last, area.page_prot, 0, trace.on)[1]:
             trace.emit("pte_protect", mm=mm.name, start=lo << PAGE_SHIFT, end=hi << PAGE_SHIFT, flags=flags)
-        mm.ptl.wait_range(area.start >> PMD_SHIFT, area.end >> PMD_SHIFT)
         mm.flush_tlb_range(start, end)
