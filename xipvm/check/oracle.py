@@ -35,6 +35,7 @@ VIOLATION_LIMIT: Final = 100
 """More are not remembered: what follows the first ones follows from them."""
 _HUGE: Final = 1 << 7
 _HUGE_PAGES: Final = 512
+# An entry of the huge zero page maps the zero page, frame 0, so many times.
 
 
 def _nothing(violation: Violation) -> None:
@@ -182,7 +183,7 @@ class Oracle:
         process = self._world.mm(fields["mm"])
         page, pfn, flags = fields["hva"] >> PAGE_SHIFT, fields["pfn"], fields["flags"]
         for offset in range(_HUGE_PAGES if flags & _HUGE else 1):
-            self._set(event, process.name, page + offset, pfn + offset, flags)
+            self._set(event, process.name, page + offset, pfn + offset if pfn else pfn, flags)
 
     def _set(self, event: Event, mm: str, page: int, pfn: int, flags: int) -> None:
         process = self._world.mm(mm)
@@ -230,7 +231,7 @@ class Oracle:
     def _on_pmd_split(self, event: Event, fields: Fields) -> None:
         first, flags = fields["pfn"], fields["flags"]
         for offset in range((fields["end"] - fields["start"]) >> PAGE_SHIFT):
-            pfn = first + offset if first else first  # the huge zero page becomes the zero page, many times
+            pfn = first + offset if first else first
             self._set(event, fields["mm"], (fields["start"] >> PAGE_SHIFT) + offset, pfn, flags)
 
     def _on_pte_move(self, event: Event, fields: Fields) -> None:
