@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -135,7 +136,7 @@ def cow(world: World) -> None:
     world.mm.write(world.hva, DATA)
 
 
-def file_of(world: World) -> PageCache:
+def file_of(world: World) -> Any:
     assert world.file is not None
     return world.file
 
@@ -156,6 +157,7 @@ OPERATIONS: dict[str, tuple[str, Callable[[World], object]]] = {
     "migrate shmem": ("shmem", migrate),
     "pageout shmem": ("shmem", lambda world: world.mm.madvise(world.hva, PAGE, MADV_PAGEOUT)),
     "truncate file": ("file", lambda world: file_of(world).truncate(0)),
+    "direct": ("file", lambda world: file_of(world).direct_write(0, DATA.ljust(512, b"\0"))),
     "fsync": ("file", lambda world: file_of(world).fsync()),
     "truncate private": ("private", lambda world: file_of(world).truncate(0)),
 }
@@ -221,6 +223,8 @@ def test_two_faults_against_an_operation(name: str, tmp_path: Path) -> None:
         ("truncate", "migrate shmem"),
         ("truncate", "pageout shmem"),
         ("truncate file", "fsync"),
+        ("direct", "fsync"),
+        ("direct", "truncate file"),
         ("register", "truncate"),
         ("register", "migrate"),
     ],

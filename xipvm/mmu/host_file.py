@@ -58,10 +58,11 @@ class HostFile(PageCache):
             self._fd = -1
 
     def _read_page(self, pgoff: int, pfn: int) -> None:
-        data = os.pread(self._fd, PAGE_SIZE, pgoff << PAGE_SHIFT)
-        if data:
-            self.host.write(pfn, 0, data)
-        point("mm.file.read")
+        with self.invalidate_lock.read:
+            data = os.pread(self._fd, PAGE_SIZE, pgoff << PAGE_SHIFT)
+            if data:
+                self.host.write(pfn, 0, data)
+            point("mm.file.read")
 
     def readahead(self, pgoff: int, count: int) -> None:
         """Reads pages into the cache, as far as the file goes. Raises OutOfFrames."""
@@ -130,14 +131,15 @@ class HostFile(PageCache):
         if offset < 0 or (offset | len(data)) % _BLOCK:
             raise MmError(errno.EINVAL, f"{self.name}: direct write of {len(data)} bytes at {offset:#x}")
         pages = range(offset >> PAGE_SHIFT, page_up(offset + len(data)) >> PAGE_SHIFT)
-        self.fsync(pages.start, len(pages))
-        for pgoff in pages:
-            self._invalidate(pgoff)
-        point("mm.file.direct_write")
-        os.pwrite(self._fd, data, offset)
-        self.size = max(self.size, offset + len(data))
-        for pgoff in pages:
-            self._invalidate(pgoff)
+        with self.i_rwsem.write:
+            self.fsync(pages.start, len(pages))
+            for pgoff in pages:
+                self._invalidate(pgoff)
+            point("mm.file.direct_write")
+            os.pwrite(self._fd, data, offset)
+            self.size = max(self.size, offset + len(data))
+            for pgoff in pages:
+                self._invalidate(pgoff)
 
     def fadvise_dontneed(self) -> None:
         """POSIX_FADV_DONTNEED for all of the file: dirty pages are written back; what nobody maps leaves the cache."""

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 from xipvm.actors import point
 from xipvm.address import PAGE_SHIFT, PAGE_SIZE, page_up
 from xipvm.errors import MmError
+from xipvm.locks.lock import RwLock
+from xipvm.locks.order import INODE_LOCK, INVALIDATE_LOCK
 from xipvm.mmu.file import AddressSpace, FaultResult, VmFault
 from xipvm.mmu.frames import HUGE_PAGES, PG_DIRTY, PG_SWAPBACKED
 from xipvm.mmu.gup import pieces
@@ -42,6 +44,10 @@ class PageCache(AddressSpace):
         self.shadows: dict[int, int] = {}
         """When pages that are not cached were reclaimed."""
         self.rmap = reverse_map(host)
+        self.i_rwsem = RwLock(f"i_rwsem of {name}", INODE_LOCK)
+        """For writing: who writes to the file, or changes its length or its holes."""
+        self.invalidate_lock = RwLock(f"invalidate_lock of {name}", INVALIDATE_LOCK)
+        """Between reading a page in and taking pages out. Memory files, which read nothing, do without."""
         self.closed = False
 
     def close(self) -> None:
@@ -199,13 +205,14 @@ class PageCache(AddressSpace):
         Errors: EBADF (closed, or not writable), EINVAL.
         """
         self._check("pwrite", offset, len(data), write=errno.EBADF)
-        self.size = max(self.size, offset + len(data))
-        for at, in_page, length in pieces(offset, len(data)):
-            pfn = self._need(at >> PAGE_SHIFT)
-            if pfn is None:
-                return
-            self.host.write(pfn, in_page, data[at - offset : at - offset + length])
-            self.host.set_flags(pfn, PG_DIRTY)
+        with self.i_rwsem.write:
+            self.size = max(self.size, offset + len(data))
+            for at, in_page, length in pieces(offset, len(data)):
+                pfn = self._need(at >> PAGE_SHIFT)
+                if pfn is None:
+                    return
+                self.host.write(pfn, in_page, data[at - offset : at - offset + length])
+                self.host.set_flags(pfn, PG_DIRTY)
 
     def truncate(self, size: int) -> None:
         """Makes the file ``size`` bytes long. What is cut off goes from every mapping, private copies included.
@@ -214,15 +221,16 @@ class PageCache(AddressSpace):
         Errors: EBADF (closed), EINVAL (also: not writable).
         """
         self._check("truncate", size, 0, write=errno.EINVAL)
-        old, self.size = self.size, size
-        if size >= old:
-            return
-        first = page_up(size) >> PAGE_SHIFT
-        unmap_mapping_range(self, first, _ALL_PAGES)
-        point("mm.truncate.unmapped")
-        self._zero_tail()
-        self._evict(first, _ALL_PAGES)
-        unmap_mapping_range(self, first, _ALL_PAGES)
+        with self.i_rwsem.write, self.invalidate_lock.write:
+            old, self.size = self.size, size
+            if size >= old:
+                return
+            first = page_up(size) >> PAGE_SHIFT
+            unmap_mapping_range(self, first, _ALL_PAGES)
+            point("mm.truncate.unmapped")
+            self._zero_tail()
+            self._evict(first, _ALL_PAGES)
+            unmap_mapping_range(self, first, _ALL_PAGES)
 
     def _zero_tail(self) -> None:
         """Bytes of the last page behind the end of the file read as zero when it grows again."""
@@ -242,8 +250,9 @@ class PageCache(AddressSpace):
             raise MmError(errno.EINVAL, f"{self.name}: a hole of {count} pages at {pgoff:#x}")
         if not self.writable:
             raise MmError(errno.EBADF, f"{self.name} is not writable")
-        unmap_mapping_range(self, pgoff, count, even_cows=False)
-        self._evict(pgoff, pgoff + count)
+        with self.i_rwsem.write, self.invalidate_lock.write:
+            unmap_mapping_range(self, pgoff, count, even_cows=False)
+            self._evict(pgoff, pgoff + count)
 
 
 class ShmemFile(PageCache):
