@@ -421,8 +421,7 @@ class World:
         self._advise(process, there, advice.MADV_DONTNEED, model.dontneed(there))
         self.settle(process, pages.start)
         done = 0
-        marked = (errno.EFAULT,) if source.guard else ()
-        with allowed(errno.EINVAL, errno.EBUSY, errno.ENOENT, errno.EEXIST, *marked):
+        with allowed(errno.EINVAL, errno.EBUSY, errno.ENOENT, errno.EEXIST, errno.EFAULT):  # the last: a marker
             done = uffd.move(target * PAGE, pages.start * PAGE, PAGE, UFFDIO_MOVE_MODE_ALLOW_SRC_HOLES)
         if done:
             assert source.file is None
