@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -84,6 +85,15 @@ class TestOrder:
                             pass
                 assert not one.taken
                 assert not two.taken
+
+    def test_the_order_is_the_documented_one(self) -> None:
+        ranked = sorted(
+            (cls for cls in vars(order).values() if isinstance(cls, LockClass)), key=lambda cls: cls.rank or 0
+        )
+        text = (Path(__file__).parents[2] / "docs" / "locks.md").read_text()
+        places = [text.index(cls.name, text.index("From the outermost")) for cls in ranked if "hugetlb" not in cls.name]
+        assert places == sorted(places)
+        assert len({cls.rank for cls in ranked}) == len(ranked)
 
     def test_what_was_seen_with_the_stack_of_when(self) -> None:
         a, b = RwLock("one a", A), RwLock("one b", B)
