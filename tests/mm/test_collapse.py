@@ -89,7 +89,7 @@ def test_the_order(mm: Mm, host: HostMemory, area: int, steps: Steps) -> None:
     before = host.free_frames
     assert collapse(mm, area) == 0
     words = steps()
-    assert words == [HUGE, f"clear {HUGE_PAGES}", "tlb", "E", f"free {HUGE_PAGES}", "set"]
+    assert words == ["alloc", HUGE, f"clear {HUGE_PAGES}", "tlb", "E", f"free {HUGE_PAGES}", "set"]
     assert host.free_frames == before
     entry = mm.pgd.huge(area >> 12)
     assert entry & WRITE

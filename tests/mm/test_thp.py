@@ -30,6 +30,7 @@ from xipvm.mmu.migrate import compact_memory, migrate_page
 from xipvm.mmu.mm import Mm
 from xipvm.mmu.mremap import MREMAP_DONTUNMAP, MREMAP_FIXED, MREMAP_MAYMOVE
 from xipvm.mmu.pte import ACCESSED, EXCLUSIVE, SPECIAL, WRITE, pte_pfn
+from xipvm.mmu.reclaim import watch_memory
 from xipvm.mmu.verify import verify
 from xipvm.notifier import MmuNotifier
 from xipvm.trace.funnel import Trace
@@ -97,7 +98,7 @@ def test_a_write_gets_a_huge_page_and_tells_nobody(mm: Mm, host: HostMemory, ste
     assert (host.refcount(head), host.entire_mapcount(head), host.mapcount(head + 9)) == (1, 1, 1)
     assert mm.read(start + 5 * PAGE, 4) == b"five"
     assert mm.read(start + 6 * PAGE, 4) == bytes(4)
-    assert steps() == ["set"]
+    assert steps() == ["alloc", "set"]
 
 
 def test_nobody_asked(mm: Mm) -> None:
@@ -207,7 +208,7 @@ def test_a_write_to_the_huge_zero_page(mm: Mm, steps: Steps) -> None:
     mm.write(start + 9 * PAGE, b"nine")
     assert is_huge(mm, start)
     assert mm.read(start, 4) + mm.read(start + 9 * PAGE, 4) == b"\0\0\0\0nine"
-    assert steps() == [f"S CLEAR {HUGE}", f"clear {HUGE_PAGES}", "tlb", "set", "E"]
+    assert steps() == ["alloc", f"S CLEAR {HUGE}", f"clear {HUGE_PAGES}", "tlb", "set", "E"]
 
 
 def test_a_write_to_the_huge_zero_page_without_room(mm: Mm, host: HostMemory, steps: Steps) -> None:
@@ -498,13 +499,40 @@ def test_free_of_a_part_splits_the_page_inside_the_range(mm: Mm, host: HostMemor
     assert intact(mm, area, range(HUGE_PAGES))
 
 
-def test_a_part_of_a_page_that_was_given_away_is_dropped(mm: Mm, host: HostMemory, area: int) -> None:
-    mm.swapon(1024)
+def test_a_page_that_was_given_away_goes_as_a_whole(mm: Mm, host: HostMemory, area: int, steps: Steps) -> None:
     mm.madvise(area, HPAGE_SIZE, MADV_FREE)
-    mm.madvise(area, HPAGE_SIZE, MADV_PAGEOUT)
+    steps()
+    assert mm.memcg_reclaim() == 1  # without swap the other one stays
+    words = steps()
+    assert ranges(words) == [f"CLEAR {HUGE}"]
+    assert f"free {HUGE_PAGES}" in words
     assert mm.read(area + PAGE, 2) == b"\0\0"
     assert intact(mm, area, range(HUGE_PAGES, 2 * HUGE_PAGES))
+
+
+def test_a_page_that_was_given_away_and_written_stays(mm: Mm, host: HostMemory, area: int, steps: Steps) -> None:
+    mm.madvise(area, HPAGE_SIZE, MADV_FREE)
+    mm.write(area + 5 * PAGE, b"kept")
+    mm.clear_refs(1)
+    assert mm.memcg_reclaim() == 0
+    assert mm.read(area + 5 * PAGE, 4) == b"kept"
+    assert intact(mm, area, range(6, 2 * HUGE_PAGES))
     verify(host)
+
+
+def test_memory_pressure_splits_what_is_left_of_pages(mm: Mm, host: HostMemory, area: int) -> None:
+    reclaim = watch_memory(host, mm.trace)
+    mm.munmap(area, 100 * PAGE)
+    held = []
+    while host.free_frames > reclaim.marks.low:
+        held.append(host.alloc())
+    more = mm.mmap(8 * PAGE, RW)
+    mm.write(more, bytes(8 * PAGE))
+    assert host.free_frames >= reclaim.marks.high
+    assert not host.is_compound(pte_pfn(mm.pgd.get((area >> 12) + 100)))
+    assert is_huge(mm, area + HPAGE_SIZE)
+    for pfn in held:
+        host.put(pfn)
 
 
 def test_migration_keeps_it_huge(mm: Mm, host: HostMemory, area: int, steps: Steps) -> None:
@@ -623,7 +651,7 @@ def test_populate_makes_huge_pages(mm: Mm, steps: Steps) -> None:
     steps()
     mm.madvise(start, 2 * HPAGE_SIZE, MADV_POPULATE_WRITE)
     assert is_huge(mm, start)
-    assert steps() == ["set", "set"]
+    assert steps() == ["alloc", "set", "alloc", "set"]
 
 
 def test_no_work_for_nobody(host: HostMemory, trace: Trace) -> None:

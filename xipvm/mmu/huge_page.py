@@ -8,7 +8,8 @@ To split the *page*, not only its entries, nobody else may have it::
     → still nobody else? 512 pages → entries in place of the migration entries, nobody is told
     → pages that nobody mapped any more are freed
 
-This is what reclaim, KSM and MADV_PAGEOUT of a part do first. A page of a file is unmapped instead; faults bring it
+This is what reclaim, KSM and MADV_PAGEOUT of a part do first, except for a page that was given away and is dropped
+as a whole (:func:`drop_lazyfree`). A page of a file is unmapped instead; faults bring it
 back. A compound page that is only in part mapped, after munmap or MADV_DONTNEED of the rest, keeps all of its frames
 until somebody splits it: :func:`deferred_split_scan`, for memory pressure.
 """
@@ -26,7 +27,7 @@ from xipvm.mmu.hugetlb import adjust_range_if_pmd_sharing_possible
 from xipvm.mmu.pte import ACCESSED, DIRTY, HUGE, MAPPED, MIGRATION, PFN_SHIFT, SPECIAL, UFFD_WP, WRITE, pte_pfn
 from xipvm.mmu.rmap import PMD_SHIFT, reverse_map
 from xipvm.mmu.unmap import migration_entry
-from xipvm.mmu.vma import PROT_WRITE, VM_HUGETLB
+from xipvm.mmu.vma import PROT_WRITE, VM_HUGETLB, VM_LOCKED
 from xipvm.notifier import RangeEvent
 
 if TYPE_CHECKING:
@@ -89,6 +90,40 @@ def split_huge_pages(mm: Mm, start: int, end: int, *, partial: bool = False) -> 
             continue
         if mm.pgd.huge(page) == entry and mm.host.total_mapcount(pte_pfn(entry)) == 1:
             split_if_compound(mm.host, pte_pfn(entry))
+
+
+def drop_lazyfree(host: HostMemory, head: int) -> bool:
+    """Takes a compound page that was given away (MADV_FREE) out of its entries, all huge; whether nobody maps it now.
+
+    Announced once for each entry, and nothing is split. An entry through which it has been written since, or a
+    reference of somebody else, keeps it: then it counts as given away no longer. The caller has locked it and holds it.
+    """
+    with reverse_map(host).walk_lock(host, head):
+        while host.total_mapcount(head):
+            found = next((place for place in _extents(host, head) if _entries(*place, head, MAPPED)), None)
+            if found is None or found[0].flags & VM_LOCKED:
+                return False
+            area, start, end = found
+            with area.mm.notifiers.invalidate_range(start, end, RangeEvent.CLEAR), area.mm.ptl(start >> PMD_SHIFT):
+                if not _drop_entry(area, start, head):
+                    return False
+    return True
+
+
+def _drop_entry(area: Vma, start: int, head: int) -> bool:
+    mm, host = area.mm, area.mm.host
+    entry = mm.pgd.huge(start >> PAGE_SHIFT)
+    if not entry & MAPPED or pte_pfn(entry) != head:
+        return host.entire_mapcount(head) == host.total_mapcount(head)  # gone, or split
+    pmdp_clear_flush(mm, start)
+    used = entry & DIRTY or host.flags(head) & PG_DIRTY
+    if used or host.refcount(head) != host.total_mapcount(head) + 1:
+        host.set_flags(head, PG_SWAPBACKED)
+        mm.set_pte(start, entry)
+        return False
+    page_remove_rmap(mm, entry)
+    host.put(head)
+    return True
 
 
 def deferred_split_scan(host: HostMemory) -> int:

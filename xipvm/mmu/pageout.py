@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Final
 from xipvm.actors import point
 from xipvm.address import PAGE_SHIFT
 from xipvm.mmu.frames import HUGE_PAGES, PG_ANON, PG_DIRTY, PG_SWAPBACKED, PG_SWAPCACHE, HostMemory
-from xipvm.mmu.huge_page import split_huge_page, split_huge_pages
+from xipvm.mmu.huge_page import drop_lazyfree, split_huge_page, split_huge_pages
 from xipvm.mmu.huge_pmd import pmdp_clear_flush_young_notify
 from xipvm.mmu.pte import ANON, EXCLUSIVE, HUGE, MAPPED, PFN_SHIFT, SOFT_DIRTY, SPECIAL, SWAP, UFFD_WP, pte_pfn
 from xipvm.mmu.rmap import PMD_SHIFT, ReverseMap, reverse_map
@@ -109,6 +109,9 @@ def take_out(rmap: ReverseMap, host: HostMemory, pfn: int) -> bool:
 
 
 def _take_out(rmap: ReverseMap, host: HostMemory, pfn: int) -> bool:
+    lazyfree = host.flags(pfn) & (PG_ANON | PG_SWAPBACKED) == PG_ANON
+    if lazyfree and host.is_compound(pfn) and host.entire_mapcount(pfn) == host.total_mapcount(pfn):
+        return drop_lazyfree(host, pfn)
     if not split_huge_page(host, pfn) or is_pinned(host, pfn, 1):
         return False
     flags = host.flags(pfn)

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Final, TypeVar
 from xipvm import actors
 from xipvm.actors import wait
 from xipvm.errors import OutOfFrames
+from xipvm.mmu.huge_page import deferred_split_scan
 from xipvm.mmu.lru import Lru
 from xipvm.mmu.oom import Watermarks, out_of_memory
 from xipvm.mmu.rmap import reverse_map
@@ -102,10 +103,10 @@ class Reclaim:
             return True
         while oom and out_of_memory(host, self._trace, marks, mm):
             self.kills += 1
-            if host.free_frames > marks.min:
-                return True
             if mm is not None and mm.oom is not None:
                 return False
+            if host.free_frames > marks.min:
+                return True
         return False
 
     def _direct(self) -> None:
@@ -173,6 +174,8 @@ class Reclaim:
             return
         self._at_work.add(me)
         try:
+            if self._host.free_frames < target:
+                deferred_split_scan(self._host)
             for force in (False, True):
                 for priority in range(PRIORITY, -1, -1):
                     if self._host.free_frames >= target:
