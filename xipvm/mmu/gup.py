@@ -10,7 +10,7 @@ import errno
 from typing import TYPE_CHECKING
 
 from xipvm.address import PAGE_SHIFT, PAGE_SIZE
-from xipvm.errors import MmError
+from xipvm.errors import DeadlockError, MmError
 from xipvm.mmu.fault import handle_mm_fault
 from xipvm.mmu.file import VmFault
 from xipvm.mmu.frames import PG_HUGETLB
@@ -65,6 +65,8 @@ def access_remote_vm(mm: Mm, hva: int, data: bytes, force: bool) -> int:
     for address, offset, length in pieces(hva, len(data)):
         try:
             pfn = _get_forced(mm, address) if force else mm.get_user_pages(address, write=True).pfn
+        except DeadlockError:
+            raise
         except MmError as error:
             if not done:
                 raise MmError(errno.EIO if force else errno.EFAULT, error.what) from None

@@ -267,16 +267,18 @@ def swapoff(mm: Mm) -> None:
     area.closing = True
     try:
         _try_to_unuse(mm, swap, type_)
+        for slot, pfn in list(swap.cache.items()):
+            if slot >> _TYPE_SHIFT == type_:
+                with rmap.page_lock(pfn):  # somebody may be about to name the slot in an entry
+                    if swap.cache.get(slot) == pfn:
+                        mm.host.set_flags(pfn, PG_DIRTY)
+                        swap.delete(pfn)
     except OutOfFrames:
         raise MmError(errno.ENOMEM, "swapoff: no frames for what is in swap") from None
     except OSError as error:
         raise MmError(error.errno or errno.EIO, "swapoff: what is in swap cannot be read") from None
     finally:
         area.closing = False
-    for slot, pfn in list(swap.cache.items()):
-        if slot >> _TYPE_SHIFT == type_:
-            mm.host.set_flags(pfn, PG_DIRTY)
-            swap.delete(pfn)
     del swap.areas[type_]
     area.close()
 
