@@ -374,7 +374,8 @@ def _monitor(world: World, answers: Args) -> userfaultfd.Handler:
 
     def answer(uffd: userfaultfd.Userfaultfd, message: uffd_message.UffdMsg) -> None:
         flags = [name for name, flag in _UFFD_FLAGS.items() if message.flags & flag]
-        page = (message.address - BASE["slot"]) >> PAGE_SHIFT
+        base = max(base for base in BASE.values() if base <= message.address)
+        page = (message.address - base) >> PAGE_SHIFT
         world.messages.append({"page": page, "flags": flags})
         if "wp" in flags and "wp" in answers:
             uffd.writeprotect(message.address, PAGE_SIZE, 0)

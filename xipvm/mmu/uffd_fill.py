@@ -19,6 +19,7 @@ from xipvm.mmu.frames import PG_DIRTY, ZERO_PFN
 from xipvm.mmu.page_cache import PageCache, ShmemFile
 from xipvm.mmu.pte import ACCESSED, DIRTY, PFN_SHIFT, POISON, SOFT_DIRTY, SPECIAL, UFFD_WP, WRITE, is_marker
 from xipvm.mmu.reclaim import retry
+from xipvm.mmu.rmap import PMD_SHIFT
 from xipvm.mmu.vma import PROT_WRITE, Vma
 
 if TYPE_CHECKING:
@@ -27,22 +28,19 @@ if TYPE_CHECKING:
 
 def copy(mm: Mm, area: Vma, hva: int, data: bytes, wp: bool) -> None:
     """A new page with ``data``."""
-    _check_end(area, hva)
-    _check_empty(mm, hva, markers=True)
+    pfn = _new_page(mm, area, hva, data, markers=True)
     if area.shared:
-        _add_to_file(mm, area, hva, data, wp)
+        _add_to_file(mm, area, hva, pfn, wp)
     else:
-        pfn = _new_page(mm, data)
         map_new_anon(mm, area, hva, pfn, 0, UFFD_WP if wp else 0)
 
 
 def zeropage(mm: Mm, area: Vma, hva: int) -> None:
     """Zeros."""
-    _check_end(area, hva)
-    _check_empty(mm, hva, markers=False)
     if area.shared:
-        _add_to_file(mm, area, hva, b"", False)
+        _add_to_file(mm, area, hva, _new_page(mm, area, hva, b"", markers=False), False)
     else:
+        _check_vacant(mm, area, hva, markers=False)
         mm.set_pte(hva, ZERO_PFN << PFN_SHIFT | area.rights | SPECIAL | ACCESSED)
 
 
@@ -52,8 +50,7 @@ def continue_(mm: Mm, area: Vma, hva: int, wp: bool) -> None:
     pgoff = area.page_offset(hva)
     if pgoff not in area.file.pages and pgoff not in area.file.swapped:
         raise MmError(errno.EFAULT, f"UFFDIO_CONTINUE at {hva:#x}: {area.file.name} has no page {pgoff:#x}")
-    _check_end(area, hva)
-    _check_empty(mm, hva, markers=True)
+    _check_vacant(mm, area, hva, markers=True)
     file = area.file
     try:
         pfn, fault = retry(mm.host, lambda: file.fault(area, pgoff, True))
@@ -62,7 +59,7 @@ def continue_(mm: Mm, area: Vma, hva: int, wp: bool) -> None:
     if fault:
         raise MmError(errno.EFAULT, f"UFFDIO_CONTINUE at {hva:#x}: {fault.name}")
     try:
-        _check_empty(mm, hva, markers=True)
+        _check_vacant(mm, area, hva, markers=True)
     except MmError:
         mm.put_frame(pfn)
         raise
@@ -71,39 +68,44 @@ def continue_(mm: Mm, area: Vma, hva: int, wp: bool) -> None:
 
 def poison(mm: Mm, area: Vma, hva: int) -> None:
     """A marker that makes every access a SIGBUS."""
-    _check_end(area, hva)
-    _check_empty(mm, hva, markers=False)
+    _check_vacant(mm, area, hva, markers=False)
     mm.pgd.set(hva >> PAGE_SHIFT, POISON)
 
 
-def _check_end(area: Vma, hva: int) -> None:
-    if isinstance(area.file, PageCache) and area.page_offset(hva) >= page_up(area.file.size) >> PAGE_SHIFT:
-        raise MmError(errno.EFAULT, f"userfaultfd at {hva:#x}: behind the end of {area.file.name}")
-
-
-def _check_empty(mm: Mm, hva: int, *, markers: bool) -> None:
+def _check_vacant(mm: Mm, area: Vma, hva: int, *, markers: bool) -> None:
+    """Raises EFAULT behind the end of the file, and EEXIST. Nobody is about to change the entry then."""
+    file, page = area.file, area.page_offset(hva)
+    if isinstance(file, PageCache) and page >= page_up(file.size) >> PAGE_SHIFT:
+        raise MmError(errno.EFAULT, f"userfaultfd at {hva:#x}: behind the end of {file.name}")
+    mm.ptl.wait_range(hva >> PMD_SHIFT, (hva >> PMD_SHIFT) + 1)
     entry = mm.pgd.get(hva >> PAGE_SHIFT)
     if entry and not (markers and is_marker(entry)):
         raise MmError(errno.EEXIST, f"userfaultfd at {hva:#x} in {mm.name}: there is something already")
 
 
-def _new_page(mm: Mm, data: bytes) -> int:
+def _new_page(mm: Mm, area: Vma, hva: int, data: bytes, *, markers: bool) -> int:
+    """A frame with ``data``, or zeros, for the entry of ``hva``, which is vacant."""
+    _check_vacant(mm, area, hva, markers=markers)
     try:
         pfn = retry(mm.host, lambda: mm.alloc_frame(not data))
     except OutOfFrames as error:
         raise MmError(errno.ENOMEM, f"userfaultfd: {error}") from None
+    try:
+        _check_vacant(mm, area, hva, markers=markers)  # making room takes a while
+        if area.shared and area.file is not None and area.file.has_page(area.page_offset(hva)):
+            raise MmError(errno.EEXIST, f"userfaultfd at {hva:#x}: {area.file.name} has the page")
+    except MmError:
+        mm.put_frame(pfn)
+        raise
     if data:
         mm.host.write(pfn, 0, data)
     return pfn
 
 
-def _add_to_file(mm: Mm, area: Vma, hva: int, data: bytes, wp: bool) -> None:
+def _add_to_file(mm: Mm, area: Vma, hva: int, pfn: int, wp: bool) -> None:
+    """Gives the file a page that it does not have, and maps it."""
     assert isinstance(area.file, ShmemFile)
-    pgoff = area.page_offset(hva)
-    if pgoff in area.file.pages or pgoff in area.file.swapped:
-        raise MmError(errno.EEXIST, f"userfaultfd at {hva:#x}: {area.file.name} has page {pgoff:#x}")
-    pfn = _new_page(mm, data)
-    area.file.add_page(pgoff, pfn)
+    area.file.add_page(area.page_offset(hva), pfn)
     mm.host.get(pfn)
     _map_file_page(mm, area, hva, pfn, wp)
 

@@ -38,6 +38,7 @@ from xipvm.mmu.pte import (
     WRITE,
     pte_pfn,
 )
+from xipvm.mmu.rmap import PMD_SHIFT
 from xipvm.mmu.unmap import migration_entry_wait, set_nonpresent
 from xipvm.mmu.vma import PROT_WRITE, VM_LOCKED, Vma
 from xipvm.notifier import RangeEvent
@@ -121,6 +122,7 @@ def _move_huge(mm: Mm, target: Vma, dst: int, src: int, length: int) -> int:
     if not entry & SPECIAL and (not entry & EXCLUSIVE or host.refcount(head) != 1):
         raise MmError(errno.EBUSY, f"UFFDIO_MOVE from {src:#x} in {mm.name}: the huge page is shared, or in use")
     with mm.notifiers.invalidate_range(src, src + HPAGE_SIZE, RangeEvent.CLEAR):
+        _wait_for_tables(mm, src, dst)
         if mm.pgd.huge(page) != entry or not mm.pgd.pmd_none(dst >> PAGE_SHIFT):
             return _AGAIN
         pmdp_clear_flush(mm, src)
@@ -134,10 +136,17 @@ def _move_huge(mm: Mm, target: Vma, dst: int, src: int, length: int) -> int:
     return HPAGE_SIZE
 
 
+def _wait_for_tables(mm: Mm, *places: int) -> None:
+    """Nobody is about to change an entry of the page tables there. No point is passed until the move is done."""
+    for hva in places:
+        mm.ptl.wait_range(hva >> PMD_SHIFT, (hva >> PMD_SHIFT) + 1)
+
+
 def _step(mm: Mm, target: Vma, dst: int, src: int, length: int, holes: bool) -> int:
     """Moves what can go together; how many bytes. 0: a migration has to end first; or _AGAIN."""
     anon_vma_prepare(target)
     with mm.notifiers.invalidate_range(src, src + length, RangeEvent.CLEAR):
+        _wait_for_tables(mm, src, dst)
         entry = mm.pgd.get(src >> PAGE_SHIFT)
         if mm.pgd.get(dst >> PAGE_SHIFT):
             raise MmError(errno.EEXIST, f"UFFDIO_MOVE to {dst:#x} in {mm.name}")
