@@ -51,6 +51,7 @@ def _tracked(mm: Mm) -> list[Vma]:
 
 
 def _clear_young(mm: Mm, area: Vma) -> None:
+    mm.lock_tables(area.start, area.end)
     for page, entry in mm.pgd.entries(area.start >> PAGE_SHIFT, area.end >> PAGE_SHIFT):
         if entry & PRESENT and not entry & SPECIAL:
             mm.pgd.set(page, entry & ~ACCESSED)
@@ -66,6 +67,7 @@ def _clear_soft_dirty(mm: Mm) -> None:
         with mm.notifiers.invalidate_range(0, _EVERYTHING, RangeEvent.SOFT_DIRTY):
             for area in _tracked(mm):
                 start, end = area.start >> PAGE_SHIFT, area.end >> PAGE_SHIFT
+                mm.lock_tables(area.start, area.end)
                 mm.pgd.clear_bits(start, end, SOFT_DIRTY)
                 for lo, hi, flags in mm.pgd.protect(start, end, area.rights, 0, trace.on)[1]:
                     trace.emit("pte_protect", mm=mm.name, start=lo << PAGE_SHIFT, end=hi << PAGE_SHIFT, flags=flags)

@@ -75,6 +75,7 @@ def _copy_entries(mm: Mm, child: Mm, area: Vma) -> None:
     trace = mm.trace
     thp_of(mm.host).share_zero(mm, child)
     swaps: list[int] = []
+    mm.lock_tables(area.start, area.end)
     changed = mm.pgd.copy_to(child.pgd, start, end, mm.host, not area.shared, trace.on, swaps)
     for slot in swaps:
         assert mm.rmap.swap is not None

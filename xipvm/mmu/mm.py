@@ -471,6 +471,10 @@ class Mm:
             self.flush_tlb_range(start, start + PAGE_SIZE)
         return self.notifiers.clear_flush_young(start, start + PAGE_SIZE) or young
 
+    def lock_tables(self, start: int, end: int) -> None:
+        """Before entries of ``[start, end)`` are changed by what passes no point until it is done."""
+        self.ptl.wait_range(start >> PMD_SHIFT, (end - 1 >> PMD_SHIFT) + 1)
+
     def flush_tlb_range(self, start: int, end: int) -> None:
         """Makes every CPU that runs a thread of this mm forget its translations of ``[start, end)``."""
         for thread in self.threads:

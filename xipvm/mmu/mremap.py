@@ -158,6 +158,8 @@ def _move_page_tables(mm: Mm, addr: int, length: int, new_addr: int) -> None:
         return
     pgd, shift = mm.pgd, (new_addr - addr) >> PAGE_SHIFT
     _split_for_move(mm, addr, addr + length, new_addr - addr)
+    mm.lock_tables(addr, addr + length)
+    mm.lock_tables(new_addr, new_addr + length)
     moved = pgd.entries(addr >> PAGE_SHIFT, (addr + length) >> PAGE_SHIFT)
     for page, entry in moved:
         pgd.set(page, 0)

@@ -68,6 +68,7 @@ def _change_protection(mm: Mm, area: Vma) -> bool:
     start = max(first, populated & ~(_PUD_PAGES - 1)) << PAGE_SHIFT
     trace = mm.trace
     with mm.notifiers.invalidate_range(start, area.end, RangeEvent.PROTECTION_VMA):
+        mm.lock_tables(area.start, area.end)
         flushes, changed = mm.pgd.protect(first, end, area.page_prot, area.upgrade, trace.on)
         for lo, hi, flags in changed:
             trace.emit("pte_protect", mm=mm.name, start=lo << PAGE_SHIFT, end=hi << PAGE_SHIFT, flags=flags)

@@ -17,7 +17,6 @@ from xipvm.actors import point
 from xipvm.address import PAGE_SHIFT, PAGE_SIZE
 from xipvm.mmu.huge_pmd import HPAGE_SIZE, split_huge_edges
 from xipvm.mmu.pte import HUGE
-from xipvm.mmu.rmap import PMD_SHIFT
 from xipvm.mmu.tables import Gather
 from xipvm.mmu.thp import thp_of
 from xipvm.mmu.uffd_wp import before_zap, mark
@@ -50,7 +49,7 @@ class MmuGather:
         split_huge_edges(mm, start, end)
         trace = mm.trace
         first, last = start >> PAGE_SHIFT, end >> PAGE_SHIFT
-        mm.ptl.wait_range(start >> PMD_SHIFT, (end - 1 >> PMD_SHIFT) + 1)
+        mm.lock_tables(start, end)
         protected = before_zap(mm, start, end, keep_anon) if mm.uffd_used and keep_markers else ()
         cleared, runs = mm.pgd.zap_mapped(first, last, self._frames, trace.on, keep_anon, keep_markers)
         mark(mm, protected)
