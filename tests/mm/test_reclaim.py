@@ -59,7 +59,8 @@ def kinds(events: list[Event], *names: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("mib", "marks"), [(1, (32, 40, 48)), (8, (90, 112, 134)), (1024, (1024, 1286, 1548)), (32768, (5792, 14180, 22568))]
+    ("mib", "marks"),
+    [(1, (32, 40, 48)), (8, (90, 112, 134)), (1024, (1024, 1286, 1548)), (32768, (5792, 14180, 22568))],
 )
 def test_watermarks_are_linuxs(mib: int, marks: tuple[int, int, int]) -> None:
     """min_free_kbytes is 4 * sqrt(KiB); low and high are a quarter of it more, or a thousandth of all memory."""

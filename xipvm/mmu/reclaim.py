@@ -198,7 +198,7 @@ class Reclaim:
 
 
 def watch_memory(host: HostMemory, trace: Trace) -> Reclaim:
-    """Gives ``host`` watermarks: allocations leave frames free from now on, and reclaim sees to it that there are some."""
+    """Gives ``host`` watermarks: from now on allocations leave frames free, and reclaim makes room."""
     rmap = reverse_map(host)
     if rmap.reclaim is None:
         rmap.reclaim = Reclaim(host, trace)
