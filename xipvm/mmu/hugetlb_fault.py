@@ -17,8 +17,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from xipvm.actors import point
+from xipvm.actors import point, wait
 from xipvm.address import PAGE_SHIFT, Pfn
+from xipvm.errors import DeadlockError
 from xipvm.mmu.file import VmFault
 from xipvm.mmu.frames import HUGE_PAGES, PG_ANON
 from xipvm.mmu.huge_pmd import HPAGE_MASK, HPAGE_SIZE, pmdp_clear_flush
@@ -30,7 +31,6 @@ from xipvm.mmu.rmap import PMD_SHIFT
 from xipvm.mmu.unmap import migration_entry_wait
 from xipvm.mmu.vma import PROT_WRITE, Vma
 from xipvm.notifier import RangeEvent
-from xipvm.notifier.sleep import wait_until
 
 if TYPE_CHECKING:
     from xipvm.mmu.hugetlb_file import HugetlbFile
@@ -54,9 +54,25 @@ def hugetlb_fault(mm: Mm, area: Vma, hva: int, write: bool) -> Outcome:
         if write and not entry & WRITE:
             return _wp(mm, area, hva, entry)
     except HugePagesInFlightError:
-        came = wait_until(lambda: mm.host.free_huge_pages > 0, "mm.hugetlb.pool")
-        return (VmFault.OK, "retry") if came else _NO_PAGE
+
+        def look_again() -> bool:
+            return mm.host.free_huge_pages > 0 or mm.pgd.get(hva >> PAGE_SHIFT) != entry or not _promised(area, hva)
+
+        try:
+            wait("a huge page that is on its way back", look_again, label="mm.hugetlb.pool")
+        except DeadlockError:
+            return _NO_PAGE
+        return VmFault.OK, "retry"
     return VmFault.OK, "spurious"
+
+
+def _promised(area: Vma, hva: int) -> bool:
+    """Whether a page is set aside for ``hva`` that nobody has taken yet. Changes nothing."""
+    file: HugetlbFile = area.file  # type: ignore[assignment]
+    pgoff, reserve = area.page_offset(hva), own_reserve(area)
+    if area.shared:
+        return area in file.areas and pgoff in file.reserved and pgoff not in file.pages
+    return reserve is not None and pgoff not in reserve.consumed
 
 
 def _no_page(mm: Mm, area: Vma, hva: int, write: bool) -> Outcome:
