@@ -166,7 +166,7 @@ def check_kvm(kvm: Kvm) -> None:
             seen = kvm.translate(gfn)
             if seen is None:
                 continue
-            entry = kvm.mm.pgd.get(slot.hva_of(Gfn(gfn)) >> PAGE_SHIFT)
+            entry = kvm.mm.pgd.pte(slot.hva_of(Gfn(gfn)) >> PAGE_SHIFT)
             if not entry & PRESENT or pte_pfn(entry) != seen[0] or (seen[1] and not entry & WRITE):
                 raise AssertionError(f"{kvm.name} maps guest frame {gfn:#x} to {seen}, the host has {entry:#x}")
 
