@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from xipvm.actors import on_point
-from xipvm.errors import MmError
+from xipvm.errors import MmError, ProtocolUnsupported
 from xipvm.mmu.frames import HostMemory
 from xipvm.mmu.host_file import HostFile
 from xipvm.mmu.host_thread import HostAccessError, HostThread
@@ -181,6 +181,16 @@ def test_unknown_features(mm: Mm) -> None:
     assert errno_of(mm.userfaultfd, None, 1 << 30) == errno.EINVAL
     assert errno_of(mm.userfaultfd, None, 1 << 4) == errno.EINVAL  # MISSING_HUGETLBFS
     assert not mm.uffd_used
+
+
+def test_in_2008_there_was_none(host: HostMemory, trace: Trace) -> None:
+    old = Mm(host, trace, protocol="2008")
+    with pytest.raises(ProtocolUnsupported):
+        old.userfaultfd()
+    with pytest.raises(ProtocolUnsupported):
+        old.pagemap_scan(0, PAGE)
+    assert not old.uffd_used
+    old.exit()
 
 
 def test_after_the_end(mm: Mm, area: int) -> None:

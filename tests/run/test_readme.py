@@ -1,4 +1,4 @@
-"""What README.md shows as a Python example is what it does."""
+"""What README.md and the pages in docs/ show as a Python example is what it does."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+import pytest
+
 from tests.run.command import DEADLINE, ROOT, environment
 
-README = ROOT / "README.md"
+PAGES = ("README.md", "docs/userfaultfd.md")
 
 
 class Block(NamedTuple):
@@ -20,14 +22,15 @@ class Block(NamedTuple):
     text: str
 
 
-def blocks() -> list[Block]:
-    """The fenced blocks of README.md in order."""
-    found = re.findall(r"^```(\w*)\n(.*?)^```$", README.read_text(), re.MULTILINE | re.DOTALL)
+def blocks(page: str) -> list[Block]:
+    """The fenced blocks of a page in order."""
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
     return [Block(*block) for block in found]
 
 
-def test_the_python_example_prints_what_follows_it(tmp_path: Path) -> None:
-    found = blocks()
+@pytest.mark.parametrize("page", PAGES)
+def test_the_python_example_prints_what_follows_it(page: str, tmp_path: Path) -> None:
+    found = blocks(page)
     place = next(number for number, block in enumerate(found) if block.language == "python")
     shown = found[place + 1]
     assert shown.language in ("", "text", "console"), "the block behind the example is what it prints"

@@ -15,6 +15,7 @@ stays in the queue.
 from __future__ import annotations
 
 import errno
+from collections import deque
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
@@ -120,10 +121,14 @@ def handle_userfault(mm: Mm, fault: Userfault) -> tuple[VmFault, str]:
         )
     finally:
         uffd.waiters.remove(waiter)
-        with suppress(ValueError):  # read, as a rule
-            uffd.queue.remove(message)
+        if _unread(uffd, message):
+            uffd.queue = deque(other for other in uffd.queue if other is not message)
     _count_wakes(mm, uffd, address, mm.pgd.get(fault.hva >> 12) == before)
     return VmFault.OK, "userfault"
+
+
+def _unread(uffd: Userfaultfd, message: UffdMsg) -> bool:
+    return any(other is message for other in uffd.queue)
 
 
 def _reason(flags: int) -> str:
@@ -194,4 +199,4 @@ class UffdReports:
             if uffd.handler is not None:
                 uffd.changing -= 1
         with suppress(MmError):  # who could read it is the one that would wait
-            wait(f"{uffd!r}", lambda: message not in uffd.queue, label="mm.userfaultfd.event")
+            wait(f"{uffd!r}", lambda: not _unread(uffd, message), label="mm.userfaultfd.event")
