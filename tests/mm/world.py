@@ -419,15 +419,14 @@ class World:
             return
         uffd = self._register(process, there, MISSING)
         self._advise(process, there, advice.MADV_DONTNEED, model.dontneed(there))
-        self.settle(process, pages.start)
         done = 0
         with allowed(errno.EINVAL, errno.EBUSY, errno.ENOENT, errno.EEXIST, errno.EFAULT):  # the last: a marker
             done = uffd.move(target * PAGE, pages.start * PAGE, PAGE, UFFDIO_MOVE_MODE_ALLOW_SRC_HOLES)
         if done:
             assert source.file is None
             assert place.file is None
-            place.own, source.own = source.own, None
-            place.soft_dirty, source.soft_dirty = False, False
+            place.own, place.maybe_zero = source.own, source.maybe_zero
+            source.drop()
 
     def mlock(self, process: Process, pages: range, choice: int) -> None:
         on = choice % 3 > 0
