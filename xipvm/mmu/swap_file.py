@@ -72,12 +72,11 @@ def open_swap(option: SwapOption) -> SwapArea:
         return _open_temporary(option.size)
     try:
         fd = os.open(option.path, os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT if option.size is not None else 0), 0o600)
-    except FileNotFoundError:
-        raise SwapFileError(
-            option.path, f"there is no such swap file; {option.path},size=128M makes one, of that size"
-        ) from None
     except OSError as error:
-        raise SwapFileError(option.path, error.strerror or str(error)) from None
+        reason = error.strerror or str(error)
+        if isinstance(error, FileNotFoundError) and option.size is None:
+            reason = f"there is no such swap file; {option.path},size=128M makes one, of that size"
+        raise SwapFileError(option.path, reason) from None
     try:
         pages = _prepare(fd, option.path, option.size)
     except OSError as error:
