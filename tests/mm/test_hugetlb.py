@@ -404,6 +404,27 @@ def test_a_fault_waits_for_a_page_that_is_being_freed(host: HostMemory, mm: Mm) 
     assert mm.read(other, 1) == b"\x02"
 
 
+def test_fallocate_waits_for_a_page_that_is_being_freed(host: HostMemory, trace: Trace, mm: Mm) -> None:
+    file = HugetlbFile(host, trace, "huge", H)
+    mm.mmap(H, RW, MAP_SHARED, file=file)
+    start = mapped(mm, 5)
+    seen = []
+
+    def hook(label: str) -> None:
+        if label == "mm.gather.unflushed" and not seen:
+            assert mm.read(start, 1) == b"\0"  # takes the page that is there for the file
+            seen.append(counts(host))
+            with on_point(lambda inner: None):
+                fails(errno.ENOSPC, lambda: file.fallocate(0, H))
+
+    with on_point(hook):
+        mm.madvise(start, H, MADV_DONTNEED)
+    assert seen == [(0, 1)]
+    file.fallocate(0, H)
+    assert counts(host) == (0, 0)
+    file.close()
+
+
 # ---- files
 
 

@@ -17,14 +17,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from xipvm.actors import point, wait
+from xipvm.actors import point
 from xipvm.address import PAGE_SHIFT, Pfn
-from xipvm.errors import DeadlockError
 from xipvm.mmu.file import VmFault
 from xipvm.mmu.frames import HUGE_PAGES, PG_ANON
 from xipvm.mmu.huge_pmd import HPAGE_MASK, HPAGE_SIZE, pmdp_clear_flush
 from xipvm.mmu.hugetlb import LOST, HugeReserve, own_reserve, unmap_hugepage_range
-from xipvm.mmu.hugetlb_pool import HugePagesInFlightError, alloc_hugetlb_page
+from xipvm.mmu.hugetlb_pool import HugePagesInFlightError, alloc_hugetlb_page, wait_for_huge_page
 from xipvm.mmu.mapping import anon_vma_prepare
 from xipvm.mmu.pte import ACCESSED, ANON, DIRTY, EXCLUSIVE, HUGE, MAPPED, PFN_SHIFT, SOFT_DIRTY, WRITE, pte_pfn
 from xipvm.mmu.rmap import PMD_SHIFT
@@ -55,14 +54,10 @@ def hugetlb_fault(mm: Mm, area: Vma, hva: int, write: bool) -> Outcome:
             return _wp(mm, area, hva, entry)
     except HugePagesInFlightError:
 
-        def look_again() -> bool:
-            return mm.host.free_huge_pages > 0 or mm.pgd.get(hva >> PAGE_SHIFT) != entry or not _promised(area, hva)
+        def outdated() -> bool:
+            return mm.pgd.get(hva >> PAGE_SHIFT) != entry or not _promised(area, hva)
 
-        try:
-            wait("a huge page that is on its way back", look_again, label="mm.hugetlb.pool")
-        except DeadlockError:
-            return _NO_PAGE
-        return VmFault.OK, "retry"
+        return (VmFault.OK, "retry") if wait_for_huge_page(mm.host, outdated) else _NO_PAGE
     return VmFault.OK, "spurious"
 
 

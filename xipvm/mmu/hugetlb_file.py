@@ -26,7 +26,7 @@ from xipvm.mmu.hugetlb import (
     unmap_hugepage_range,
     vm_op_close,
 )
-from xipvm.mmu.hugetlb_pool import alloc_hugetlb_page, hugetlb_acct_memory
+from xipvm.mmu.hugetlb_pool import HugePagesInFlightError, alloc_hugetlb_page, hugetlb_acct_memory, wait_for_huge_page
 from xipvm.mmu.vma import PROT_WRITE, VM_NORESERVE, Vma
 
 if TYPE_CHECKING:
@@ -83,7 +83,10 @@ class HugetlbFile(AddressSpace):
     # ---- the cache
 
     def grab(self, pgoff: int) -> Pfn | None:
-        """The huge page at ``pgoff``, allocated if it is not cached; None when the pool has none for it."""
+        """The huge page at ``pgoff``, allocated if it is not cached; None when the pool has none for it.
+
+        Raises HugePagesInFlightError.
+        """
         pfn = self.pages.get(pgoff)
         if pfn is None:
             pfn = alloc_hugetlb_page(self.host, self.trace, reserved=pgoff in self.reserved)
@@ -173,6 +176,15 @@ class HugetlbFile(AddressSpace):
             if pfn is not None:
                 self.host.write(pfn + page % HUGE_PAGES, 0, bytes(PAGE_SIZE))
 
+    def _allocate(self, pgoff: int) -> bool:
+        """Has the huge page at ``pgoff`` cached; whether there was one. May sleep."""
+        while True:
+            try:
+                return self.grab(pgoff) is not None
+            except HugePagesInFlightError:
+                if not wait_for_huge_page(self.host, lambda: pgoff in self.pages or pgoff not in self.reserved):
+                    return False
+
     def fallocate(self, offset: int, length: int, *, keep_size: bool = False) -> None:
         """Allocates the huge pages of ``[offset, offset + length)`` bytes, and grows the file to there if it may.
 
@@ -181,7 +193,7 @@ class HugetlbFile(AddressSpace):
         if offset < 0 or length <= 0:
             raise MmError(errno.EINVAL, f"fallocate({offset:#x}, {length:#x}) of {self.name}")
         for pgoff in range((offset & HPAGE_MASK) >> PAGE_SHIFT, huge_up(offset + length) >> PAGE_SHIFT, HUGE_PAGES):
-            if self.grab(pgoff) is None:
+            if not self._allocate(pgoff):
                 raise MmError(errno.ENOSPC, f"fallocate of {self.name}: no huge page for page {pgoff:#x}")
         if not keep_size:
             self.size = max(self.size, offset + length)

@@ -8,10 +8,12 @@ a fault that redeems a promise may take them. There are no surplus pages: the po
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from xipvm.actors import wait
 from xipvm.address import Pfn
-from xipvm.errors import MmError
+from xipvm.errors import DeadlockError, MmError
 from xipvm.mmu.frames import HUGE_PAGES
 
 if TYPE_CHECKING:
@@ -34,7 +36,7 @@ class HugePagesInFlightError(Exception):
 def alloc_hugetlb_page(host: HostMemory, trace: Trace, *, reserved: bool, zero: bool = True) -> Pfn | None:
     """A huge page with one reference, by a promise (``reserved``) or from what is not promised; None without one.
 
-    Raises HugePagesInFlightError: look again at a later schedule point.
+    Raises HugePagesInFlightError: ask again behind :func:`wait_for_huge_page`.
     """
     if reserved and not host.free_huge_pages:
         raise HugePagesInFlightError
@@ -45,3 +47,17 @@ def alloc_hugetlb_page(host: HostMemory, trace: Trace, *, reserved: bool, zero: 
     if trace.on:
         trace.emit("page_alloc_huge", pages=[(pfn, HUGE_PAGES)])
     return pfn
+
+
+def wait_for_huge_page(host: HostMemory, outdated: Callable[[], bool]) -> bool:
+    """Sleeps until a page of the pool is free, or is not wanted any more; False when neither can come about."""
+    try:
+        wait(
+            "a huge page that is on its way back",
+            lambda: host.free_huge_pages > 0 or outdated(),
+            because="who has it does not go on",
+            label="mm.hugetlb.pool",
+        )
+    except DeadlockError:
+        return False
+    return True
