@@ -34,6 +34,7 @@ from xipvm.mmu.pte cimport (
     PTE_PROTNONE,
     PTE_SPECIAL,
     PTE_SWAP,
+    PTE_UFFD_WP,
     PTE_WRITE,
     PTE_EXEC,
 )
@@ -609,13 +610,15 @@ cdef int walk(PageTable tree, uint64_t *table, int level, uint64_t base, Pass *t
     cdef uint64_t entry
     cdef uint64_t page
     cdef uint64_t *lower
+    cdef uint64_t left = fill_of(table)[0]  # behind the last entry there is nothing to look for
     if base < todo.start:
         i = (todo.start - base) >> shift
     if todo.end - base < <uint64_t>ENTRIES << shift:
         stop = (todo.end - base + (<uint64_t>1 << shift) - 1) >> shift
-    while i < stop:
+    while i < stop and left:
         entry = table[i]
         if entry:
+            left -= 1
             page = base + (i << shift)
             if is_leaf(entry, level):
                 leaf(tree, table, i, level, page, todo, gather, child, parts)
@@ -670,6 +673,8 @@ cdef inline int leaf(PageTable tree, uint64_t *table, uint64_t i, int level, uin
         new = (entry & todo.keep) | todo.add
         if todo.upgrade and new & todo.upgrade == todo.upgrade:
             new |= PTE_WRITE
+        if entry & PTE_UFFD_WP:  # whoever protected it decides
+            new &= ~<uint64_t>PTE_WRITE
         if parts is not None:
             parts.add(page, new)
         if new != entry:
