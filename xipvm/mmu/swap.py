@@ -269,6 +269,8 @@ def swapoff(mm: Mm) -> None:
         _try_to_unuse(mm, swap, type_)
         for slot, pfn in list(swap.cache.items()):
             if slot >> _TYPE_SHIFT == type_:
+                if not rmap.page_lock.wait(pfn):
+                    raise MmError(errno.EBUSY, f"swapoff: frame {pfn:#x} is on its way to swap")
                 with rmap.page_lock(pfn):  # somebody may be about to name the slot in an entry
                     if swap.cache.get(slot) == pfn:
                         mm.host.set_flags(pfn, PG_DIRTY)
