@@ -156,7 +156,11 @@ def test_mmap_fails_when_the_pool_has_not_enough(host: HostMemory, mm: Mm) -> No
     fails(errno.ENOMEM, lambda: mm.mmap(4 * H, RW, PRIVATE | MAP_FIXED, addr=start))
     assert mm.read(start + 3 * H, 1) == b"\x04"
     assert counts(host) == (2, 0)
+    for flags in (PRIVATE, SHARED):
+        fails(errno.ENOMEM, lambda flags=flags: mm.mmap(1 << 46, RW, flags))
+    assert counts(host) == (2, 0)
     mm.mmap(9 * H, RW, PRIVATE | MAP_NORESERVE)
+    mm.mmap(1 << 45, RW, SHARED | MAP_NORESERVE)
     assert counts(host) == (2, 0)
 
 

@@ -66,12 +66,12 @@ class HugetlbFile(AddressSpace):
         """Sets aside what ``area`` can need, and grows the file if it may be written there. Raises ENOMEM."""
         first, end = area.pgoff, area.page_offset(area.end)
         if not area.flags & VM_NORESERVE:
+            count = (end - first) // HUGE_PAGES
             if area.shared:
-                new = set(range(first, end, HUGE_PAGES)) - self.reserved
-                hugetlb_acct_memory(self.host, len(new))
-                self.reserved |= new
+                hugetlb_acct_memory(self.host, count - sum(first <= pgoff < end for pgoff in self.reserved))
+                self.reserved.update(range(first, end, HUGE_PAGES))
             else:
-                hugetlb_acct_memory(self.host, (end - first) // HUGE_PAGES)
+                hugetlb_acct_memory(self.host, count)
                 area.huge_reserve = HugeReserve()
         if area.prot & PROT_WRITE:
             self.size = max(self.size, end << PAGE_SHIFT)
