@@ -70,9 +70,6 @@ class Oracle:
         """Open ranges whose start may still be telling somebody."""
         self._changes: list[Change] = []
         """In 2008: entries whose notifiers have not been told, or are being told."""
-        self._handlers: dict[str, Callable[[Event, Fields], None]] = {
-            name.removeprefix("_on_"): getattr(self, name) for name in dir(self) if name.startswith("_on_")
-        }
 
     def __call__(self, event: Event) -> None:
         """Judge ``event``."""
@@ -82,9 +79,9 @@ class Oracle:
             self._see_returns(event)
         if self._changes:
             self._see_told(event)
-        handler = self._handlers.get(event.kind)
+        handler = _HANDLERS.get(event.kind)
         if handler is not None:
-            handler(event, event.fields)
+            handler(self, event, event.fields)
 
     def finish(self) -> None:
         """No more events come: every range must have ended, every page must have been told of."""
@@ -419,6 +416,12 @@ class Oracle:
         violation = Violation(invariant, message, event, history)
         self.violations.append(violation)
         self._stop(violation)
+
+
+_HANDLERS: Final[dict[str, Callable[[Oracle, Event, Fields], None]]] = {
+    name.removeprefix("_on_"): function for name, function in vars(Oracle).items() if name.startswith("_on_")
+}
+"""By kind of event."""
 
 
 def _stale(held: Entry, before: tuple[int, int], pfn: int | None, flags: int) -> bool:

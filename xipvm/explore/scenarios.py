@@ -14,11 +14,12 @@ from xipvm.errors import BadInput, MmError
 from xipvm.explore.scene import Scenario, Scene, scenario
 from xipvm.explore.scripted import ScriptedVcpu
 from xipvm.mmu.host_thread import HostThread
-from xipvm.mmu.madvise import MADV_DONTNEED, MADV_MERGEABLE, MADV_PAGEOUT
+from xipvm.mmu.madvise import MADV_DONTNEED, MADV_MERGEABLE
 from xipvm.mmu.migrate import compact_memory
 from xipvm.mmu.mm import Mm
 from xipvm.mmu.page_cache import ShmemFile
-from xipvm.mmu.secondary.kvm import Kvm
+from xipvm.mmu.pageout import pageout
+from xipvm.mmu.secondary.kvm import KvmBase
 from xipvm.mmu.vma import MAP_SHARED, PROT_READ, PROT_WRITE
 
 RW: Final = PROT_READ | PROT_WRITE
@@ -27,7 +28,7 @@ OLD: Final = b"old page"
 NEW: Final = b"new word"
 
 
-def furnish(scene: Scene, *, file: ShmemFile | None = None) -> tuple[Mm, int, Kvm]:
+def furnish(scene: Scene, *, file: ShmemFile | None = None) -> tuple[Mm, int, KvmBase]:
     """An mm with two pages at the returned address, both written, that a guest of two vCPUs sees at GFN."""
     mm = scene.mm()
     if file is None:
@@ -108,7 +109,7 @@ def fault_against_swapout(scene: Scene) -> None:
     """The page goes to swap; the guest brings it back."""
     mm, hva, _ = furnish(scene)
     mm.swapon(16)
-    scene.actor("host", mm.madvise, hva, 2 * PAGE_SIZE, MADV_PAGEOUT)
+    scene.actor("kswapd", pageout, mm, hva, hva + 2 * PAGE_SIZE)
     scene.afterwards(lambda: expect(mm, hva, NEW))
 
 

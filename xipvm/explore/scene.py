@@ -17,14 +17,14 @@ count is left up, references and reverse map agree with a full scan, every shado
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
 from xipvm import locks
 from xipvm.address import PAGE_SHIFT, Gfn
-from xipvm.check import Oracle, Violation
+from xipvm.check import INVARIANTS, Oracle, Violation
 from xipvm.errors import XipvmError
 from xipvm.explore.choices import Question, Recording
 from xipvm.explore.scripted import GuestAccessError, ScriptedVcpu
@@ -32,7 +32,8 @@ from xipvm.mmu.frames import HostMemory
 from xipvm.mmu.mm import Mm
 from xipvm.mmu.pte import PRESENT, WRITE, pte_pfn
 from xipvm.mmu.secondary.base import SecondaryMmu
-from xipvm.mmu.secondary.kvm import Kvm
+from xipvm.mmu.secondary.kvm import KvmBase
+from xipvm.mmu.secondary.kvm_2008 import kvm_of
 from xipvm.mmu.verify import verify
 from xipvm.scheduler import Scheduler
 from xipvm.trace.funnel import Trace
@@ -52,9 +53,17 @@ class BrokenError(XipvmError):
 class Scene:
     """What one run is made of. ``recording`` answers every question; close it, or use :meth:`open`."""
 
-    def __init__(self, recording: Recording, *, host_memory: int = HOST_MEMORY, invariants: Any = None) -> None:
+    def __init__(
+        self,
+        recording: Recording,
+        *,
+        protocol: str = "modern",
+        host_memory: int = HOST_MEMORY,
+        invariants: Collection[str] = tuple(INVARIANTS),
+    ) -> None:
+        self.protocol = protocol
         self.trace = Trace()
-        self.oracle = Oracle(stop=self._stop) if invariants is None else Oracle(invariants, stop=self._stop)
+        self.oracle = Oracle(invariants, stop=self._stop)
         self.trace.attach(self.oracle)
         self.host = HostMemory(host_memory, poison="frame")
         self.scheduler = Scheduler(self._choose, trace=self.trace)
@@ -69,15 +78,15 @@ class Scene:
 
     # ---- furniture
 
-    def mm(self, *, protocol: str = "modern") -> Mm:
-        """An empty address space of its own."""
-        mm = Mm(self.host, self.trace, name=f"mm{len(self.mms)}", protocol=protocol)
+    def mm(self) -> Mm:
+        """An empty address space of its own, of the protocol that the run is to be in."""
+        mm = Mm(self.host, self.trace, name=f"mm{len(self.mms)}", protocol=self.protocol)
         self.mms.append(mm)
         return mm
 
-    def kvm(self, mm: Mm, hva: int | None = None, *, pages: int = 1, gfn: int = 0) -> Kvm:
+    def kvm(self, mm: Mm, hva: int | None = None, *, pages: int = 1, gfn: int = 0) -> KvmBase:
         """A KVM on ``mm``, with a memslot of ``pages`` at ``gfn`` onto ``hva`` if that is given."""
-        kvm = Kvm(mm, self.trace, self.host, name=f"vm{len(self.mmus)}")
+        kvm = kvm_of(mm, self.trace, self.host, name=f"vm{len(self.mmus)}")
         self.mmus.append(kvm)
         self._undo.append(kvm.destroy)
         if hva is not None:
@@ -131,7 +140,7 @@ class Scene:
         self.oracle.finish()
         verify(self.host)
         for mmu in self.mmus:
-            if isinstance(mmu, Kvm):
+            if isinstance(mmu, KvmBase):
                 check_kvm(mmu)
 
     def close(self) -> None:
@@ -156,7 +165,7 @@ class Scene:
             raise BrokenError(violation)
 
 
-def check_kvm(kvm: Kvm) -> None:
+def check_kvm(kvm: KvmBase) -> None:
     """At rest: no invalidation is counted, and every shadow entry is the host's. Raises AssertionError."""
     counts = kvm.mmu_invalidate_in_progress, kvm.mn_active_invalidate_count
     if counts != (0, 0):
