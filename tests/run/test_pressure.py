@@ -228,7 +228,7 @@ def test_a_closed_machine_has_closed_its_swap() -> None:
 
 @needs_uboot
 def test_uboot_in_a_mebibyte(tmp_path: Path) -> None:
-    """It relocates itself to the end of RAM, and zeroes 32 MiB for its heap: most of that goes through swap."""
+    """It relocates itself to the end of RAM, and zeroes its heap: most of that goes through swap."""
     script = tmp_path / "input"
     script.write_text("\nversion\nflinfo\nsetenv a b\nprintenv a\n")
     calm = xipvm("run", "--input", script, "--until", "=>", UBOOT)
