@@ -15,7 +15,7 @@ from xipvm.locks import checking
 from xipvm.mmu.frames import HostMemory
 from xipvm.mmu.host_file import HostFile
 from xipvm.mmu.host_thread import HostThread
-from xipvm.mmu.madvise import MADV_DONTNEED, MADV_MERGEABLE, MADV_PAGEOUT, MADV_REMOVE
+from xipvm.mmu.madvise import MADV_DONTNEED, MADV_FREE, MADV_MERGEABLE, MADV_PAGEOUT, MADV_REMOVE
 from xipvm.mmu.migrate import migrate_page
 from xipvm.mmu.mm import Mm
 from xipvm.mmu.page_cache import PageCache, ShmemFile
@@ -148,6 +148,8 @@ OPERATIONS: dict[str, tuple[str, Callable[[World], object]]] = {
     "cow": ("anon", cow),
     "pageout": ("anon", lambda world: world.mm.madvise(world.hva, PAGE, MADV_PAGEOUT)),
     "migrate": ("anon", migrate),
+    "swapoff": ("anon", lambda world: world.mm.swapoff()),
+    "free": ("anon", lambda world: world.mm.madvise(world.hva, PAGE, MADV_FREE)),
     "ksm": ("anon", merge),
     "exit": ("anon", lambda world: world.mm.exit()),
     "memslot": ("anon", lambda world: world.kvm.delete_memslot(0)),
@@ -216,6 +218,8 @@ def test_two_faults_against_an_operation(name: str, tmp_path: Path) -> None:
     [
         ("munmap", "migrate"),
         ("munmap", "pageout"),
+        ("swapoff", "pageout"),
+        ("free", "pageout"),
         ("cow", "migrate"),
         ("cow", "ksm"),
         ("mprotect", "pageout"),
@@ -233,7 +237,7 @@ def test_two_operations(one: str, other: str, tmp_path: Path) -> None:
     """Of the host, on the same page: neither deadlock nor a wrong order of locks, and all is sound at the end."""
     kind = OPERATIONS[other][0]
     assert (
-        explore(kind, tmp_path, [(one, tolerant(OPERATIONS[one][1])), (other, tolerant(OPERATIONS[other][1]))], 2) > 5
+        explore(kind, tmp_path, [(one, tolerant(OPERATIONS[one][1])), (other, tolerant(OPERATIONS[other][1]))], 3) > 5
     )
 
 

@@ -174,9 +174,12 @@ class Swap:
                 self.delete(pfn)
 
     def give_up_slot(self, pfn: int) -> bool:
-        """Takes ``pfn`` out of the cache if no entry names its slot; whether that was so. The slot's data is lost."""
+        """Takes ``pfn`` out of the cache if no entry names its slot; whether that was so. The slot's data is lost.
+
+        Who has locked the page may be about to name it.
+        """
         slot = self.slots.get(pfn)
-        if slot is None or self.counts[slot]:
+        if slot is None or self.counts[slot] or not reverse_map(self._host).page_lock.free(pfn):
             return False
         self._host.set_flags(pfn, PG_DIRTY)
         self.delete(pfn)
@@ -266,15 +269,16 @@ def swapoff(mm: Mm) -> None:
     area = swap.areas[type_]
     area.closing = True
     try:
-        _try_to_unuse(mm, swap, type_)
-        for slot, pfn in list(swap.cache.items()):
-            if slot >> _TYPE_SHIFT == type_:
-                if not rmap.page_lock.wait(pfn):
-                    raise MmError(errno.EBUSY, f"swapoff: frame {pfn:#x} is on its way to swap")
-                with rmap.page_lock(pfn):  # somebody may be about to name the slot in an entry
-                    if swap.cache.get(slot) == pfn:
-                        mm.host.set_flags(pfn, PG_DIRTY)
-                        swap.delete(pfn)
+        while any(slot >> _TYPE_SHIFT == type_ for slot in swap.counts):  # what went out while we waited as well
+            _try_to_unuse(mm, swap, type_)
+            for slot, pfn in list(swap.cache.items()):
+                if slot >> _TYPE_SHIFT == type_:
+                    if not rmap.page_lock.wait(pfn):
+                        raise MmError(errno.EBUSY, f"swapoff: frame {pfn:#x} is on its way to swap")
+                    with rmap.page_lock(pfn):  # somebody may be about to name the slot in an entry
+                        if swap.cache.get(slot) == pfn:
+                            mm.host.set_flags(pfn, PG_DIRTY)
+                            swap.delete(pfn)
     except OutOfFrames:
         raise MmError(errno.ENOMEM, "swapoff: no frames for what is in swap") from None
     except OSError as error:
