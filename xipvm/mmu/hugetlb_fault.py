@@ -27,8 +27,14 @@ from xipvm.mmu.hugetlb_pool import HugePagesInFlightError, alloc_hugetlb_page, w
 from xipvm.mmu.mapping import anon_vma_prepare
 from xipvm.mmu.pte import ACCESSED, ANON, DIRTY, EXCLUSIVE, HUGE, MAPPED, PFN_SHIFT, SOFT_DIRTY, WRITE, pte_pfn
 from xipvm.mmu.rmap import PMD_SHIFT
+from xipvm.mmu.uffd_message import (
+    UFFD_FEATURE_EXACT_ADDRESS,
+    UFFD_PAGEFAULT_FLAG_MINOR,
+    UFFD_PAGEFAULT_FLAG_WRITE,
+    Userfault,
+)
 from xipvm.mmu.unmap import migration_entry_wait
-from xipvm.mmu.vma import PROT_WRITE, Vma
+from xipvm.mmu.vma import PROT_WRITE, VM_UFFD, VM_UFFD_MINOR, VM_UFFD_MISSING, Vma
 from xipvm.notifier import RangeEvent
 
 if TYPE_CHECKING:
@@ -40,12 +46,14 @@ _NO_PAGE: Final = (VmFault.SIGBUS, "sigbus")
 _WRITTEN: Final = WRITE | DIRTY | SOFT_DIRTY | ACCESSED
 
 
-def hugetlb_fault(mm: Mm, area: Vma, hva: int, write: bool) -> Outcome:
-    """How the fault went, and the word for it in the trace."""
-    hva &= HPAGE_MASK
+def hugetlb_fault(mm: Mm, area: Vma, address: int, write: bool) -> Outcome:
+    """How the fault went, and the word for it in the trace. Raises Userfault."""
+    hva = address & HPAGE_MASK
     entry = mm.pgd.get(hva >> PAGE_SHIFT)
     try:
         if not entry:
+            if area.flags & VM_UFFD:
+                _ask_monitor(area, address, write)
             return _no_page(mm, area, hva, write)
         if not entry & MAPPED:
             migration_entry_wait(mm, hva, entry)
@@ -59,6 +67,21 @@ def hugetlb_fault(mm: Mm, area: Vma, hva: int, write: bool) -> Outcome:
 
         return (VmFault.OK, "retry") if wait_for_huge_page(mm.host, outdated) else _NO_PAGE
     return VmFault.OK, "spurious"
+
+
+def _ask_monitor(area: Vma, address: int, write: bool) -> None:
+    """Raises Userfault when the empty entry is to be told to the userfaultfd of ``area``."""
+    assert area.file is not None
+    assert area.uffd is not None
+    has_page = area.file.has_page(area.page_offset(address))
+    flags = UFFD_PAGEFAULT_FLAG_WRITE if write else 0
+    if area.huge_reserve is LOST or has_page is None:  # SIGBUS, whatever the monitor says
+        return
+    hva = address if area.uffd.features & UFFD_FEATURE_EXACT_ADDRESS else address & HPAGE_MASK
+    if has_page and area.flags & VM_UFFD_MINOR:
+        raise Userfault(area, hva, flags | UFFD_PAGEFAULT_FLAG_MINOR)
+    if not has_page and area.flags & VM_UFFD_MISSING:
+        raise Userfault(area, hva, flags)
 
 
 def _promised(area: Vma, hva: int) -> bool:
@@ -80,26 +103,28 @@ def _no_page(mm: Mm, area: Vma, hva: int, write: bool) -> Outcome:
         pfn = file.grab(pgoff)
         if pfn is None:
             return _NO_PAGE
-        _map_cached(mm, area, hva, pfn, WRITE | DIRTY if area.prot & PROT_WRITE else 0)
+        map_cached(mm, area, hva, pfn)
         return VmFault.OK, "file"
     pfn = file.pages.get(pgoff)
     if pfn is not None:
-        _map_cached(mm, area, hva, pfn, 0)
+        map_cached(mm, area, hva, pfn)
         return _wp(mm, area, hva, mm.pgd.get(hva >> PAGE_SHIFT)) if write else (VmFault.OK, "file")
-    pfn, _ = _alloc_private(mm, own_reserve(area), pgoff)
+    pfn, _ = alloc_private(mm, own_reserve(area), pgoff)
     if pfn is None:
         return _NO_PAGE
-    _map_new_anon(mm, area, hva, pfn, write)
+    map_new_anon(mm, area, hva, pfn, write)
     return VmFault.OK, "anon"
 
 
-def _map_cached(mm: Mm, area: Vma, hva: int, pfn: int, flags: int) -> None:
+def map_cached(mm: Mm, area: Vma, hva: int, pfn: int) -> None:
+    """Fills the empty entry with a page of the file; where the area is shared it may be written at once."""
+    flags = WRITE | DIRTY if area.shared and area.prot & PROT_WRITE else 0
     mm.host.get(pfn)
     mm.host.add_entire_mapcount(pfn, 1)
     mm.set_pte(hva, pfn << PFN_SHIFT | area.rights | HUGE | ACCESSED | flags)
 
 
-def _map_new_anon(mm: Mm, area: Vma, hva: int, pfn: int, write: bool) -> None:
+def map_new_anon(mm: Mm, area: Vma, hva: int, pfn: int, write: bool) -> None:
     """Fills the empty entry with a page that nobody else knows, takes its reference; read-only unless ``write``."""
     mm.host.set_flags(pfn, PG_ANON)
     mm.host.set_rmap(pfn, anon_vma_prepare(area).id, area.page_offset(hva))
@@ -117,7 +142,7 @@ def _wp(mm: Mm, area: Vma, hva: int, entry: int) -> Outcome:
     while not (entry & ANON and host.mapcount(old) == 1):
         reserve = own_reserve(area)
         owner = bool(entry & ANON) and reserve is not None
-        new, promised = _alloc_private(mm, None if owner else reserve, area.page_offset(hva))
+        new, promised = alloc_private(mm, None if owner else reserve, area.page_offset(hva))
         if new is not None:
             return VmFault.OK, "cow" if _copy(mm, area, hva, entry, new, promised) else "retry"
         if not owner:
@@ -149,7 +174,7 @@ def _copy(mm: Mm, area: Vma, hva: int, entry: int, new: Pfn, reserve: HugeReserv
             with mm.notifiers.around_entry(hva, hva + HPAGE_SIZE, RangeEvent.CLEAR), mm.ptl(hva >> PMD_SHIFT):
                 if mm.pgd.get(hva >> PAGE_SHIFT) == entry:
                     pmdp_clear_flush(mm, hva)
-                    _map_new_anon(mm, area, hva, new, True)
+                    map_new_anon(mm, area, hva, new, True)
                     spare = old
                     host.add_entire_mapcount(old, -1)
                     if mm.trace.on:
@@ -164,7 +189,7 @@ def _copy(mm: Mm, area: Vma, hva: int, entry: int, new: Pfn, reserve: HugeReserv
             host.reserved_huge_pages += 1
 
 
-def _alloc_private(mm: Mm, reserve: HugeReserve | None, pgoff: int) -> tuple[Pfn | None, HugeReserve | None]:
+def alloc_private(mm: Mm, reserve: HugeReserve | None, pgoff: int) -> tuple[Pfn | None, HugeReserve | None]:
     """A page for ``pgoff`` of a private mapping, None without one; and ``reserve`` if that had it set aside."""
     promised = reserve is not None and pgoff not in reserve.consumed
     pfn = alloc_hugetlb_page(mm.host, mm.trace, reserved=promised)

@@ -96,6 +96,11 @@ class HugetlbFile(AddressSpace):
                 self.pages[pgoff] = pfn
         return pfn
 
+    def has_page(self, pgoff: int) -> bool | None:
+        """See the base."""
+        pgoff &= -HUGE_PAGES
+        return None if pgoff + HUGE_PAGES > self.size >> PAGE_SHIFT else pgoff in self.pages
+
     def _unmap(self, first: int, end: int | None) -> None:
         """Takes ``[first, end)`` out of every mapping, private copies included."""
         with self.i_mmap.write:

@@ -14,8 +14,8 @@ uffd_message.py; here is the object that the monitor has, with the calls of Linu
 Registering tells nobody. An area belongs to one userfaultfd at a time; splitting, merging and moving take that along
 where Linux does. A child of fork has it only with EVENT_FORK, a moved mapping only with EVENT_REMAP.
 
-Pages of hugetlbfs and their features are refused. Where Linux does a part of the work before it finds an area that does
-not fit, nothing is done here.
+Pages of hugetlbfs are filled as a whole (hugetlb_uffd.py), and cannot be protected. Where Linux does a part of the work
+before it finds an area that does not fit, nothing is done here.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from typing import TYPE_CHECKING, Final
 
 from xipvm.address import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE
 from xipvm.errors import MmError
-from xipvm.mmu import uffd_fill, uffd_move, uffd_wp
+from xipvm.mmu import hugetlb_uffd, uffd_fill, uffd_move, uffd_wp
+from xipvm.mmu.huge_pmd import HPAGE_SIZE
 from xipvm.mmu.mapping import merge, split
 from xipvm.mmu.page_cache import ShmemFile
 from xipvm.mmu.uffd_message import (
@@ -44,14 +45,16 @@ from xipvm.mmu.uffd_reach import (
     UFFD_FEATURE_EVENT_UNMAP,
 )
 from xipvm.mmu.uffd_wp import UFFD_FEATURE_WP_ASYNC, UFFD_FEATURE_WP_UNPOPULATED
-from xipvm.mmu.vma import TASK_SIZE, VM_UFFD, VM_UFFD_MINOR, VM_UFFD_MISSING, VM_UFFD_WP, Vma
+from xipvm.mmu.vma import TASK_SIZE, VM_HUGETLB, VM_UFFD, VM_UFFD_MINOR, VM_UFFD_MISSING, VM_UFFD_WP, Vma
 
 if TYPE_CHECKING:
     from xipvm.mmu.mm import Mm
 
 UFFD_FEATURE_PAGEFAULT_FLAG_WP: Final = 1 << 0
+UFFD_FEATURE_MISSING_HUGETLBFS: Final = 1 << 4
 UFFD_FEATURE_MISSING_SHMEM: Final = 1 << 5
 UFFD_FEATURE_THREAD_ID: Final = 1 << 8
+UFFD_FEATURE_MINOR_HUGETLBFS: Final = 1 << 9
 UFFD_FEATURE_MINOR_SHMEM: Final = 1 << 10
 UFFD_FEATURE_WP_HUGETLBFS_SHMEM: Final = 1 << 12
 UFFD_FEATURE_POISON: Final = 1 << 14
@@ -62,10 +65,12 @@ UFFD_API_FEATURES: Final = (
     | UFFD_FEATURE_EVENT_FORK
     | UFFD_FEATURE_EVENT_REMAP
     | UFFD_FEATURE_EVENT_REMOVE
+    | UFFD_FEATURE_MISSING_HUGETLBFS
     | UFFD_FEATURE_MISSING_SHMEM
     | UFFD_FEATURE_EVENT_UNMAP
     | UFFD_FEATURE_SIGBUS
     | UFFD_FEATURE_THREAD_ID
+    | UFFD_FEATURE_MINOR_HUGETLBFS
     | UFFD_FEATURE_MINOR_SHMEM
     | UFFD_FEATURE_EXACT_ADDRESS
     | UFFD_FEATURE_WP_HUGETLBFS_SHMEM
@@ -155,6 +160,7 @@ class Userfaultfd:
             areas = mm.areas_in(start, end)
             if not areas:
                 raise MmError(errno.EINVAL, f"UFFDIO_REGISTER: nothing is mapped at {start:#x}")
+            hugetlb_uffd.check_pieces("UFFDIO_REGISTER", areas, start, end)
             for area in areas:
                 if not self._fits(area, flags):
                     raise MmError(errno.EINVAL, f"UFFDIO_REGISTER: {area!r}")
@@ -173,10 +179,10 @@ class Userfaultfd:
                 self._set(lo, hi, self, flags)
 
     def _fits(self, area: Vma, flags: int) -> bool:
+        if area.flags & VM_HUGETLB:
+            return not flags & VM_UFFD_WP
         shmem = isinstance(area.file, ShmemFile)
         if flags & VM_UFFD_MINOR and not shmem:
-            return False
-        if area.file is not None and area.file.hugetlb:
             return False
         if self.features & UFFD_FEATURE_WP_ASYNC and flags == VM_UFFD_WP:
             return True
@@ -195,6 +201,7 @@ class Userfaultfd:
             areas = mm.areas_in(start, end)
             if not areas:
                 raise MmError(errno.EINVAL, f"UFFDIO_UNREGISTER: nothing is mapped at {start:#x}")
+            hugetlb_uffd.check_pieces("UFFDIO_UNREGISTER", areas, start, end)
             for area in areas:
                 if area.uffd not in (None, self) or not self._fits(area, area.flags & VM_UFFD):
                     raise MmError(errno.EINVAL, f"UFFDIO_UNREGISTER: {area!r}")
@@ -247,7 +254,10 @@ class Userfaultfd:
         wp = bool(mode & UFFDIO_COPY_MODE_WP)
 
         def fill(area: Vma, hva: int) -> None:
-            uffd_fill.copy(self.mm, area, hva, bytes(page[hva - start : hva - start + PAGE_SIZE]), wp)
+            if area.flags & VM_HUGETLB:
+                hugetlb_uffd.copy(self.mm, area, hva, bytes(page[hva - start : hva - start + HPAGE_SIZE]))
+            else:
+                uffd_fill.copy(self.mm, area, hva, bytes(page[hva - start : hva - start + PAGE_SIZE]), wp)
 
         return self._fill("copy", start, end, wp, bool(mode & UFFDIO_COPY_MODE_DONTWAKE), fill)
 
@@ -267,7 +277,10 @@ class Userfaultfd:
         wp = bool(mode & UFFDIO_CONTINUE_MODE_WP)
 
         def fill(area: Vma, hva: int) -> None:
-            uffd_fill.continue_(self.mm, area, hva, wp)
+            if area.flags & VM_HUGETLB:
+                hugetlb_uffd.continue_(self.mm, area, hva)
+            else:
+                uffd_fill.continue_(self.mm, area, hva, wp)
 
         return self._fill("continue", start, end, wp, bool(mode & UFFDIO_CONTINUE_MODE_DONTWAKE), fill)
 
@@ -297,14 +310,20 @@ class Userfaultfd:
                 raise MmError(errno.ENOENT, f"userfaultfd {how}: [{start:#x}, {end:#x}) is not one registered area")
             if wp and not area.flags & VM_UFFD_WP:
                 raise MmError(errno.EINVAL, f"userfaultfd {how}: {area!r} is not registered for write protection")
-            if how == "continue" and not isinstance(area.file, ShmemFile):
+            step = PAGE_SIZE
+            if area.flags & VM_HUGETLB:
+                step = HPAGE_SIZE
+                hugetlb_uffd.check_pieces(f"userfaultfd {how}", [area], start, end)
+                if how not in ("copy", "continue"):
+                    raise MmError(errno.EINVAL, f"userfaultfd {how}: {area!r}")
+            elif how == "continue" and not isinstance(area.file, ShmemFile):
                 raise MmError(errno.EINVAL, f"userfaultfd {how}: {area!r} is no memory file")
             with mm.because("uffd_fill", start=start, end=end, how=how):
                 done = start
                 try:
                     while done < end:
                         fill(area, done)
-                        done += PAGE_SIZE
+                        done += step
                 except MmError:
                     if done == start:
                         raise
