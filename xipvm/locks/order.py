@@ -9,6 +9,7 @@ KVM's the one of Documentation/virt/kvm/locking.rst:
 * i_mmap_rwsem outside anon_vma, that of hugetlbfs outside that of others (mm_take_all_locks, and pmd sharing);
 * page table locks inside rmap locks: a walk looks at entries;
 * KVM's slots_lock outside mmap_lock, for memslots of KVM's own are mapped under it; slots_arch_lock inside slots_lock;
+* mmu_notifier_mm->lock, of the list of notifiers, inside all that mm_take_all_locks takes;
 * mmu_lock inside the page table lock: the young hooks are called there. Nothing is taken inside mmu_lock.
 
 SRCU read sections have no place: anything may be taken in them, and they may be entered anywhere.
@@ -47,4 +48,5 @@ HUGETLB_I_MMAP: Final = LockClass("hugetlb i_mmap_rwsem", 60, lenient=True)
 I_MMAP: Final = LockClass("i_mmap_rwsem", 61, lenient=True)
 ANON_VMA: Final = LockClass("anon_vma", 70, lenient=True)
 PTL: Final = LockClass("page table lock", 80, spins=True, lenient=True)
+NOTIFIER_LOCK: Final = LockClass("mmu_notifier_mm->lock", 90, spins=True, lenient=True)
 MMU_LOCK: Final = LockClass("mmu_lock", 100, spins=True, lenient=True)

@@ -40,6 +40,8 @@ from typing import Any, ClassVar, TypeVar
 from xipvm.actors import point, wait
 from xipvm.errors import InternalError, MmError, ProtocolUnsupported
 from xipvm.locks.check import atomic, might_sleep
+from xipvm.locks.lock import RwLock
+from xipvm.locks.order import NOTIFIER_LOCK
 from xipvm.notifier.interval import ULONG_MAX, IntervalTree, MmuIntervalNotifier
 from xipvm.notifier.invalidation import Invalidation, Unobserved
 from xipvm.notifier.mm import NotifiedMm
@@ -67,6 +69,7 @@ class MmuNotifiers:
         "_intervals",
         "_last_id",
         "_list",
+        "_lock",
         "_mm",
         "_nobody",
         "_open",
@@ -93,6 +96,7 @@ class MmuNotifiers:
 
     def __init__(self, mm: NotifiedMm) -> None:
         self._mm = mm
+        self._lock = RwLock(f"mmu_notifier_mm->lock of {mm.name}", NOTIFIER_LOCK)
         self._link(())
         self._intervals: IntervalTree | None = None  # from the first insert on
         self._open: dict[int, MmuNotifierRange] = {}
@@ -140,8 +144,12 @@ class MmuNotifiers:
         self._test_young = tuple(n for n in notifiers if implements(n, "test_young"))
         self._secondary_tlbs = tuple(n for n in notifiers if implements(n, "arch_invalidate_secondary_tlbs"))
 
+    def _relink(self, notifiers: tuple[Any, ...]) -> None:
+        with self._lock.write:
+            self._link(notifiers)
+
     def _unlink(self, notifier: Subscriber) -> None:
-        self._link(tuple(other for other in self._list if other is not notifier))
+        self._relink(tuple(other for other in self._list if other is not notifier))
 
     # ---- joining and leaving
 
@@ -164,7 +172,7 @@ class MmuNotifiers:
             self._has_notifiers = True
             notifier.subscribed_to = self
             notifier.users = 1
-            self._link((notifier, *self._list))
+            self._relink((notifier, *self._list))
         if self._mm.trace.on:
             self._mm.trace.emit(
                 "mmu_notifier_register", mm=self._mm.name, notifier=notifier.name, protocol=self.protocol
@@ -289,7 +297,7 @@ class MmuNotifiers:
                 point("notifier.release.called")
             except BaseException as error:
                 first = first or error
-        self._link(())
+        self._relink(())
         if first is not None:
             raise first
         self._srcu.synchronize("mmu_notifier_release")
