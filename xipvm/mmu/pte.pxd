@@ -17,6 +17,8 @@ cdef extern from *:
     """
     #define PTE_SWAP (1ULL << 52)
     #define PTE_MIGRATION (1ULL << 53)
+    #define PTE_UFFD_WP (1ULL << 54)
     """
     const unsigned long long PTE_SWAP
     const unsigned long long PTE_MIGRATION
+    const unsigned long long PTE_UFFD_WP

@@ -105,11 +105,6 @@ def _lift(mm: Mm, area: Vma, first: int, last: int) -> bool:
     return flushes > 0
 
 
-def keep_protected(mm: Mm, first: int, last: int) -> None:
-    """Takes WRITE back from protected entries to which a change of protection has just given it."""
-    mm.pgd.clear_bits(first, last, WRITE, UFFD_WP)
-
-
 def before_zap(mm: Mm, start: int, end: int, keep_anon: bool) -> list[int]:
     """Before the entries of areas that stay are zapped: the pages that are protected afterwards, too (:func:`mark`).
 

@@ -130,16 +130,17 @@ class Vma:
 
         Without WRITE for a page that was forced upon an area without PROT_WRITE.
         """
-        tracked = tracked or bool(self.flags & VM_UFFD_WP)
-        self.page_prot = self.rights | (writable if shared and untouched and not tracked else 0)
+        watched = bool(self.flags & VM_UFFD_WP)
+        self.page_prot = self.rights | (writable if shared and untouched and not tracked and not watched else 0)
         """The permission bits that every new entry gets: WRITE only where nobody has to notice the first write."""
         self.upgrade = 0
         """The bits that earn an entry WRITE without a fault, 0 if nothing does.
 
         A private page has them when this entry is its only one; a page of a file that tracks writes when its first
-        write was announced, which left it dirty. Where soft-dirty bits are collected, the page has to have its own.
+        write was announced, which left it dirty; one of a memory file that a userfaultfd watches never. Where
+        soft-dirty bits are collected, the page has to have its own.
         """
-        if prot & PROT_WRITE and not self.flags & VM_HUGETLB:
+        if prot & PROT_WRITE and not self.flags & VM_HUGETLB and not (shared and watched and not tracked):
             self.upgrade = (DIRTY if shared else ANON | EXCLUSIVE) | (0 if untouched else SOFT_DIRTY)
 
     @property
