@@ -33,6 +33,16 @@ _WEIGHTS = {
 }  # fmt: skip
 VERBS = [verb for verb, weight in _WEIGHTS.items() for _ in range(weight)]
 ACCESSES = ("store", "load", "guest_store", "guest_load", "mmap", "fork")
+_STORES = ("store", "load", "guest_store", "guest_load")
+THEMES = (
+    (*_STORES, "fsync", "msync", "pwrite", "direct_write", "mprotect", "clear_refs", "migrate", "mmap"),
+    (*_STORES, "truncate", "punch", "remove", "pwrite", "fsync", "fork", "dontneed", "mremap", "mmap"),
+    (*_STORES, "pageout", "reclaim", "swap", "free", "fork", "exit", "migrate", "dontneed", "pin"),
+    (*_STORES, "mergeable", "merge", "fork", "exit", "pageout", "migrate", "mremap", "clear_refs", "pin"),
+    (*_STORES, "mremap", "resize", "map_again", "munmap", "mprotect", "fork", "guard", "mlock", "pageout"),
+    (*_STORES, "monitor", "write_protect", "uffd_move", "fork", "pageout", "mprotect", "merge", "mergeable", "migrate"),
+)
+"""What is likely to get in each other's way."""
 CHOICES = 40320
 
 
@@ -41,15 +51,15 @@ def sequence_of(seed: int, length: int, huge: bool = False) -> list[Operation]:
     source = random.Random(seed)
     number = source.randrange
     first: list[Operation] = [
-        ("mmap", 0, 0, PAGES, source.choice((0, 0, 0, 3, 115))),
+        ("mmap", 0, 0, PAGES, source.choice((0, 0, 0, 3, 7, 9, 9))),
         ("mmap", 0, number(6), 6, number(CHOICES)),
     ]
     if huge:
         first = [("mmap", 0, 0, 6, 0), ("huge", 0, 0, 6, 1), ("mmap", 0, number(PAGES), 3, number(CHOICES))]
     # A few kinds of operations on a few pages come upon each other more often than all of them everywhere.
-    share = source.choice((0.2, 0.5, 1))
-    verbs = [verb for verb in _WEIGHTS if verb in ACCESSES or source.random() < share]
-    weights, places = [_WEIGHTS[verb] for verb in verbs], source.choice((2, 4, PAGES + HEAP_PAGES + 4))
+    share, theme = source.choice((0.2, 0.5, 1)), source.choice((*THEMES, (), (), ()))
+    verbs = [verb for verb in _WEIGHTS if verb in (theme or ACCESSES) or (not theme and source.random() < share)]
+    weights, places = [_WEIGHTS[verb] for verb in verbs], source.choice((1, 2, 4, PAGES + HEAP_PAGES + 4))
     return first + [
         (verb, number(MOST_PROCESSES), number(places), 1 + number(6), number(CHOICES))
         for verb in source.choices(verbs, weights, k=length)
