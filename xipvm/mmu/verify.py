@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from xipvm.address import PAGE_SHIFT
 from xipvm.errors import InternalError
@@ -52,6 +52,9 @@ if TYPE_CHECKING:
     from xipvm.mmu.mm import Mm
     from xipvm.mmu.swap import Swap
     from xipvm.mmu.vma import Vma
+
+
+_ZEROS: Final = bytes(4096)
 
 
 def verify(host: HostMemory, *, held: Mapping[int, int] | None = None) -> None:
@@ -246,7 +249,7 @@ def _frames(host: HostMemory, mappings: Mapping[int, set[tuple[Vma, int]]], refe
     free = int(idle[1:].sum())
     if free != host.free_frames:
         wrong.append(f"{free} frames have no reference, {host.free_frames} are free")
-    if not host.flags(ZERO_PFN) & PG_RESERVED or host.read(ZERO_PFN, 0, 4096).strip(b"\0"):
+    if not host.flags(ZERO_PFN) & PG_RESERVED or host.read(ZERO_PFN, 0, 4096) != _ZEROS:
         wrong.append("the zero page is not what it should be")
     return wrong
 
