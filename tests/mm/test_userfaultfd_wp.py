@@ -278,6 +278,24 @@ def test_zapping_forgets_anonymous_memory_and_remembers_files(
     mm.exit()
 
 
+def test_a_file_page_stays_read_only_until_it_is_written(mm: Mm, host: HostMemory, trace: Trace, steps: Steps) -> None:
+    file = ShmemFile(host, trace, "shmem", 2 * PAGE)
+    start = mm.mmap(2 * PAGE, RW, MAP_SHARED, file=file)
+    mm.write(start, b"x" * 2 * PAGE)
+    uffd = mm.userfaultfd()
+    uffd.register(start, 2 * PAGE, WP)
+    uffd.writeprotect(start, PAGE)
+    steps()
+    uffd.unregister(start, 2 * PAGE)
+    assert [word for word in steps() if word[0] == "S"] == ["S PROTECTION_VMA 0-2"]
+    assert not mm.pgd.get(start >> 12) & (UFFD_WP | WRITE)
+    mm.write(start, b"y")
+    assert [word for word in steps() if word[0] == "S"] == []
+    assert mm.pgd.get(start >> 12) & WRITE
+    file.close()
+    mm.exit()
+
+
 def test_private_copies_of_a_file(mm: Mm, host: HostMemory, trace: Trace) -> None:
     file = ShmemFile(host, trace, "shmem", 4 * PAGE)
     start = mm.mmap(4 * PAGE, RW, MAP_PRIVATE, file=file)
