@@ -44,6 +44,8 @@ CLUSTER: Final = 32
 """Pages of a list that are looked at before it is another one's turn (SWAP_CLUSTER_MAX)."""
 PRIORITY: Final = 12
 """The first round looks at 1/2**12 of the pages, each further one at twice as many."""
+SLACK: Final = 4
+"""No fault needs more frames than this."""
 RETRIES: Final = 3
 """Times that all lists are gone through in vain before memory counts as exhausted.
 
@@ -91,16 +93,18 @@ class Reclaim:
         if mm is not None and mm.oom is not None:
             return False
         self._wake_kswapd()
-        if host.free_frames > marks.low:
+        if host.free_frames >= marks.high:
             host.watermark = marks.low
             return True
         host.watermark = marks.min
-        for _ in range(RETRIES):
-            if host.free_frames > marks.min:
-                return True
-            self._direct()
-        if host.free_frames > marks.min:
+        # Who needs several frames has given back what it had, and would not get further with them.
+        if host.free_frames > marks.min + SLACK:
             return True
+        before = self.lru.reclaimed
+        for _ in range(RETRIES):
+            self._direct()
+            if host.free_frames > marks.min and self.lru.reclaimed > before:
+                return True
         while oom and out_of_memory(host, self._trace, marks, mm):
             self.kills += 1
             if mm is not None and mm.oom is not None:
@@ -156,7 +160,7 @@ class Reclaim:
         if trace.on:
             trace.emit("kswapd_wake", free=host.free_frames, low=marks.low)
         self._run(marks.high)
-        if host.free_frames > marks.low:
+        if host.free_frames >= marks.high:
             host.watermark = marks.low
         if trace.on:
             gone = self.lru.reclaimed - before
