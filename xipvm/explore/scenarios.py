@@ -113,7 +113,7 @@ def fault_against_swapout(scene: Scene) -> None:
     scene.afterwards(lambda: expect(mm, hva, NEW))
 
 
-@scenario
+@scenario(protocols=("modern",))
 def fault_against_migrate(scene: Scene) -> None:
     """The page moves to another frame."""
     mm, hva, _ = furnish(scene)
@@ -121,7 +121,7 @@ def fault_against_migrate(scene: Scene) -> None:
     scene.afterwards(lambda: expect(mm, hva, NEW))
 
 
-@scenario
+@scenario(protocols=("modern",))
 def fault_against_ksm(scene: Scene) -> None:
     """KSM makes one page of two equal ones, and the guest writes to one of them."""
     mm, hva, _ = furnish(scene)

@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, overload
 
 from xipvm import locks
 from xipvm.address import PAGE_SHIFT, Gfn
@@ -190,16 +190,28 @@ class Scenario:
     name: str
     furnish: Furnish
     doc: str = ""
+    protocols: tuple[str, ...] = ("modern", "2008")
+    """The notifier protocols in which all of it exists."""
 
     def __call__(self, scene: Scene) -> None:
         """Furnish ``scene``."""
         self.furnish(scene)
 
 
-def scenario(function: Furnish) -> Scenario:
-    """Decorates the function that furnishes a scene."""
-    name = getattr(function, "__name__", "scenario")
-    return Scenario(name.replace("_", "-"), function, (function.__doc__ or "").strip().partition("\n")[0])
+@overload
+def scenario(function: Furnish) -> Scenario: ...
+@overload
+def scenario(*, protocols: tuple[str, ...]) -> Callable[[Furnish], Scenario]: ...
+def scenario(
+    function: Furnish | None = None, *, protocols: tuple[str, ...] = ("modern", "2008")
+) -> Scenario | Callable[[Furnish], Scenario]:
+    """Decorates the function that furnishes a scene; ``protocols``: those in which all that it does exists."""
+
+    def declare(function: Furnish) -> Scenario:
+        name = getattr(function, "__name__", "scenario").replace("_", "-")
+        return Scenario(name, function, (function.__doc__ or "").strip().partition("\n")[0], protocols)
+
+    return declare if function is None else declare(function)
 
 
 @contextmanager

@@ -1,0 +1,80 @@
+"""A mutant: a named switch that puts one known fault into an otherwise right system.
+
+Each is a context: inside it the fault is there, behind it everything is as it was. Mutants show that the oracle, the
+explorer and the scenarios find what they are made to find; nothing in a scenario knows of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from xipvm.errors import BadInput, InternalError
+
+Apply = Callable[[], AbstractContextManager[None]]
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """``number`` is a historical bug's (``7``) or a generic mutation's (``M7``); ``caught_by`` what should see it.
+
+    ``protocol``: the one in which it exists, both by default.
+    """
+
+    name: str
+    number: str
+    caught_by: tuple[str, ...]
+    apply: Apply
+    doc: str
+    protocol: str = ""
+
+
+MUTANTS: dict[str, Mutant] = {}
+"""By name, in the order of their declaration."""
+
+
+def mutant(
+    name: str, number: str, *caught_by: str, protocol: str = ""
+) -> Callable[[Callable[[], Iterator[None]]], Mutant]:
+    """Declares the generator below it as a mutant: before its ``yield`` it breaks something, behind it repairs it."""
+
+    def declare(function: Callable[[], Iterator[None]]) -> Mutant:
+        if name in MUTANTS:
+            raise InternalError(f"mutant {name} is declared twice")
+        doc = " ".join((function.__doc__ or "").split())
+        declared = MUTANTS[name] = Mutant(name, number, caught_by, contextmanager(function), doc, protocol)
+        return declared
+
+    return declare
+
+
+@contextmanager
+def replaced(owner: Any, attribute: str, replacement: Any) -> Iterator[None]:
+    """``owner.attribute`` is ``replacement`` meanwhile."""
+    original = owner.__dict__[attribute]
+    setattr(owner, attribute, replacement)
+    try:
+        yield
+    finally:
+        setattr(owner, attribute, original)
+
+
+def get(name: str) -> Mutant:
+    """The mutant ``name``. Raises BadInput for an unknown one."""
+    try:
+        return MUTANTS[name]
+    except KeyError:
+        raise BadInput(f"no mutant is called {name!r}; see 'xipvm mutants'") from None
+
+
+@contextmanager
+def planted(*names: str) -> Iterator[None]:
+    """The faults ``names`` are in the system meanwhile. Raises BadInput for an unknown one."""
+    chosen = [get(name) for name in names]
+    if not chosen:
+        yield
+        return
+    with chosen[0].apply(), planted(*names[1:]):
+        yield
