@@ -47,6 +47,7 @@ from xipvm.mmu.secondary.kvm_2008 import kvm_of
 from xipvm.mmu.secondary.memslot import GFN_LIMIT
 from xipvm.mmu.swap import swap_of
 from xipvm.mmu.swap_file import SwapOption, open_swap, parse_swap
+from xipvm.mmu.thp import ENABLED as THP_ENABLED
 from xipvm.mmu.vma import MAP_ANONYMOUS, MAP_HUGETLB, MAP_PRIVATE, PROT_EXEC, PROT_READ, PROT_WRITE
 from xipvm.notifier import PROTOCOLS
 from xipvm.oom_report import OOM_STATUS, oom_report
@@ -88,6 +89,8 @@ class Machine:
     an uncached window (what devices take out of RAM is not in it). ``hugetlb``: RAM is huge pages of a pool that the
     host has filled before, as with QEMU's memory-backend-file on hugetlbfs. ``pin_sptes``: nobody tells the secondary
     MMU of changes; it holds every page that the guest has used instead, as KVM did before there were notifiers.
+    ``thp``: where the host makes transparent huge pages, of RAM too: ``always``, ``madvise`` (where somebody asks, and
+    nobody does for RAM) or ``never``.
     ``trace``: what everything is told to; sinks may be attached before or after. ``storm``: mm operations that come
     while the guest runs.
     ``protocol``: how the secondary MMU is told of changes, ``modern`` or ``2008``.
@@ -110,6 +113,7 @@ class Machine:
         ram_alias: int | None = None,
         pin_sptes: bool = False,
         hugetlb: bool = False,
+        thp: str = "madvise",
         protocol: str = "modern",
         storm: Storm | None = None,
         host_memory: int | None = None,
@@ -119,6 +123,8 @@ class Machine:
             raise BadInput(f"no clock is called {clock!r}; known are {', '.join(CLOCKS)}")
         if protocol not in PROTOCOLS:
             raise BadInput(f"no notifier protocol is called {protocol!r}; known are {', '.join(PROTOCOLS)}")
+        if thp not in THP_ENABLED:
+            raise BadInput(f"transparent huge pages are enabled {', '.join(THP_ENABLED)}, not {thp!r}")
         if secondary not in SECONDARIES:
             raise BadInput(f"no secondary MMU is called {secondary!r}; known are {', '.join(SECONDARIES)}")
         if storm is not None and clock != "instructions":
@@ -147,6 +153,7 @@ class Machine:
         self.dtb_given = None if dtb is None else _read(os.fspath(dtb))
         self.counted = clock == "instructions"
         self.pin_sptes = pin_sptes
+        self.thp = thp
         self.protocol = protocol
         self.trace = Trace() if trace is None else trace
         self.console = Console() if console is None else console
@@ -193,6 +200,7 @@ class Machine:
         self.htif_base = 0
         self.mm = Mm(self.host, self.trace, name="mm0", protocol=self.protocol)
         undo(self.mm.exit)
+        self.mm.thp.enabled = self.thp
         if self._swap is not None:
             area = open_swap(self._swap)
             undo(area.close)
@@ -689,6 +697,7 @@ def run(
     swap: str | SwapOption | None = None,
     pin_sptes: bool = False,
     hugetlb: bool = False,
+    thp: str = "madvise",
 ) -> tuple[RunResult, bytes]:
     """Run a guest to its end; returns how that was and what the guest printed.
 
@@ -710,6 +719,7 @@ def run(
         swap=swap,
         pin_sptes=pin_sptes,
         hugetlb=hugetlb,
+        thp=thp,
     ) as machine:
         result = machine.run(timeout=timeout, max_instructions=max_instructions, until=until)
     return result, output.getvalue()

@@ -139,6 +139,12 @@ def cli() -> None:
     help="Where pages go that the host's memory has no room for: a temporary file, or a swap file.",
 )
 @click.option("--hugetlb", is_flag=True, help="RAM is huge pages of 2 MiB, taken from the host's pool before the run.")
+@click.option(
+    "--thp",
+    type=click.Choice(["always", "madvise", "never"]),
+    default="madvise",
+    help="Transparent huge pages: with 'always' RAM is backed by pages of 2 MiB as far as there are any.",
+)
 @click.option("--ram-alias", type=HEX, metavar="ADDRESS", help="RAM appears a second time at ADDRESS, as 2000000000.")
 @click.option("--quiet", is_flag=True, help="No summary on stderr.")
 def run(**options: Any) -> int:

@@ -38,6 +38,7 @@ def run_guest(
     ram_alias: int | None,
     pin_sptes: bool,
     hugetlb: bool,
+    thp: str,
     protocol: str,
     host_memory: int | None,
     swap: str | None,
@@ -79,7 +80,7 @@ def run_guest(
             from xipvm.trace.recorder import Recorder
 
             info = _machine_info(guest, board, memory, smp, secondary=secondary, clock=clock)
-            info |= {"protocol": protocol, "pin_sptes": pin_sptes, "hugetlb": hugetlb}
+            info |= {"protocol": protocol, "pin_sptes": pin_sptes, "hugetlb": hugetlb, "thp": thp}
             recorder = Recorder(trace, machine=info, deferred=True, on_error=trace_failed)
             funnel.attach(recorder)
         try:
@@ -97,6 +98,7 @@ def run_guest(
                 ram_alias=ram_alias,
                 pin_sptes=pin_sptes,
                 hugetlb=hugetlb,
+                thp=thp,
                 protocol=protocol,
                 host_memory=host_memory,
                 swap=swap,
