@@ -70,6 +70,10 @@ def test_a_sound_world_passes() -> None:
         (lambda w: w.file.areas.clear(), "unknown to its file"),
         (lambda w: w.mm.find_vma(w.anon).anon_vma.areas.clear(), "unknown to anon_vma"),
         (lambda w: setattr(w.mm.vmas[0], "end", w.mm.vmas[0].end + PAGE), "overlaps"),
+        (lambda w: w.change(w.page, pte.UFFD_WP), "writable and protected"),
+        (lambda w: w.change(w.page, pte.UFFD_WP | pte.WRITE), "protected for nobody"),
+        (lambda w: w.mm.pgd.set(w.page + 2, pte.UFFD_WP), "protected for nobody"),
+        (lambda w: w.mm.pgd.set(w.page + 2, pte.POISON | pte.GUARD), "none that stays"),
         (lambda w: w.host.view(0).__setitem__(0, 1), "zero page"),
     ],
 )
@@ -84,7 +88,7 @@ def test_native_bits_are_the_same() -> None:
     text = (Path(xipvm.mmu.__path__[0]) / "pte.pxd").read_text()
     native = {name: 1 << int(bit) for name, bit in re.findall(r"PTE_(\w+) (?:= 1|\(1ULL) << (\d+)", text)}
     assert native == {name: getattr(pte, name) for name in native}
-    assert len(native) == 13
+    assert len(native) == 14
 
 
 def test_describe() -> None:
@@ -93,3 +97,6 @@ def test_describe() -> None:
     assert pte.describe(0x12 << 12 | pte.SWAP | pte.EXCLUSIVE) == "swap 0x12"
     assert pte.describe(0x12 << 12 | pte.MIGRATION | pte.WRITE) == "migration 0x12"
     assert pte.describe(pte.PRESENT | pte.SPECIAL | pte.EXEC) == "0x0 r-x special"
+    assert pte.describe(pte.UFFD_WP) == "write-protected hole"
+    assert pte.describe(pte.POISON) == "poison"
+    assert pte.describe(0x12 << 12 | pte.PRESENT | pte.ANON | pte.UFFD_WP) == "0x12 r-- anon uffd-wp"
