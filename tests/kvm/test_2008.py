@@ -192,6 +192,47 @@ def test_a_page_that_goes_while_it_is_looked_up(world: World, how: str) -> None:
     verify(world.host)
 
 
+def shared_text(world: World) -> tuple[int, object]:
+    """A page that the guest may read only and a child shares, at guest frame 8: a debugger's write copies it."""
+    hva = world.ram(1)
+    world.mm.write(hva, b"old")
+    world.mm.mprotect(hva, PAGE, R)
+    world.kvm.set_memslot(0, 8, 1, hva)
+    return hva, world.mm.fork()
+
+
+@pytest.mark.parametrize("where", ["kvm.fault.seq_read", "kvm.fault.gup_done"])
+def test_a_page_that_is_copied_while_it_is_looked_up(world: World, where: str) -> None:
+    hva, _child = shared_text(world)
+    with world.watching():
+        world.fault_with(where, lambda: world.mm.access_remote_vm(hva, b"new"), 8, READ)
+    assert world.retries() == [(8, "seq")]
+    assert world.read(8, 3) == b"new"
+
+
+def test_the_number_of_announcements_is_what_saves_it(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No range is ever open for a single page: who looks at the count only installs the page that was replaced."""
+    monkeypatch.setattr(
+        Kvm2008, "mmu_invalidate_retry", lambda self, seq, gfn: "in progress" if self.mmu_notifier_count else ""
+    )
+    hva, _child = shared_text(world)
+    world.fault_with("kvm.fault.gup_done", lambda: world.mm.access_remote_vm(hva, b"new"), 8, READ)
+    assert world.read(8, 3) == b"old"
+
+
+def test_the_count_is_what_saves_it(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the middle of a range: who looks at the number only installs a page that goes."""
+    monkeypatch.setattr(
+        Kvm2008, "mmu_invalidate_retry", lambda self, seq, gfn: "seq" if self.mmu_notifier_seq != seq else ""
+    )
+    hva = world.slot(1)
+    world.mm.write(hva, b"mine")
+    pfn = pte_pfn(world.mm.pgd.get(hva >> 12))
+    with world.mm.notifiers.invalidate_range(hva, hva + PAGE, CLEAR):
+        world.kvm.fault(0, READ)
+        assert world.kvm.translate(0) == (pfn, True)
+
+
 def test_while_a_range_is_open_nothing_is_installed(world: World) -> None:
     """Whatever the range covers: there is one count."""
     world.slot(2)
