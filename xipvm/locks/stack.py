@@ -7,7 +7,7 @@ import sys
 from types import CodeType
 from typing import Final
 
-LIMIT: Final = 24
+LIMIT: Final = 14
 """Frames that are kept, from the innermost one on."""
 
 Stack = tuple[tuple[CodeType, int], ...]
