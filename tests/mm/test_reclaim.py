@@ -427,3 +427,13 @@ def test_retry_is_for_who_is_no_fault(mm: Mm, host: HostMemory, reclaim: Reclaim
 
 def test_watch_memory_twice_is_once(host: HostMemory, trace: Trace, reclaim: Reclaim) -> None:
     assert watch_memory(host, trace) is reclaim
+
+
+def test_the_last_round_looks_at_every_page(mm: Mm, host: HostMemory, reclaim: Reclaim, disk: HostFile) -> None:
+    """However much one kind is preferred."""
+    anonymous(mm, 3)
+    disk.pread(0, 8)
+    reclaim.lru.note_cost(False, 10)
+    assert reclaim.lru.quotas(0) == [3, 0, 1, 0]
+    mm.swapoff()
+    assert reclaim.lru.quotas(0) == [0, 0, 1, 0]

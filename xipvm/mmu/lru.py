@@ -57,10 +57,15 @@ class Lru:
         return self._host.lru_count(list)
 
     def quotas(self, priority: int) -> list[int]:
-        """How many pages of each list to look at in a round that looks at 1/2**``priority`` of all (get_scan_count)."""
+        """How many pages of each list to look at in a round that looks at 1/2**``priority`` of all (get_scan_count).
+
+        The last round, 0, looks at all of them.
+        """
         counts = [self.count(list) for list in range(4)]
         anon, file = self._fractions(counts)
-        whole = anon + file
+        if not priority:
+            anon, file = min(anon, 1), min(file, 1)
+        whole = anon + file if priority else 1
         return [
             (count >> priority) * (anon if list < LRU_INACTIVE_FILE else file) // whole
             for list, count in enumerate(counts)
