@@ -191,13 +191,35 @@ def _drop_lazyfree(host: HostMemory, pfn: int) -> bool:
 
 
 def pageout(mm: Mm, start: int, end: int) -> int:
-    """MADV_PAGEOUT: takes the pages of ``[start, end)`` that nobody else maps out of memory; how many went."""
-    split_huge_pages(mm, start, end)
-    return sum(
-        reclaim_page(mm, pfn, ignore_references=True)
-        for pfn in _pages(mm, start >> PAGE_SHIFT, end >> PAGE_SHIFT, files=True)
-        if mm.host.mapcount(pfn) == 1
-    )
+    """MADV_PAGEOUT: takes the pages of ``[start, end)`` that nobody else maps out of memory; how many went.
+
+    One page table after the other; a huge page that lies in it only in part is split first.
+    """
+    at, last, gone = start >> PAGE_SHIFT, end >> PAGE_SHIFT, 0
+    while (found := mm.pgd.next_present(at, last)) >= 0:
+        first, at = found, min((found | (HUGE_PAGES - 1)) + 1, last)
+        entry = mm.pgd.huge(first)
+        if entry & MAPPED and first % HUGE_PAGES == 0 and at - first == HUGE_PAGES and not entry & SPECIAL:
+            if mm.host.total_mapcount(pte_pfn(entry)) == 1:
+                gone += _reclaim_whole(mm, pte_pfn(entry), ignore_references=True)
+            continue
+        split_huge_pages(mm, first << PAGE_SHIFT, at << PAGE_SHIFT)
+        for pfn in _pages(mm, first, at, files=True):
+            if mm.host.mapcount(pfn) == 1 and not (entry and mm.host.is_compound(pfn)):
+                gone += reclaim_page(mm, pfn, ignore_references=True)
+    return gone
+
+
+def _reclaim_whole(mm: Mm, pfn: int, *, ignore_references: bool = False) -> int:
+    """Reclaims a page, and if that was compound and has been split for it, the others, from the end; how many went."""
+    host = mm.host
+    compound = host.is_compound(pfn)
+    gone = int(reclaim_page(mm, pfn, ignore_references=ignore_references))
+    if compound and not host.is_compound(pfn):
+        gone += sum(
+            reclaim_page(mm, tail, ignore_references=ignore_references) for tail in range(pfn + HUGE_PAGES - 1, pfn, -1)
+        )
+    return gone
 
 
 def _pages(mm: Mm, first: int, end: int, *, files: bool = False) -> list[int]:
@@ -214,8 +236,8 @@ def memcg_reclaim(mm: Mm, passes: int) -> int:
         if not pages:
             break
         for pfn in pages:
-            tails = range(pfn + 1, pfn + HUGE_PAGES) if mm.host.is_compound(pfn) else ()
-            gone += reclaim_page(mm, pfn)
-            if tails and not mm.host.is_compound(pfn):
-                gone += sum(reclaim_page(mm, tail) for tail in tails)
+            if mm.host.compound_head(pfn) == pfn:
+                gone += _reclaim_whole(mm, pfn)
+            else:
+                gone += reclaim_page(mm, pfn)
     return gone
