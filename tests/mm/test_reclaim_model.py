@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from tests.mm import sequences
-from tests.mm.world import Process, World
-from xipvm.errors import MmError, OutOfFrames
+from tests.mm.world import Process, World, allowed
+from xipvm.errors import OutOfFrames
 from xipvm.mmu.reclaim import watch_memory
 
 pytestmark = pytest.mark.slow
@@ -35,11 +35,9 @@ class TightWorld(World):
         if self.swaps < 2 or (self.swaps < 3 and not choice % 2):
             super().swap(process, pages, 2 * choice)
             return
-        try:
+        with allowed(errno.ENOMEM):
             process.mm.swapoff()
             self.swaps -= 1
-        except MmError as error:
-            assert error.errno == errno.ENOMEM
 
     def migrate(self, process: Process, pages: range, choice: int) -> None:
         """There may be no frame to move a page to: migration takes none that is left for others."""
