@@ -40,7 +40,6 @@ def test_later_sections_are_not_waited_for() -> None:
     sections: list[int] = []
     with on_point(lambda label: sections.append(srcu.read_lock())):
         point("somebody else's")
-    early = sections[0]
 
     def others(label: str) -> None:
         assert label == "notifier.synchronize"

@@ -6,7 +6,8 @@ the right is raised, nobody is told, and a secondary MMU finds out when it fault
     frame allocated, data copied → range start → entry unchanged? cleared → TLB flush → new entry → range end → old put
 
 Cleared and flushed before the new entry is there: once anybody can write the copy, nobody reads the old page at this
-address. The old page keeps a reference until behind the range end.
+address. The old page keeps a reference until behind the range end. (2008: no range; the notifiers are told of the page
+behind the TLB flush.)
 """
 
 from __future__ import annotations

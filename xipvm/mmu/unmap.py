@@ -7,8 +7,9 @@ For each entry that the reverse map finds::
 
 The caller holds a reference of its own, so the frame outlives its last entry, and it names what takes the place of an
 entry. Nothing is assumed across a range start, which is a schedule point: the entry is looked at again behind it, and
-when all that were found are done, the walk begins anew, until it finds none. While it goes on, a fault may map the page again only by way of the entry that
-was left; a caller that must know that nobody has the page any more compares the reference count afterwards.
+when all that were found are done, the walk begins anew, until it finds none. While it goes on, a fault may map the page
+again only by way of the entry that was left; a caller that must know that nobody has the page any more compares the
+reference count afterwards. (2008: no range; the notifiers are told of the page behind the TLB flush.)
 """
 
 from __future__ import annotations
