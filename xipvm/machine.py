@@ -528,7 +528,8 @@ class Machine:
 
     def _pause(self) -> int:
         """The storm's turn in the middle of a slice. Returns at which of the running vCPU's ticks it wants another."""
-        assert self._storm is not None and self._running is not None
+        assert self._storm is not None
+        assert self._running is not None
         self._storm.run_due(self._base + self._running.engine.ticks - self._start)
         return self._start + self._storm.next - self._base
 

@@ -146,6 +146,11 @@ def cli() -> None:
     help="Transparent huge pages: with 'always' RAM is backed by pages of 2 MiB as far as there are any.",
 )
 @click.option("--ram-alias", type=HEX, metavar="ADDRESS", help="RAM appears a second time at ADDRESS, as 2000000000.")
+@click.option(
+    "--storm",
+    metavar="SEED[,rate=N][,ops=NAME+NAME...]",
+    help="Do random things to the host's memory that must not change what the guest computes; see 'xipvm storm'.",
+)
 @click.option("--quiet", is_flag=True, help="No summary on stderr.")
 def run(**options: Any) -> int:
     """Run GUEST, an ELF file, in place. Without GUEST the machine starts from the flash images.
@@ -156,6 +161,36 @@ def run(**options: Any) -> int:
     from xipvm.cli.run import run_guest
 
     return run_guest(**options)
+
+
+@cli.command()
+@click.argument("guest", required=False)
+@click.option("--board", metavar="NAME", help="The board; by default the one that GUEST is for.")
+@click.option("--memory", type=SIZE, help="RAM, such as 64M or 1G.")
+@click.option("--smp", type=int, default=1, metavar="N", help="Number of vCPUs.")
+@click.option(
+    "--flash",
+    multiple=True,
+    metavar="FILE[,bank=N][,readonly=on]",
+    help="A flash image; every run begins with what is in it, and none writes to it. May be repeated.",
+)
+@click.option("--input", "input_file", metavar="FILE", help="Console input, fed as the guest reads it.")
+@click.option("--until", metavar="TEXT", help="End when the input is used up and the guest prints TEXT.")
+@click.option("--max-instructions", type=click.IntRange(min=1), metavar="N", help="End at the block that reaches N.")
+@click.option("--seeds", type=click.IntRange(min=1), default=20, metavar="N", help="How many storms.")
+@click.option("--first", type=click.IntRange(min=0), default=1, metavar="SEED", help="The seed of the first.")
+@click.option("--rate", type=int, default=10, metavar="N", help="Operations in a million instructions, about.")
+@click.option("--ops", metavar="NAME+NAME...", help="Only these operations; docs/storm.md has the list.")
+@click.option("--jobs", type=click.IntRange(min=1), default=1, metavar="N", help="Runs at a time.")
+def storm(**options: Any) -> int:
+    """Run GUEST once calmly, then under storms, and compare console, exit, instructions, RAM and flash.
+
+    A storm does random things to the host's memory that must not change what the guest computes: pages are swapped,
+    moved, merged, split, protected, forked. The exit status is 0 when no run differs from the calm one, else 1.
+    """
+    from xipvm.cli.storm import storm_guest
+
+    return storm_guest(**options)
 
 
 @cli.command()

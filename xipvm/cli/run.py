@@ -42,6 +42,7 @@ def run_guest(
     protocol: str,
     host_memory: int | None,
     swap: str | None,
+    storm: str | None,
     quiet: bool,
 ) -> int:
     """Run a guest as the options of ``xipvm run`` say. Returns the exit status. Raises XipvmError."""
@@ -54,6 +55,8 @@ def run_guest(
     if max_instructions is not None and clock == "host":
         raise BadInput("an instruction limit needs the instructions clock")
     options = [parse_option(text) for text in flash]
+    if storm is not None:
+        from xipvm.storm import parse_storm
     funnel = Trace()
     history = History()
     funnel.attach(history)
@@ -81,6 +84,8 @@ def run_guest(
 
             info = _machine_info(guest, board, memory, smp, secondary=secondary, clock=clock)
             info |= {"protocol": protocol, "pin_sptes": pin_sptes, "hugetlb": hugetlb, "thp": thp}
+            if storm is not None:
+                info["storm"] = storm
             recorder = Recorder(trace, machine=info, deferred=True, on_error=trace_failed)
             funnel.attach(recorder)
         try:
@@ -102,6 +107,7 @@ def run_guest(
                 protocol=protocol,
                 host_memory=host_memory,
                 swap=swap,
+                storm=None if storm is None else parse_storm(storm),
             ) as machine:
                 machine.history = history
                 result = machine.run(timeout=timeout, max_instructions=max_instructions, until=until)
@@ -142,17 +148,22 @@ def run_guest(
 _INPUT_LIMIT = 64 << 20
 
 
+def read_input(path: str) -> bytes:
+    """The console input that a file has. Raises BadInput."""
+    try:
+        with open(path, "rb") as file:
+            script = file.read(_INPUT_LIMIT + 1)
+    except OSError as error:
+        raise BadInput(f"{path}: {error.strerror}") from error
+    if len(script) > _INPUT_LIMIT:
+        raise BadInput(f"{path}: more than {format_size(_INPUT_LIMIT)} of console input; pipe it in instead")
+    return script
+
+
 def _console(input_file: str | None, until: str | None) -> Console:
     """The guest's console: a script, or standard input as it comes. Raises BadInput."""
     if input_file is not None:
-        try:
-            with open(input_file, "rb") as file:
-                script = file.read(_INPUT_LIMIT + 1)
-        except OSError as error:
-            raise BadInput(f"{input_file}: {error.strerror}") from error
-        if len(script) > _INPUT_LIMIT:
-            raise BadInput(f"{input_file}: more than {format_size(_INPUT_LIMIT)} of console input; pipe it in instead")
-        return Console(sys.stdout.buffer, script)
+        return Console(sys.stdout.buffer, read_input(input_file))
     # A terminal never runs out of input, so waiting for a text behind the last of it means that there is none.
     if sys.stdin is None or sys.stdin.closed or (until is not None and sys.stdin.isatty()):
         return Console(sys.stdout.buffer, b"")

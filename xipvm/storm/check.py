@@ -7,11 +7,10 @@ the end. Memory is compared by content, as a host process reads it: pages that w
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from xipvm.address import PAGE_SHIFT, PAGE_SIZE
-from xipvm.boards.board import Board
 from xipvm.console import Console
 from xipvm.devices.flash.files import ImageOption
 from xipvm.errors import BadInput
@@ -108,7 +107,9 @@ def _outcome(
 
 def _ram(machine: Machine) -> dict[int, bytes]:
     base, mm = machine.board.ram_base, machine.mm
-    pages = ((offset, mm.read(machine.ram + offset, PAGE_SIZE)) for offset in range(0, machine.memory_size, PAGE_SIZE))
+    first = machine.ram >> PAGE_SHIFT
+    used = (page for page in range(machine.memory_size >> PAGE_SHIFT) if mm.pgd.pte(first + page))
+    pages = ((page << PAGE_SHIFT, mm.read((first + page) << PAGE_SHIFT, PAGE_SIZE)) for page in used)
     return {base + offset: content for offset, content in pages if content != _ZERO}
 
 
@@ -155,9 +156,6 @@ def _memory_difference(what: str, calm: Mapping[int, bytes], stormy: Mapping[int
     )
 
 
-def _first_difference(one: Iterable[int], other: Iterable[int]) -> int:
-    at = 0
-    for at, (a, b) in enumerate(zip(one, other, strict=False)):  # noqa: B007
-        if a != b:
-            return at
-    return at + 1
+def _first_difference(one: bytes, other: bytes) -> int:
+    shorter = min(len(one), len(other))
+    return next((at for at in range(shorter) if one[at] != other[at]), shorter)

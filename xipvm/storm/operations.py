@@ -19,12 +19,17 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from xipvm.actors import point
 from xipvm.address import PAGE_SHIFT, PAGE_SIZE
 from xipvm.errors import InternalError, MmError
+from xipvm.mmu.huge_page import deferred_split_scan, split_if_compound
+from xipvm.mmu.ksm import ksm_of
 from xipvm.mmu.madvise import (
     MADV_COLD,
+    MADV_COLLAPSE,
     MADV_DOFORK,
     MADV_DONTFORK,
     MADV_DONTNEED,
+    MADV_HUGEPAGE,
     MADV_MERGEABLE,
+    MADV_NOHUGEPAGE,
     MADV_PAGEOUT,
     MADV_POPULATE_READ,
     MADV_POPULATE_WRITE,
@@ -35,6 +40,8 @@ from xipvm.mmu.mremap import MREMAP_FIXED, MREMAP_MAYMOVE
 from xipvm.mmu.secondary.base import READ, WRITE
 from xipvm.mmu.secondary.kvm import Kvm
 from xipvm.mmu.secondary.memslot import GFN_LIMIT, MEM_LOG_DIRTY_PAGES, MEM_READONLY, MEM_ROMD, Memslot
+from xipvm.mmu.uffd_wp import UFFD_FEATURE_WP_ASYNC
+from xipvm.mmu.userfaultfd import UFFDIO_REGISTER_MODE_WP, UFFDIO_WRITEPROTECT_MODE_WP
 from xipvm.mmu.vma import PROT_EXEC, PROT_READ, PROT_WRITE
 from xipvm.notifier import RangeEvent
 from xipvm.storm.world import MAX_CHILDREN, MAX_HELD, Child, World
@@ -88,17 +95,17 @@ def _away(world: World, label: str) -> Iterator[None]:
 # ---- swap and reclaim
 
 
-@_operation("pageout", 24)
+@_operation("pageout", 96)
 def _pageout(world: World) -> None:
     _advise(world, MADV_PAGEOUT)
 
 
-@_operation("cold", 4)
+@_operation("cold", 16)
 def _cold(world: World) -> None:
     _advise(world, MADV_COLD)
 
 
-@_operation("populate", 8)
+@_operation("populate", 32)
 def _populate(world: World) -> None:
     _advise(world, (MADV_POPULATE_READ, MADV_POPULATE_WRITE)[world.choose(2, "populate")])
 
@@ -114,22 +121,22 @@ def _swapoff(world: World) -> None:
     world.mm.swapon(world.swap_pages)
 
 
-@_operation("mlock", 3)
+@_operation("mlock", 12)
 def _mlock(world: World) -> None:
     start, end = world.target()
     world.mm.mlock(start, end - start)
 
 
-@_operation("munlock", 4)
+@_operation("munlock", 16)
 def _munlock(world: World) -> None:
     start, end = _everything(world) if world.choose(2, "all") else world.target()
     world.mm.munlock(start, end - start)
 
 
-# ---- pages that move, merge, are held
+# ---- pages that move
 
 
-@_operation("migrate", 20)
+@_operation("migrate", 80)
 def _migrate(world: World) -> None:
     failed: MmError | None = None
     for pfn in world.frames(*world.target()):
@@ -148,13 +155,52 @@ def _compact(world: World) -> None:
     compact_memory(world.host, world.mm.trace)
 
 
-@_operation("mergeable", 6)
+# ---- huge pages
+
+
+@_operation("hugepage", 8)
+def _hugepage(world: World) -> None:
+    start, end = world.huge()
+    world.mm.madvise(start, end - start, MADV_HUGEPAGE if world.choose(2, "huge") else MADV_NOHUGEPAGE)
+
+
+@_operation("collapse", 12)
+def _collapse(world: World) -> None:
+    start, end = world.huge()
+    world.mm.madvise(start, end - start, MADV_COLLAPSE)
+
+
+@_operation("khugepaged", 2)
+def _khugepaged(world: World) -> None:
+    world.mm.khugepaged_scan()
+
+
+@_operation("split", 12)
+def _split(world: World) -> None:
+    """Splits the huge page at a place, if it can be split, or what nobody maps whole any more."""
+    if world.choose(4, "deferred") == 0:
+        deferred_split_scan(world.host)
+        return
+    for pfn in world.frames(*world.huge()):
+        if world.host.is_compound(pfn):
+            world.host.get(pfn)
+            try:
+                split_if_compound(world.host, pfn)
+            finally:
+                world.mm.put_frame(pfn)
+            return
+    raise MmError(errno.ENOENT, "there is no huge page")
+
+
+# ---- equal pages, and pages that somebody holds
+
+
+@_operation("mergeable", 24)
 def _mergeable(world: World) -> None:
-    start, end = _everything(world) if world.choose(4, "all") == 0 else world.target()
-    world.mm.madvise(start, end - start, MADV_MERGEABLE)
+    _advise(world, MADV_MERGEABLE)
 
 
-@_operation("unmergeable", 3)
+@_operation("unmergeable", 12)
 def _unmergeable(world: World) -> None:
     start, end = _everything(world) if world.choose(4, "all") == 0 else world.target()
     world.mm.madvise(start, end - start, MADV_UNMERGEABLE)
@@ -162,10 +208,10 @@ def _unmergeable(world: World) -> None:
 
 @_operation("ksm", 2)
 def _ksm(world: World) -> None:
-    world.mm.ksm_scan()
+    ksm_of(world.host, world.mm.trace).scan()
 
 
-@_operation("hold", 4)
+@_operation("hold", 16)
 def _hold(world: World) -> None:
     """Somebody has a reference to a frame for a while: it may not move, nor be written to disk and freed."""
     frames = world.frames(*world.target())
@@ -178,7 +224,7 @@ def _hold(world: World) -> None:
         _unhold(world)
 
 
-@_operation("unhold", 4)
+@_operation("unhold", 16)
 def _unhold(world: World) -> None:
     if not world.held:
         raise MmError(errno.ENOENT, "no frame is held")
@@ -188,7 +234,7 @@ def _unhold(world: World) -> None:
 # ---- rights, and what was written
 
 
-@_operation("protect", 12)
+@_operation("protect", 48)
 def _protect(world: World) -> None:
     """Rights go and come back; what the guest may do is what it could before."""
     start, end = world.target()
@@ -209,7 +255,28 @@ def _clear_refs(world: World) -> None:
     world.mm.clear_refs(1 + world.choose(3, "mode"))
 
 
-@_operation("young", 8)
+@_operation("uffd-wp", 12)
+def _uffd_wp(world: World) -> None:
+    """A monitor protects pages and lets the kernel lift the protection at the first write; now and then it goes."""
+    if world.monitor is None:
+        monitor = world.mm.userfaultfd(features=UFFD_FEATURE_WP_ASYNC)
+        start, end = _everything(world)
+        try:
+            monitor.register(start, end - start, UFFDIO_REGISTER_MODE_WP)
+        except MmError:
+            monitor.close()
+            raise
+        world.monitor = monitor
+    elif world.choose(8, "leave") == 0:
+        world.monitor.close()
+        world.monitor = None
+        return
+    start, end = world.target()
+    mode = UFFDIO_WRITEPROTECT_MODE_WP if world.choose(4, "protect") else 0
+    world.monitor.writeprotect(start, end - start, mode)
+
+
+@_operation("young", 32)
 def _young(world: World) -> None:
     """Asks the secondary MMUs what was used lately, as reclaim does."""
     start, end = world.target()
@@ -226,7 +293,7 @@ def _young(world: World) -> None:
 # ---- the mapping itself
 
 
-@_operation("mremap", 4)
+@_operation("mremap", 16)
 def _mremap(world: World) -> None:
     """Pages go to another address of the host and come back."""
     start, end = world.area()
@@ -241,7 +308,7 @@ def _mremap(world: World) -> None:
     world.mm.mremap(away, end - start, end - start, MREMAP_MAYMOVE | MREMAP_FIXED, start)
 
 
-@_operation("range", 10)
+@_operation("range", 40)
 def _range(world: World) -> None:
     """A range that announces a change, and no change: an operation that lost a race."""
     start, end = world.target()
@@ -259,7 +326,7 @@ def _range_all(world: World) -> None:
         point("storm.range")
 
 
-@_operation("flash", 6)
+@_operation("flash", 24)
 def _flash(world: World) -> None:
     """The pages of a flash bank are unmapped from everybody, and fault back in."""
     banks = world.machine.flash
@@ -277,7 +344,7 @@ def _flash(world: World) -> None:
 # ---- accesses of the host
 
 
-@_operation("rewrite", 6)
+@_operation("rewrite", 24)
 def _rewrite(world: World) -> None:
     """The host process writes what is there already."""
     page = world.page()
@@ -292,7 +359,7 @@ def _rewrite(world: World) -> None:
         world.mm.process_vm_writev(page, data)
 
 
-@_operation("thread", 8)
+@_operation("thread", 32)
 def _thread(world: World) -> None:
     """A thread of the host process reads by its own TLB, and writes what it has read."""
     at = world.page() + 8 * world.choose(PAGE_SIZE // 8, "offset")
@@ -306,7 +373,7 @@ def _thread(world: World) -> None:
 # ---- children
 
 
-@_operation("fork", 6)
+@_operation("fork", 12)
 def _fork(world: World) -> None:
     if len(world.children) >= MAX_CHILDREN:
         with world.child() as oldest:
@@ -329,7 +396,7 @@ def _fork_child(world: World) -> None:
             child.known.update(parent.known)
 
 
-@_operation("child-write", 12)
+@_operation("child-write", 48)
 def _child_write(world: World) -> None:
     """A child changes its own copy."""
     with world.child() as child:
@@ -342,7 +409,7 @@ def _child_write(world: World) -> None:
         child.known[page] = data
 
 
-@_operation("child-drop", 3)
+@_operation("child-drop", 12)
 def _child_drop(world: World) -> None:
     """A child gives pages away."""
     start, end = world.target()
@@ -355,7 +422,7 @@ def _child_drop(world: World) -> None:
             child.mm.madvise(start, end - start, MADV_DONTNEED)
 
 
-@_operation("child-exit", 3)
+@_operation("child-exit", 12)
 def _child_exit(world: World) -> None:
     with world.child() as child:
         world.retire(child)
@@ -389,7 +456,7 @@ def _dirty_log(world: World) -> None:
     world.kvm.set_memslot(slot.id, slot.gfn, slot.pages, slot.hva, slot.flags ^ MEM_LOG_DIRTY_PAGES)
 
 
-@_operation("get-dirty-log", 3)
+@_operation("get-dirty-log", 12)
 def _get_dirty_log(world: World) -> None:
     world.kvm.get_dirty_log(_slot(world).id)
 
@@ -414,7 +481,7 @@ def _memslot(world: World) -> None:
     kvm.set_memslot(slot.id, slot.gfn, slot.pages, slot.hva, slot.flags)
 
 
-@_operation("flush", 4)
+@_operation("flush", 16)
 def _flush(world: World) -> None:
     how = world.choose(3, "how")
     if how == 0:
@@ -425,7 +492,7 @@ def _flush(world: World) -> None:
         world.mm.flush_tlb_range(*world.target())
 
 
-@_operation("second-vm", 4)
+@_operation("second-vm", 16)
 def _second_vm(world: World) -> None:
     """Another VM shows the same memory, uses some of it, and goes away again."""
     start, end = _everything(world)

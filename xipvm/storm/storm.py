@@ -16,12 +16,12 @@ from __future__ import annotations
 
 import errno
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
-from xipvm.actors import on_point
-from xipvm.errors import BadInput, MmError, OutOfFrames, ProtocolUnsupported
+from xipvm.actors import on_point, on_wait
+from xipvm.errors import BadInput, DeadlockError, MmError, OutOfFrames
 from xipvm.storm.choices import Choices
 from xipvm.storm.operations import OPERATIONS, Operation
 from xipvm.storm.world import World
@@ -29,17 +29,18 @@ from xipvm.storm.world import World
 if TYPE_CHECKING:
     from xipvm.machine import Machine
 
-RATE: Final = 100
+RATE: Final = 10
 """Operations in a million instructions."""
 MAX_RATE: Final = 100_000
 DEPTH: Final = 2
 _MILLION: Final = 1_000_000
-_POINTS: Final = 40_000
+_POINTS: Final = 10_000
 """Points that pass by for an operation at one of them, times the rate."""
 _FEWEST_POINTS: Final = 8
 """A fault that is disturbed every time would never come to an end."""
-_FIRST_GAP: Final = 32
-"""By so many instructions, or points, the bound of the next gap grows with each operation."""
+_FIRST_GAP: Final = 16
+_WIDENING: Final = 8
+"""The bound of a gap begins with the one, and grows by this part of what has passed."""
 _ALLOWED: Final = frozenset(
     {
         errno.EDEADLK,
@@ -49,6 +50,7 @@ _ALLOWED: Final = frozenset(
         errno.ENOENT,
         errno.ECHILD,
         errno.EINVAL,
+        errno.EBADF,
     }
 )
 
@@ -84,6 +86,8 @@ class Storm:
         self._world: World | None = None
         self._depth = 0
         self._points = 0
+        """Points to pass by until the next operation at one."""
+        self._passed = 0
 
     @property
     def operations(self) -> int:
@@ -106,7 +110,7 @@ class Storm:
     @contextmanager
     def raging(self) -> Iterator[None]:
         """A context in which operations come at schedule points, too."""
-        with on_point(self._at_point):
+        with on_point(self._at_point), on_wait(_refuse):
             yield
 
     def run_due(self, now: int) -> None:
@@ -117,14 +121,15 @@ class Storm:
 
     # ---- when
 
-    def _bound(self, most: int) -> int:
-        return min(most, _FIRST_GAP * (self.operations + 1))
+    def _gap(self, most: int, passed: int, label: str) -> int:
+        return 1 + self._choices.choose(min(most, _FIRST_GAP + passed // _WIDENING), label)
 
     def _wait(self, now: int) -> None:
-        self.next = now + 1 + self._choices.choose(self._bound(2 * _MILLION // self.rate), "instructions")
+        self.next = now + self._gap(2 * _MILLION // self.rate, now, "instructions")
 
     def _pass_by(self) -> None:
-        self._points = 1 + self._choices.choose(self._bound(max(_FEWEST_POINTS, 2 * _POINTS // self.rate)), "points")
+        self._points = self._gap(max(_FEWEST_POINTS, 2 * _POINTS // self.rate), self._passed, "points")
+        self._passed += self._points
 
     def _at_point(self, label: str) -> None:
         if self._depth >= DEPTH:
@@ -155,8 +160,6 @@ class Storm:
             operation.run(world)
         except OutOfFrames:
             error = errno.ENOMEM
-        except ProtocolUnsupported:
-            error = errno.EOPNOTSUPP
         except MmError as refusal:
             # While something is away for a moment, the host process may fail to get at it.
             if refusal.errno not in _ALLOWED and not (refusal.errno == errno.EFAULT and world.lowered):
@@ -168,6 +171,11 @@ class Storm:
         self.refused[operation.name] += 1
         if world.mm.trace.on:
             world.mm.trace.emit("storm_refused", operation=operation.name, error=errno.errorcode[error])
+
+
+def _refuse(what: str, ready: Callable[[], bool]) -> None:
+    """Who holds what is waited for is further up the same stack."""
+    raise DeadlockError(f"{what}: its holder would have to go on first")
 
 
 def parse_storm(text: str) -> Storm:

@@ -15,12 +15,14 @@ from typing import TYPE_CHECKING, Final
 from xipvm.address import PAGE_SHIFT, PAGE_SIZE
 from xipvm.errors import InternalError, MmError
 from xipvm.mmu.host_thread import HostThread
+from xipvm.mmu.huge_pmd import HPAGE_SIZE
 from xipvm.mmu.pte import MAPPED, SPECIAL, pte_pfn
 
 if TYPE_CHECKING:
     from xipvm.machine import Machine
     from xipvm.mmu.mm import Mm
     from xipvm.mmu.secondary.kvm import Kvm
+    from xipvm.mmu.userfaultfd import Userfaultfd
     from xipvm.storm.choices import Choices
 
 MAX_CHILDREN: Final = 4
@@ -58,6 +60,8 @@ class World:
         """Frames that have a reference of ours."""
         self.guest: Kvm | None = None
         """A second VM on the same mm."""
+        self.monitor: Userfaultfd | None = None
+        """Who has pages protected by userfaultfd."""
         self.lowered = 0
         """Operations under way that have taken rights or pages away for a moment: host accesses may fail."""
         self.swap_pages = min(machine.memory_size >> PAGE_SHIFT, 1 << 16)
@@ -70,6 +74,9 @@ class World:
         if self.guest is not None:
             self.guest.destroy()
             self.guest = None
+        if self.monitor is not None:
+            self.monitor.close()
+            self.monitor = None
         for pfn in self.held:
             self.mm.put_frame(pfn)
         self.held.clear()
@@ -124,6 +131,11 @@ class World:
         ram = self.machine.ram
         start = max(page - before * PAGE_SIZE, ram)
         return start, min(page + behind * PAGE_SIZE, ram + self.machine.memory_size)
+
+    def huge(self) -> tuple[int, int]:
+        """The place of a huge page in RAM: bytes ``[start, end)``, with a page that matters."""
+        start = self.page() & -HPAGE_SIZE
+        return max(start, self.machine.ram), min(start + HPAGE_SIZE, self.machine.ram + self.machine.memory_size)
 
     def area(self) -> tuple[int, int]:
         """As :meth:`target`, but within one area of the mm. Raises MmError EBUSY while the page has been moved away."""

@@ -1,0 +1,156 @@
+"""``xipvm storm``: a guest's calm run, and many stormy ones that must be equal to it."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Callable, Iterator
+
+from xipvm.cli.run import read_input
+from xipvm.devices.flash.files import parse_option
+from xipvm.errors import BadInput
+from xipvm.storm import Storm
+from xipvm.storm.check import Job, Outcome, difference, run_once, stormy_limit
+
+Found = tuple[int, str, int, int, bool]
+"""Of a seed: itself, how it differs, its invalidations and operations, whether Ctrl-C ended it."""
+
+_task: tuple[Job, Outcome, int, tuple[str, ...] | None] | None = None
+"""Of a worker process: what it runs."""
+
+
+def storm_guest(
+    *,
+    guest: str | None,
+    board: str | None,
+    memory: int | None,
+    smp: int,
+    flash: tuple[str, ...],
+    input_file: str | None,
+    until: str | None,
+    max_instructions: int | None,
+    seeds: int,
+    first: int,
+    rate: int,
+    ops: str | None,
+    jobs: int,
+) -> int:
+    """Run the guest calmly and under ``seeds`` storms. The exit status: 0, 1 with a difference, 130 after Ctrl-C."""
+    if guest is None and not flash:
+        raise BadInput("there is nothing to run: name a GUEST, or a flash image with --flash")
+    names = None if ops is None else tuple(ops.split("+"))
+    Storm(first, rate=rate, ops=names)  # complains before anything runs
+    job = Job(
+        guest,
+        board,
+        memory,
+        smp,
+        tuple(parse_option(text) for text in flash),
+        b"" if input_file is None else read_input(input_file),
+        until,
+        max_instructions,
+    )
+    calm = run_once(job)
+    if calm.reason == "interrupted":
+        return calm.status
+    _say(f"calm: {calm.reason}, status {calm.status}, {calm.instructions} instructions")
+    differing: list[Found] = []
+    done = invalidations = operations = 0
+    interrupted = False
+    with _progress(seeds) as advance:
+        for found in _results((job, calm, rate, names), range(first, first + seeds), jobs):
+            seed, what, count, made, interrupted = found
+            if interrupted:
+                break
+            done += 1
+            invalidations += count
+            operations += made
+            if what:
+                differing.append(found)
+            advance(len(differing))
+    for seed, what, *_ in differing[:10]:
+        print(f"seed {seed}: {what}")
+    if differing:
+        setting = f"{differing[0][0]},rate={rate}" + ("" if ops is None else f",ops={ops}")
+        print(f"replay: {_command(setting, guest, board, memory, smp, flash, input_file, until)}")
+    print(f"{done} seeds, {len(differing)} differ; {operations} operations, {invalidations} invalidations")
+    if interrupted:
+        return 128 + signal.SIGINT
+    return int(bool(differing))
+
+
+def _one(task: tuple[Job, Outcome, int, tuple[str, ...] | None], seed: int) -> Found:
+    job, calm, rate, names = task
+    stormy = run_once(job, Storm(seed, rate=rate, ops=names), limit=stormy_limit(calm))
+    interrupted = stormy.reason == "interrupted"
+    return seed, difference(calm, stormy), stormy.invalidations, stormy.operations, interrupted
+
+
+def _results(task: tuple[Job, Outcome, int, tuple[str, ...] | None], seeds: range, jobs: int) -> Iterator[Found]:
+    """What the seeds give, in their order; Ctrl-C shows as an interrupted one."""
+    try:
+        if jobs == 1:
+            yield from (_one(task, seed) for seed in seeds)
+            return
+        with multiprocessing.get_context("fork").Pool(jobs, _begin, (task,)) as pool:
+            yield from pool.imap(_work, seeds)
+    except KeyboardInterrupt:
+        yield 0, "", 0, 0, True
+
+
+def _begin(task: tuple[Job, Outcome, int, tuple[str, ...] | None]) -> None:
+    global _task
+    _task = task
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
+
+
+def _work(seed: int) -> Found:
+    assert _task is not None
+    return _one(_task, seed)
+
+
+@contextlib.contextmanager
+def _progress(seeds: int) -> Iterator[Callable[[int], None]]:
+    """A bar on stderr, where that is a terminal."""
+    if not sys.stderr.isatty():
+        yield lambda differing: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("storm"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[differ]} differ"))
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
+        bar = progress.add_task("storm", total=seeds, differ=0)
+        yield lambda differing: progress.update(bar, advance=1, differ=differing)
+
+
+def _command(
+    setting: str,
+    guest: str | None,
+    board: str | None,
+    memory: int | None,
+    smp: int,
+    flash: tuple[str, ...],
+    input_file: str | None,
+    until: str | None,
+) -> str:
+    """The command line that runs one storm again. Flash is not written back here, either."""
+    words = ["xipvm", "run", "--storm", setting]
+    script = os.devnull if input_file is None else input_file
+    for name, value in (("--board", board), ("--memory", memory), ("--input", script), ("--until", until)):
+        if value is not None:
+            words += [name, str(value)]
+    if smp != 1:
+        words += ["--smp", str(smp)]
+    for text in flash:
+        option = parse_option(text)
+        words += ["--flash", text if option.snapshot or option.readonly else f"{text},snapshot=on"]
+    return shlex.join([*words, *filter(None, [guest])])
+
+
+def _say(line: str) -> None:
+    sys.stderr.write(f"{line}\n")
