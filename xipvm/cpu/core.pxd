@@ -65,6 +65,10 @@ cdef class Engine:
     cdef uint64_t flush_generation
     cdef uint64_t fills, grow_at    # since the last flush, and how many of them make the TLB grow
     cdef public int64_t time_offset # virtual time of the machine minus ticks
+    cdef bint fetching              # Python handles the miss of a fetch: a block may be in the middle of its translation
+    cdef bint stale                 # translations went away meanwhile, so the block must not run
+    cdef list dropped               # frames whose code was dropped meanwhile
+    cdef uint8_t *block_copy        # the block that runs, once the bytes of its frame have gone
     cdef uint64_t scratch_pfn
     cdef bint scratch_on
     cdef BlockLength *lengths
@@ -89,6 +93,7 @@ cdef class Engine:
     cpdef uint64_t ticks_at(self, uint64_t pc)
     cdef uint64_t look(self, uint64_t pc) noexcept
     cdef void drop(self, uint64_t pfn) noexcept
+    cdef void drop_stale(self) noexcept
     cdef bint hand_out(self, uint64_t vaddr, uint64_t entry, uint64_t gfn, int access, uc_tlb_entry *result) noexcept
     cdef bint fill(self, uint64_t vaddr, int access, uc_tlb_entry *result) noexcept
     cdef uint32_t count_block(self, uint64_t pc, uint32_t size) noexcept

@@ -29,7 +29,7 @@ from cpython.object cimport PyObject
 cimport cython
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
-from libc.string cimport memset
+from libc.string cimport memcpy, memset
 
 from xipvm.cpu.unicorn cimport *
 from xipvm.mmu.frames cimport FrameMeta, HostMemory
@@ -207,7 +207,9 @@ cdef class Engine:
         self.maps = []
         self.lengths = <BlockLength *>calloc(NR_LENGTHS, sizeof(BlockLength))
         self.scanned = <Scanned *>calloc(NR_SCANNED, sizeof(Scanned))
-        if self.lengths == NULL or self.scanned == NULL:
+        self.dropped = []
+        self.block_copy = <uint8_t *>calloc(2, 4096)
+        if self.lengths == NULL or self.scanned == NULL or self.block_copy == NULL:
             raise MemoryError
         cdef int arch = UC_ARCH_ARM64 if isa == C_ARM64 else UC_ARCH_RISCV
         cdef int mode = UC_MODE_ARM if isa == C_ARM64 else UC_MODE_RISCV64
@@ -310,6 +312,8 @@ cdef class Engine:
         self.fills = 0
         self.grow_at = GROW_FIRST
         self.mixed = False
+        self.stale = self.fetching = False
+        self.dropped.clear()
 
     cdef int _map(self, uint64_t address, uint64_t size, void *base) except -1:
         _check(api.mem_map_ptr(self.uc, address, size, UC_PROT_ALL, base), "uc_mem_map_ptr")
@@ -369,6 +373,7 @@ cdef class Engine:
             api.close(self.uc)
         free(self.lengths)
         free(self.scanned)
+        free(self.block_copy)
 
     # ---- running
 
@@ -391,6 +396,8 @@ cdef class Engine:
         self.hot.block_size = 0
         self.hot.block_count = 0
         self.hot.block_code = NULL
+        if self.stale:
+            self.drop_stale()
         self.hot.kick &= ~<uint32_t>1
         if self.hot.kick and not self.hot.polled:
             self.hot.stopped = 1
@@ -619,8 +626,28 @@ cdef class Engine:
         self.flush_generation += 1
         self.hot.generation += 1
 
+    cdef void drop_stale(self) noexcept:
+        """Forgets the block that was being translated when translations went away.
+
+        A block whose last instruction reaches into the next page faults there when its first page was looked up already.
+        The engine enters it where the flush has cleaned up before, under a frame whose code was dropped before.
+        """
+        cdef uint64_t pfn
+        self.stale = False
+        for pfn in self.dropped:
+            self.drop(pfn)
+        self.dropped.clear()
+        api.ctl(self.uc, UC_CTL_WRITE(UC_CTL_TLB_FLUSH, 0))
+
     cdef void drop(self, uint64_t pfn) noexcept:
         """Forgets the code translated from a frame, by way of a scratch VA that only this call maps."""
+        cdef uint8_t *bytes = self.host.bytes_of(pfn)
+        if self.fetching:
+            self.dropped.append(pfn)
+        if bytes != NULL and bytes <= self.hot.block_code < bytes + 4096 and self.hot.block_size <= 8192:
+            # The instructions of the block that runs may still have to be counted, see `count_block`.
+            memcpy(self.block_copy, self.hot.block_code, min(self.hot.block_size, bytes + 4096 - self.hot.block_code))
+            self.hot.block_code = self.block_copy
         self.scratch_pfn = pfn
         self.scratch_on = True
         api.ctl(self.uc, UC_CTL_WRITE(UC_CTL_TB_REMOVE_CACHE, 2), SCRATCH, SCRATCH + 4096)
@@ -672,7 +699,7 @@ cdef class Engine:
 
     cdef bint fill(self, uint64_t vaddr, int access, uc_tlb_entry *result) noexcept:
         cdef uint64_t gfn = vaddr >> 12
-        cdef uint64_t entry
+        cdef uint64_t entry, generation
         cdef int tries, answer
         if self.scratch_on and vaddr == SCRATCH:
             result.paddr = self.scratch_pfn << 12
@@ -692,12 +719,19 @@ cdef class Engine:
                     return True
             if self.on_miss is None:
                 return False
+            self.fetching = access == C_FETCH
+            generation = self.hot.generation
             try:
                 answer = self.on_miss(vaddr, access)
             except BaseException:
                 self.fail()
                 answer = -1
             _back_in(self)
+            if self.fetching:
+                self.fetching = False
+                if self.hot.generation != generation:
+                    self.stale = True
+                    _kick(&self.hot, C_KICK_FLUSH)
             if answer == C_RETRY:
                 continue
             if answer == C_MMIO and access != C_FETCH:
