@@ -11,18 +11,23 @@ from xipvm.conform.guest import Vcpu
 from xipvm.errors import MmError
 from xipvm.mmu.frames import HostMemory
 from xipvm.mmu.huge_pmd import HPAGE_SIZE as H
+from xipvm.mmu.hugetlb import WP_MARKER
 from xipvm.mmu.hugetlb_file import HugetlbFile
 from xipvm.mmu.madvise import MADV_DONTNEED
+from xipvm.mmu.migrate import migrate_page
 from xipvm.mmu.mm import Mm
-from xipvm.mmu.pte import ANON, HUGE, WRITE
+from xipvm.mmu.pte import ANON, HUGE, WRITE, pte_pfn
 from xipvm.mmu.secondary.kvm import Kvm
 from xipvm.mmu.uffd_message import (
     UFFD_FEATURE_EXACT_ADDRESS,
     UFFD_PAGEFAULT_FLAG_MINOR,
+    UFFD_PAGEFAULT_FLAG_WP,
     UFFD_PAGEFAULT_FLAG_WRITE,
     UffdMsg,
 )
+from xipvm.mmu.uffd_wp import UFFD_FEATURE_WP_ASYNC
 from xipvm.mmu.userfaultfd import (
+    UFFDIO_COPY_MODE_WP,
     UFFDIO_REGISTER_MODE_MINOR,
     UFFDIO_REGISTER_MODE_MISSING,
     UFFDIO_REGISTER_MODE_WP,
@@ -166,13 +171,101 @@ def test_without_a_page_the_copy_fails(host: HostMemory, mm: Mm) -> None:
     assert (host.free_huge_pages, host.reserved_huge_pages) == (3, 3)
 
 
+def lift(uffd: Userfaultfd, address: int) -> None:
+    uffd.writeprotect(address & -H, H, 0)
+
+
+def test_a_protected_page_is_told_of_and_written_in_place(
+    host: HostMemory, mm: Mm, steps: Callable[[], list[str]]
+) -> None:
+    mm.mmap(2 * H, RW, PRIVATE, addr=PLACE)
+    mm.write(PLACE, b"a")
+    monitor = Monitor(lift)
+    uffd = mm.userfaultfd(monitor)
+    uffd.register(PLACE, 2 * H, UFFDIO_REGISTER_MODE_WP)
+    steps()
+    uffd.writeprotect(PLACE, 2 * H)
+    assert steps() == ["S PROTECTION_VMA 0-1024", "protect", "tlb", "E"]
+    verify(host)
+    assert mm.read(PLACE + H, 1) == b"\0"  # what was not there comes protected
+    assert monitor.told == []
+    mm.write(PLACE + 8192, b"b")
+    mm.write(PLACE + H, b"c")
+    mm.write(PLACE + 1, b"d")
+    flags = UFFD_PAGEFAULT_FLAG_WRITE | UFFD_PAGEFAULT_FLAG_WP
+    assert monitor.told == [(0, flags), (H, flags)]
+    assert mm.read(PLACE, 2) == b"ad"
+    fails(errno.EINVAL, lambda: uffd.writeprotect(PLACE, 4096))
+    uffd.writeprotect(PLACE, H)
+    uffd.unregister(PLACE, 2 * H)
+    mm.write(PLACE, b"x")
+    assert len(monitor.told) == 2
+
+
+def test_protection_outlives_the_page(host: HostMemory, trace: Trace, file: HugetlbFile, mm: Mm) -> None:
+    mm.mmap(2 * H, RW, MAP_SHARED | MAP_FIXED, addr=PLACE, file=file)
+    mm.write(PLACE, b"1")
+    mm.write(PLACE + H, b"2")
+    monitor = Monitor(lift)
+    uffd = mm.userfaultfd(monitor)
+    uffd.register(PLACE, 2 * H, UFFDIO_REGISTER_MODE_WP)
+    uffd.writeprotect(PLACE, 2 * H)
+    mm.madvise(PLACE, H, MADV_DONTNEED)
+    migrate_page(host, trace, pte_pfn(mm.pgd.get(PLACE + H >> 12)))
+    assert mm.pgd.get(PLACE >> 12) == mm.pgd.get(PLACE + H >> 12) == WP_MARKER
+    verify(host)
+    mm.mprotect(PLACE, 2 * H, PROT_READ)
+    mm.mprotect(PLACE, 2 * H, RW)
+    assert mm.read(PLACE, 1) == b"1"
+    mm.write(PLACE, b"3")
+    mm.write(PLACE + H, b"4")
+    assert [offset for offset, _ in monitor.told] == [0, H]
+    uffd.writeprotect(PLACE, 2 * H)
+    child = mm.fork("child")
+    child.write(PLACE, b"c")  # it has no monitor
+    file.truncate(0)
+    assert not mm.pgd.present
+    file.truncate(H)
+    mm.write(PLACE, b"5")
+    assert len(monitor.told) == 2
+    child.exit()
+    file.close()
+
+
+def test_a_protected_page_of_a_parent_is_copied_behind_the_monitor_s_word(mm: Mm) -> None:
+    mm.mmap(H, RW, PRIVATE, addr=PLACE)
+    mm.write(PLACE, b"a")
+    monitor = Monitor(lift)
+    uffd = mm.userfaultfd(monitor)
+    uffd.register(PLACE, H, UFFDIO_REGISTER_MODE_WP | UFFDIO_REGISTER_MODE_MISSING)
+    uffd.writeprotect(PLACE, H)
+    child = mm.fork("child")
+    child.write(PLACE, b"c")
+    mm.write(PLACE, b"p")
+    assert len(monitor.told) == 1
+    assert (mm.read(PLACE, 1), child.read(PLACE, 1)) == (b"p", b"c")
+    child.exit()
+    mm.munmap(PLACE, H)
+
+
+def test_a_copy_can_come_protected(mm: Mm) -> None:
+    mm.mmap(H, RW, PRIVATE, addr=PLACE)
+    monitor = Monitor(lift)
+    uffd = mm.userfaultfd(monitor)
+    uffd.register(PLACE, H, UFFDIO_REGISTER_MODE_WP | UFFDIO_REGISTER_MODE_MISSING)
+    uffd.copy(PLACE, page(b"x"), UFFDIO_COPY_MODE_WP)
+    mm.write(PLACE + 1, b"y")
+    assert len(monitor.told) == 1
+    assert mm.read(PLACE, 2) == b"xy"
+
+
 def test_what_is_refused(mm: Mm) -> None:
     mm.mmap(2 * H, RW, PRIVATE, addr=PLACE)
     uffd = mm.userfaultfd(None)
     for call in (
         lambda: uffd.register(PLACE, 4096, UFFDIO_REGISTER_MODE_MISSING),
         lambda: uffd.register(PLACE + 4096, H, UFFDIO_REGISTER_MODE_MISSING),
-        lambda: uffd.register(PLACE, H, UFFDIO_REGISTER_MODE_WP),
+        lambda: mm.userfaultfd(None, UFFD_FEATURE_WP_ASYNC).register(PLACE, H, UFFDIO_REGISTER_MODE_WP),
     ):
         fails(errno.EINVAL, call)
     assert len(mm.vmas) == 1

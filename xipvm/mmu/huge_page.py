@@ -23,7 +23,7 @@ from xipvm.actors import point
 from xipvm.address import PAGE_SHIFT, PAGE_SIZE
 from xipvm.mmu.frames import HUGE_PAGES, PG_ANON, PG_DIRTY, PG_REFERENCED, PG_SWAPBACKED, HostMemory
 from xipvm.mmu.huge_pmd import HPAGE_SIZE, page_remove_rmap, pmdp_clear_flush
-from xipvm.mmu.hugetlb import adjust_range_if_pmd_sharing_possible
+from xipvm.mmu.hugetlb import WP_MARKER, adjust_range_if_pmd_sharing_possible
 from xipvm.mmu.pte import ACCESSED, DIRTY, HUGE, MAPPED, MIGRATION, PFN_SHIFT, SPECIAL, UFFD_WP, WRITE, pte_pfn
 from xipvm.mmu.rmap import PMD_SHIFT, reverse_map
 from xipvm.mmu.unmap import migration_entry
@@ -245,6 +245,8 @@ def _unmap_area(area: Vma, start: int, end: int, head: int, anon: bool, whole: b
             if not whole:
                 mm.pgd.split_huge(page, migration_entry(area, entry))
             _tell_nonpresent(area, page, entry)
+        elif entry & UFFD_WP and area.flags & VM_HUGETLB:
+            mm.pgd.set(page, WP_MARKER)
     for page, entry in small:
         mm.pgd.set(page, migration_entry(area, entry) if anon else 0)
         if mm.trace.on:

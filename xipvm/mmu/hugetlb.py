@@ -29,9 +29,9 @@ from xipvm.errors import MmError
 from xipvm.mmu.frames import HUGE_PAGES
 from xipvm.mmu.huge_pmd import HPAGE_MASK
 from xipvm.mmu.hugetlb_pool import hugetlb_acct_memory
-from xipvm.mmu.pte import ANON, pte_pfn
+from xipvm.mmu.pte import ANON, HUGE, MAPPED, UFFD_WP, pte_pfn
 from xipvm.mmu.rmap import PMD_SHIFT
-from xipvm.mmu.vma import VM_HUGETLB, VM_SHARED, Vma
+from xipvm.mmu.vma import VM_HUGETLB, VM_SHARED, VM_UFFD_WP, Vma
 from xipvm.mmu.zap import MmuGather
 from xipvm.notifier import RangeEvent
 
@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from xipvm.mmu.mm import Mm
 
 _PUD_SIZE: Final = 1 << 30
+WP_MARKER: Final = UFFD_WP | HUGE
+"""In an empty entry: the huge page that comes there is protected by userfaultfd."""
 
 
 # ---- reservations
@@ -132,7 +134,7 @@ def dontneed(mm: Mm, gather: MmuGather, area: Vma, start: int, end: int) -> None
             zap_hugepage_range(gather, area, start, end)
 
 
-def unmap_hugepage_range(area: Vma, start: int, end: int) -> None:
+def unmap_hugepage_range(area: Vma, start: int, end: int, *, drop_markers: bool = False) -> None:
     """Takes ``[start, end)`` out of one area, private copies included: truncation, holes, a child that has to yield.
 
     i_mmap of the file is locked.
@@ -143,14 +145,18 @@ def unmap_hugepage_range(area: Vma, start: int, end: int) -> None:
     with mm.notifiers.invalidate_range(*adjust_range_if_pmd_sharing_possible(area, start, end), RangeEvent.CLEAR):
         # Split, or gone: somebody was faster.
         for part in [part for part in file.areas if part.mm is mm and part.start < end and start < part.end]:
-            zap_hugepage_range(gather, part, max(start, part.start), min(end, part.end))
+            lo, hi = max(start, part.start), min(end, part.end)
+            zap_hugepage_range(gather, part, lo, hi, drop_markers=drop_markers)
         if mm.notifiers.flush_in_range:
             gather.flush()
     gather.finish()
 
 
-def zap_hugepage_range(gather: MmuGather, area: Vma, start: int, end: int) -> None:
-    """Clears entries of an area that stays. A private page that goes is set aside again if its mapping had it so."""
+def zap_hugepage_range(gather: MmuGather, area: Vma, start: int, end: int, *, drop_markers: bool = False) -> None:
+    """Clears entries of an area that stays. A private page that goes is set aside again if its mapping had it so.
+
+    What userfaultfd has protected stays so, unless ``drop_markers``.
+    """
     mm, reserve = area.mm, own_reserve(area)
     if reserve is not None:
         for page, entry in mm.pgd.entries(start >> PAGE_SHIFT, end >> PAGE_SHIFT):
@@ -158,7 +164,13 @@ def zap_hugepage_range(gather: MmuGather, area: Vma, start: int, end: int) -> No
             if entry & ANON and pgoff in reserve.consumed and mm.host.refcount(pte_pfn(entry)) == 1:
                 reserve.consumed.discard(pgoff)
                 mm.host.reserved_huge_pages += 1
-    gather.zap(start, end, keep_markers=True)
+    protected = []
+    if area.flags & VM_UFFD_WP and not drop_markers:
+        entries = mm.pgd.entries(start >> PAGE_SHIFT, end >> PAGE_SHIFT)
+        protected = [page for page, entry in entries if entry & MAPPED and entry & UFFD_WP]
+    gather.zap(start, end, keep_markers=not drop_markers)
+    for page in protected:
+        mm.pgd.set(page, WP_MARKER)
 
 
 def hugetlb_change_protection(mm: Mm, area: Vma) -> None:

@@ -22,19 +22,20 @@ from xipvm.address import PAGE_SHIFT, Pfn
 from xipvm.mmu.file import VmFault
 from xipvm.mmu.frames import HUGE_PAGES, PG_ANON
 from xipvm.mmu.huge_pmd import HPAGE_MASK, HPAGE_SIZE, pmdp_clear_flush
-from xipvm.mmu.hugetlb import LOST, HugeReserve, own_reserve, unmap_hugepage_range
+from xipvm.mmu.hugetlb import LOST, WP_MARKER, HugeReserve, own_reserve, unmap_hugepage_range
 from xipvm.mmu.hugetlb_pool import HugePagesInFlightError, alloc_hugetlb_page, wait_for_huge_page
 from xipvm.mmu.mapping import anon_vma_prepare
-from xipvm.mmu.pte import ACCESSED, ANON, DIRTY, EXCLUSIVE, HUGE, MAPPED, PFN_SHIFT, SOFT_DIRTY, WRITE, pte_pfn
+from xipvm.mmu.pte import ACCESSED, ANON, DIRTY, EXCLUSIVE, HUGE, MAPPED, PFN_SHIFT, SOFT_DIRTY, UFFD_WP, WRITE, pte_pfn
 from xipvm.mmu.rmap import PMD_SHIFT
 from xipvm.mmu.uffd_message import (
     UFFD_FEATURE_EXACT_ADDRESS,
     UFFD_PAGEFAULT_FLAG_MINOR,
+    UFFD_PAGEFAULT_FLAG_WP,
     UFFD_PAGEFAULT_FLAG_WRITE,
     Userfault,
 )
 from xipvm.mmu.unmap import migration_entry_wait
-from xipvm.mmu.vma import PROT_WRITE, VM_UFFD, VM_UFFD_MINOR, VM_UFFD_MISSING, Vma
+from xipvm.mmu.vma import PROT_WRITE, VM_UFFD, VM_UFFD_MINOR, VM_UFFD_MISSING, VM_UFFD_WP, Vma
 from xipvm.notifier import RangeEvent
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def hugetlb_fault(mm: Mm, area: Vma, address: int, write: bool) -> Outcome:
     hva = address & HPAGE_MASK
     entry = mm.pgd.get(hva >> PAGE_SHIFT)
     try:
-        if not entry:
+        if not entry or entry == WP_MARKER:
             if area.flags & VM_UFFD:
                 _ask_monitor(area, address, write)
             return _no_page(mm, area, hva, write)
@@ -59,6 +60,10 @@ def hugetlb_fault(mm: Mm, area: Vma, address: int, write: bool) -> Outcome:
             migration_entry_wait(mm, hva, entry)
             return VmFault.OK, "migration"
         if write and not entry & WRITE:
+            if entry & UFFD_WP:
+                _ask_for_write(area, address)
+                entry &= ~UFFD_WP
+                mm.set_pte(hva, entry)
             return _wp(mm, area, hva, entry)
     except HugePagesInFlightError:
 
@@ -77,11 +82,21 @@ def _ask_monitor(area: Vma, address: int, write: bool) -> None:
     flags = UFFD_PAGEFAULT_FLAG_WRITE if write else 0
     if area.huge_reserve is LOST or has_page is None:  # SIGBUS, whatever the monitor says
         return
-    hva = address if area.uffd.features & UFFD_FEATURE_EXACT_ADDRESS else address & HPAGE_MASK
     if has_page and area.flags & VM_UFFD_MINOR:
-        raise Userfault(area, hva, flags | UFFD_PAGEFAULT_FLAG_MINOR)
+        raise Userfault(area, _told(area, address), flags | UFFD_PAGEFAULT_FLAG_MINOR)
     if not has_page and area.flags & VM_UFFD_MISSING:
-        raise Userfault(area, hva, flags)
+        raise Userfault(area, _told(area, address), flags)
+
+
+def _ask_for_write(area: Vma, address: int) -> None:
+    """Raises Userfault for a write to a protected page, if it is protected still."""
+    if area.flags & VM_UFFD_WP:
+        raise Userfault(area, _told(area, address), UFFD_PAGEFAULT_FLAG_WRITE | UFFD_PAGEFAULT_FLAG_WP)
+
+
+def _told(area: Vma, address: int) -> int:
+    assert area.uffd is not None
+    return address if area.uffd.features & UFFD_FEATURE_EXACT_ADDRESS else address & HPAGE_MASK
 
 
 def _promised(area: Vma, hva: int) -> bool:
@@ -108,7 +123,8 @@ def _no_page(mm: Mm, area: Vma, hva: int, write: bool) -> Outcome:
     pfn = file.pages.get(pgoff)
     if pfn is not None:
         map_cached(mm, area, hva, pfn)
-        return _wp(mm, area, hva, mm.pgd.get(hva >> PAGE_SHIFT)) if write else (VmFault.OK, "file")
+        entry = mm.pgd.get(hva >> PAGE_SHIFT)
+        return _wp(mm, area, hva, entry) if write and not entry & UFFD_WP else (VmFault.OK, "file")
     pfn, _ = alloc_private(mm, own_reserve(area), pgoff)
     if pfn is None:
         return _NO_PAGE
@@ -116,21 +132,33 @@ def _no_page(mm: Mm, area: Vma, hva: int, write: bool) -> Outcome:
     return VmFault.OK, "anon"
 
 
-def map_cached(mm: Mm, area: Vma, hva: int, pfn: int) -> None:
-    """Fills the empty entry with a page of the file; where the area is shared it may be written at once."""
+def map_cached(mm: Mm, area: Vma, hva: int, pfn: int, wp: bool = False) -> None:
+    """Fills the empty entry with a page of the file; where the area is shared it may be written at once.
+
+    Protected with ``wp``, and where the marker is.
+    """
     flags = WRITE | DIRTY if area.shared and area.prot & PROT_WRITE else 0
     mm.host.get(pfn)
     mm.host.add_entire_mapcount(pfn, 1)
-    mm.set_pte(hva, pfn << PFN_SHIFT | area.rights | HUGE | ACCESSED | flags)
+    _set(mm, hva, pfn << PFN_SHIFT | area.rights | HUGE | ACCESSED | flags, wp)
 
 
-def map_new_anon(mm: Mm, area: Vma, hva: int, pfn: int, write: bool) -> None:
-    """Fills the empty entry with a page that nobody else knows, takes its reference; read-only unless ``write``."""
+def _set(mm: Mm, hva: int, entry: int, wp: bool) -> None:
+    if wp or mm.pgd.get(hva >> PAGE_SHIFT) == WP_MARKER:
+        entry = entry & ~WRITE | UFFD_WP
+    mm.set_pte(hva, entry)
+
+
+def map_new_anon(mm: Mm, area: Vma, hva: int, pfn: int, write: bool, wp: bool = False) -> None:
+    """Fills the empty entry with a page that nobody else knows, takes its reference; read-only unless ``write``.
+
+    Protected with ``wp``, and where the marker is.
+    """
     mm.host.set_flags(pfn, PG_ANON)
     mm.host.set_rmap(pfn, anon_vma_prepare(area).id, area.page_offset(hva))
     mm.host.add_entire_mapcount(pfn, 1)
     flags = area.new_anon if write else area.rights | ACCESSED
-    mm.set_pte(hva, pfn << PFN_SHIFT | flags | HUGE | ANON | EXCLUSIVE)
+    _set(mm, hva, pfn << PFN_SHIFT | flags | HUGE | ANON | EXCLUSIVE, wp)
 
 
 def _wp(mm: Mm, area: Vma, hva: int, entry: int) -> Outcome:

@@ -108,7 +108,7 @@ class HugetlbFile(AddressSpace):
                 lo = max(area.start, area.start + ((first - area.pgoff) << PAGE_SHIFT))
                 hi = area.end if end is None else min(area.end, area.start + ((end - area.pgoff) << PAGE_SHIFT))
                 if lo < hi and area in self.areas:
-                    unmap_hugepage_range(area, lo, hi)
+                    unmap_hugepage_range(area, lo, hi, drop_markers=end is None)
 
     def _remove(self, first: int, end: int | None) -> None:
         """Takes the pages ``[first, end)`` out of the cache, and gives back what is set aside for them.

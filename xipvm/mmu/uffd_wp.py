@@ -29,7 +29,7 @@ from xipvm.mmu.frames import HUGE_PAGES
 from xipvm.mmu.huge_pmd import split_huge_edges, split_huge_pmd
 from xipvm.mmu.pte import ANON, HUGE, MAPPED, MIGRATION, POISON, PRESENT, PROTNONE, SWAP, UFFD_WP, WRITE
 from xipvm.mmu.rmap import PMD_SHIFT
-from xipvm.mmu.vma import VM_UFFD_WP, Vma
+from xipvm.mmu.vma import VM_HUGETLB, VM_UFFD_WP, Vma
 from xipvm.notifier import RangeEvent
 
 if TYPE_CHECKING:
@@ -112,6 +112,8 @@ def before_zap(mm: Mm, start: int, end: int, keep_anon: bool) -> list[int]:
     """
     pages: list[int] = []
     for area in mm.areas_in(start, end):
+        if area.flags & VM_HUGETLB:  # whose markers are of its own (hugetlb_uffd.py)
+            continue
         lo, hi = max(area.start, start) >> PAGE_SHIFT, min(area.end, end) >> PAGE_SHIFT
         for page, entry in mm.pgd.entries(lo, hi):
             if entry == POISON:
@@ -137,7 +139,7 @@ def forget(mm: Mm, first: int, last: int) -> None:
     """No entry of the pages ``[first, last)`` is protected any more; writes fault all the same and find that out."""
     for page, entry in mm.pgd.entries(first, last):
         if entry & UFFD_WP:
-            mm.pgd.set(page, entry & ~UFFD_WP)
+            mm.pgd.set(page, entry & ~UFFD_WP if entry != UFFD_WP | HUGE else 0)
 
 
 def protected(entry: int, flags: int) -> int:

@@ -14,8 +14,8 @@ uffd_message.py; here is the object that the monitor has, with the calls of Linu
 Registering tells nobody. An area belongs to one userfaultfd at a time; splitting, merging and moving take that along
 where Linux does. A child of fork has it only with EVENT_FORK, a moved mapping only with EVENT_REMAP.
 
-Pages of hugetlbfs are filled as a whole (hugetlb_uffd.py), and cannot be protected. Where Linux does a part of the work
-before it finds an area that does not fit, nothing is done here.
+Pages of hugetlbfs are filled and protected as a whole (hugetlb_uffd.py). Where Linux does a part of the work before it
+finds an area that does not fit, nothing is done here.
 """
 
 from __future__ import annotations
@@ -180,7 +180,7 @@ class Userfaultfd:
 
     def _fits(self, area: Vma, flags: int) -> bool:
         if area.flags & VM_HUGETLB:
-            return not flags & VM_UFFD_WP
+            return not (flags & VM_UFFD_WP and self.features & UFFD_FEATURE_WP_ASYNC)
         shmem = isinstance(area.file, ShmemFile)
         if flags & VM_UFFD_MINOR and not shmem:
             return False
@@ -227,7 +227,7 @@ class Userfaultfd:
             lo, hi = max(area.start, start), min(area.end, end)
             with mm.because("uffd_unregister", start=lo, end=hi):
                 if area.flags & VM_UFFD_WP:
-                    uffd_wp.change(mm, area, lo, hi, False)
+                    _protect(mm, area, lo, hi, False)
                 self._set(lo, hi, None, 0)
             self._wake(lo, hi)
 
@@ -255,7 +255,7 @@ class Userfaultfd:
 
         def fill(area: Vma, hva: int) -> None:
             if area.flags & VM_HUGETLB:
-                hugetlb_uffd.copy(self.mm, area, hva, bytes(page[hva - start : hva - start + HPAGE_SIZE]))
+                hugetlb_uffd.copy(self.mm, area, hva, bytes(page[hva - start : hva - start + HPAGE_SIZE]), wp)
             else:
                 uffd_fill.copy(self.mm, area, hva, bytes(page[hva - start : hva - start + PAGE_SIZE]), wp)
 
@@ -278,7 +278,7 @@ class Userfaultfd:
 
         def fill(area: Vma, hva: int) -> None:
             if area.flags & VM_HUGETLB:
-                hugetlb_uffd.continue_(self.mm, area, hva)
+                hugetlb_uffd.continue_(self.mm, area, hva, wp)
             else:
                 uffd_fill.continue_(self.mm, area, hva, wp)
 
@@ -349,9 +349,10 @@ class Userfaultfd:
             areas = mm.areas_in(start, end)
             if not areas or not all(area.flags & VM_UFFD_WP for area in areas):
                 raise MmError(errno.ENOENT, f"UFFDIO_WRITEPROTECT: [{start:#x}, {end:#x}) is not registered for it")
+            hugetlb_uffd.check_pieces("UFFDIO_WRITEPROTECT", areas, start, end)
             with mm.because("uffd_writeprotect", start=start, end=end, on=on):
                 for area in areas:
-                    uffd_wp.change(mm, area, max(area.start, start), min(area.end, end), on)
+                    _protect(mm, area, max(area.start, start), min(area.end, end), on)
         if not mode:
             self._wake(start, end)
 
@@ -412,6 +413,11 @@ class Userfaultfd:
     def __repr__(self) -> str:
         pages = sum(area.end - area.start for area in self.mm.vmas if area.uffd is self) >> PAGE_SHIFT
         return f"<userfaultfd of {self.mm.name}: {pages} pages>"
+
+
+def _protect(mm: Mm, area: Vma, start: int, end: int, on: bool) -> None:
+    change = hugetlb_uffd.writeprotect if area.flags & VM_HUGETLB else uffd_wp.change
+    change(mm, area, start, end, on)
 
 
 def _names(flags: int) -> str:

@@ -26,7 +26,7 @@ from xipvm.mmu.frames import (
     ZERO_PFN,
     HostMemory,
 )
-from xipvm.mmu.hugetlb import reserved_by
+from xipvm.mmu.hugetlb import WP_MARKER, reserved_by
 from xipvm.mmu.hugetlb_file import HugetlbFile
 from xipvm.mmu.page_cache import PageCache
 from xipvm.mmu.pte import (
@@ -177,7 +177,7 @@ def _entries(mm: Mm, mappings: defaultdict[int, set[tuple[Vma, int]]], slots: Co
         if not entry & MAPPED:
             if entry & SWAP:
                 slots[pte_pfn(entry)] += 1
-            elif not is_marker(entry):
+            elif not is_marker(entry) and not (entry == WP_MARKER and area.flags & VM_HUGETLB):
                 wrong.append(f"{mm.name}: entry at {hva:#x} ({describe(entry)}) is none that stays")
             continue
         pfn = pte_pfn(entry)
