@@ -212,6 +212,18 @@ def test_a_frame_freed_twice(story: Story) -> None:
     assert story.broken() == ["I5"]
 
 
+def test_ranges_of_two_mms_may_have_one_number(story: Story) -> None:
+    story.start(1)
+    other = {"mm": "mm1", "start": HVA, "end": HVA + PAGE, "event": "CLEAR", "range": 1}
+    story.emit("mmu_notifier_invalidate_range_start", **other)
+    story.emit("mmu_notifier_invalidate_range_end", **other)
+    story.zap()
+    story.flush()
+    story.end(1)
+    story.oracle.finish()
+    assert story.broken() == []
+
+
 def test_ranges_that_do_not_pair(story: Story) -> None:
     story.end(7)
     assert story.broken() == ["I6"]

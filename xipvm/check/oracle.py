@@ -113,14 +113,14 @@ class Oracle:
         start, end = fields["start"] >> PAGE_SHIFT, -(-fields["end"] >> PAGE_SHIFT)
         opened = Range(fields["range"], fields["mm"], start, end, event.actor, event.seq)
         self.checks["I6"] += 1
-        if opened.id in self._world.open:
+        if (opened.mm, opened.id) in self._world.open:
             self._broken("I6", f"range {opened.id} begins, but it is open already", event, hva=fields["start"])
-        self._world.open[opened.id] = opened
+        self._world.open[opened.mm, opened.id] = opened
         self._returning.append(opened)
 
     def _on_mmu_notifier_invalidate_range_end(self, event: Event, fields: Fields) -> None:
         self.checks["I6"] += 1
-        opened = self._world.open.pop(fields["range"], None)
+        opened = self._world.open.pop((fields["mm"], fields["range"]), None)
         if opened is None:
             self._broken("I6", f"range {fields['range']} ends, but never began", event, hva=fields["start"])
         elif opened in self._returning:

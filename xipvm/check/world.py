@@ -123,7 +123,8 @@ class World:
         self.vms: dict[str, Vm] = {}
         self.tlbs: dict[int, dict[int, Entry]] = {}
         """By vCPU, by guest frame."""
-        self.open: dict[int, Range] = {}
+        self.open: dict[tuple[str, int], Range] = {}
+        """By mm and number, which is the mm's own."""
         self.freed: dict[int, int] = {}
         """Frames on the free list, and the event that put them there."""
         self.holders: dict[int, int] = {}
