@@ -73,6 +73,7 @@ DTB_LIMIT = 2 << 20
 IDLE_NAP = 0.05
 
 CLOCKS = ("instructions", "host")
+_CHUNK = 64 << 10
 SECONDARIES = ("kvm",)
 
 TIMEOUT_STATUS = 124
@@ -246,14 +247,14 @@ class Machine:
         self.platform = board.build(self)
         power.map_htif(self)
         power.map_ram(self)
+        power.program(self)
         try:
-            power.program(self)
+            power.power_on(self)
         except MmError:
             if self.mm.oom is None:
                 raise
             have = format_size(self.host_size)
             raise HostMemoryError(self.host_size, f"{have} of host memory cannot hold the guest's image") from None
-        power.power_on(self)
         if self._storm is not None:
             self._storm.bind(self)
             undo(self._storm.end)
@@ -309,7 +310,9 @@ class Machine:
         offset = gpa - self.board.ram_base
         if offset < 0 or offset + len(data) > self.memory_size:
             raise BadInput(f"{len(data)} bytes at {gpa:#x} do not fit in RAM")
-        self.mm.write(self.ram + offset, data)
+        # A write holds its pages until all are there, and the host may have fewer than there are.
+        for at in range(0, len(data), _CHUNK):
+            self.mm.write(self.ram + offset + at, data[at : at + _CHUNK])
 
     def read_physical(self, gpa: int, size: int) -> bytes | None:
         """Bytes of RAM or flash as the guest would read them, None where neither is."""
@@ -458,7 +461,12 @@ class Machine:
             if self.mm.oom is not None:
                 return RunResult(OOM_STATUS, "oom", self.summary(), report=oom_report(self))
             if self._reset:
-                self._restart()
+                try:
+                    self._restart()
+                except MmError:
+                    if self.mm.oom is None:
+                        raise
+                    continue
             self.clock.run_due()
             if limit is not None and self._instructions() >= limit:
                 return RunResult(TIMEOUT_STATUS, "limit", self.summary())

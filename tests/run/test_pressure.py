@@ -16,6 +16,7 @@ from tests.run.command import ISAS, UBOOT, guest, needs_uboot, read_until, start
 from xipvm import Event, Machine
 from xipvm.console import Console
 from xipvm.mmu.verify import verify
+from xipvm.storm import Storm
 
 pytestmark = pytest.mark.slow
 
@@ -236,3 +237,26 @@ def test_uboot_in_a_mebibyte(tmp_path: Path) -> None:
     assert (calm.status, tight.status) == (0, 0)
     assert tight.out == calm.out
     assert "swap-out" in tight.err
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_a_storm_in_a_small_memory(seed: int) -> None:
+    """Forks, migration, KSM and the rest, while there is never a frame to spare."""
+
+    def run(seed: int | None) -> bytes:
+        output = io.BytesIO()
+        with Machine(
+            guest("pages", "arm64"),
+            memory=16 << 20,
+            host_memory=1 << 20,
+            swap="64M",
+            storm=None if seed is None else Storm(seed),
+            console=Console(output, b"600\n"),
+        ) as machine:
+            result = machine.run()
+            assert result.status == 0
+            assert result.summary.reclaimed > 1000
+            assert machine.reclaim.kills == 0
+        return output.getvalue()
+
+    assert run(seed) == run(None)
