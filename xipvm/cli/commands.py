@@ -256,10 +256,33 @@ def check(paths: tuple[str, ...], invariants: tuple[str, ...], as_json: bool) ->
 @click.option("--runs", type=click.IntRange(min=1), default=1000, metavar="N", help="At most so many; 1000.")
 @click.option("--seed", type=int, default=0, metavar="N", help="Of all chance; 0.")
 @click.option("--preemptions", type=click.IntRange(min=0), default=2, metavar="N", help="Bound of 'exhaustive'; 2.")
+@click.option(
+    "--protocol", type=click.Choice(["modern", "2008"]), default="modern", help="The notifier protocol of the run."
+)
+@click.option("--mutant", "mutants", multiple=True, metavar="NAME", help="With this known fault; see 'xipvm mutants'.")
+@click.option("--jobs", type=click.IntRange(min=1), default=1, metavar="N", help="So many processes; 1.")
+@click.option(
+    "--executor",
+    type=click.Choice(["local", "dask"]),
+    default="local",
+    help="Where: processes here, or a Dask cluster.",
+)
+@click.option("--scheduler", metavar="ADDRESS", help="The Dask scheduler, as tcp://host:8786.")
 @click.option("--save", metavar="FILE", help="Where a counterexample goes; by default SCENARIO.xipvm.json.")
 @click.option("--quiet", is_flag=True, help="No progress bar.")
 def explore(
-    scenario: str | None, strategy: str, runs: int, seed: int, preemptions: int, save: str | None, quiet: bool
+    scenario: str | None,
+    strategy: str,
+    runs: int,
+    seed: int,
+    preemptions: int,
+    protocol: str,
+    mutants: tuple[str, ...],
+    jobs: int,
+    executor: str,
+    scheduler: str | None,
+    save: str | None,
+    quiet: bool,
 ) -> int:
     """Search the interleavings of SCENARIO for one that breaks the protocol; without SCENARIO, list those there are.
 
@@ -271,7 +294,10 @@ def explore(
     if scenario is None:
         list_scenarios()
         return 0
-    return explore_scenario(scenario, strategy, runs=runs, seed=seed, preemptions=preemptions, save=save, quiet=quiet)
+    from xipvm.explore.shards import Shard
+
+    whole = Shard(scenario, strategy, str(seed), runs, preemptions, protocol, mutants)
+    return explore_scenario(whole, jobs=jobs, executor=executor, scheduler=scheduler, save=save, quiet=quiet)
 
 
 @cli.command()

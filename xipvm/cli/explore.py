@@ -8,11 +8,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from xipvm.explore.choices import Choice
-from xipvm.explore.explorer import Run, Search, explore, replay, shrink
+from xipvm.explore.explorer import Run, Search, replay, shrink
 from xipvm.explore.files import Counterexample
 from xipvm.explore.find import find
 from xipvm.explore.scenarios import SCENARIOS
-from xipvm.explore.strategies import strategy
+from xipvm.explore.shards import Shard, dask_executor, explore_shards, local_executor, shards_of
+from xipvm.mutants import planted
 from xipvm.trace.events import Event
 from xipvm.trace.show import format_event
 
@@ -24,11 +25,10 @@ def list_scenarios() -> None:
 
 
 def explore_scenario(
-    name: str, how: str, *, runs: int, seed: int, preemptions: int, save: str | None, quiet: bool
+    whole: Shard, *, jobs: int, executor: str, scheduler: str | None, save: str | None, quiet: bool
 ) -> int:
-    """Search ``name``; 0 when nothing is wrong, 1 when something is. Raises BadInput."""
-    scenario = find(name)
-    search_by = strategy(how, seed, preemptions=preemptions)
+    """Search as ``whole`` says; 0 when nothing is wrong, 1 when something is. Raises BadInput."""
+    scenario = find(whole.scenario)
     with Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -38,17 +38,28 @@ def explore_scenario(
         disable=quiet or not sys.stderr.isatty(),
         transient=True,
     ) as bar:
-        task = bar.add_task(name, total=runs)
-        search = explore(scenario, search_by, runs=runs, progress=lambda done: bar.update(task, completed=done))
-    _report(name, how, search)
+        task = bar.add_task(scenario.name, total=None if whole.strategy == "exhaustive" else whole.runs)
+
+        def progress(done: int) -> None:
+            bar.update(task, completed=done)
+
+        if jobs == 1 and executor == "local":
+            search = explore_shards([whole], None, progress=progress)
+        else:
+            pieces = shards_of(whole, pieces=64)
+            with dask_executor(scheduler) if executor == "dask" else local_executor(jobs) as pool:
+                search = explore_shards(pieces, pool, progress=progress)
+    _report(whole, search)
     if search.failing is None:
         return 0
-    small = shrink(scenario, search.failing)
+    with planted(*whole.mutants):
+        small = shrink(scenario, search.failing, protocol=whole.protocol)
     _tell(small)
     print(f"found by run {search.failing_at}; shrunk to {small.switches} switches, {small.preemptions} preemptions")
     assert small.failure is not None
     path = save or f"{scenario.name}.xipvm.json"
-    Counterexample(name, f"{small.failure.what}: {small.failure.message}", _needed(small)).save(path)
+    failure = f"{small.failure.what}: {small.failure.message}"
+    Counterexample(whole.scenario, failure, _needed(small), whole.mutants, whole.protocol).save(path)
     print(f"xipvm replay {path}")
     return 1
 
@@ -57,7 +68,9 @@ def replay_file(path: str, *, go_on: bool, events: bool) -> int:
     """Run the counterexample ``path`` again; 0 when it is right now, 1 when it is still wrong. Raises BadInput."""
     example = Counterexample.load(path)
     seen: list[Event] = []
-    run = replay(find(example.scenario), example.choices, strict=not go_on, sinks=[seen.append])
+    with planted(*example.mutants):
+        scenario = find(example.scenario)
+        run = replay(scenario, example.choices, strict=not go_on, sinks=[seen.append], protocol=example.protocol)
     if events:
         for event in seen:
             print(format_event(event))
@@ -76,11 +89,12 @@ def _needed(run: Run) -> list[Choice]:
     return choices
 
 
-def _report(name: str, how: str, search: Search) -> None:
+def _report(whole: Shard, search: Search) -> None:
     asked = sum(search.checks.values())
     extent = "all runs" if search.complete else f"{search.runs} runs"
     found = "1 is wrong" if search.failing is not None else "none is wrong"
-    print(f"{name}: {how}: {extent} ({search.runs}), {search.distinct} distinct, {asked} checks: {found}")
+    what = f"{whole.scenario}: {whole.strategy}: {extent} ({search.runs})"
+    print(f"{what}, {search.distinct} distinct, {asked} checks: {found}")
 
 
 def _tell(run: Run) -> None:

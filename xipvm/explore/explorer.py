@@ -9,6 +9,7 @@ from typing import Any
 from xipvm.check import Violation
 from xipvm.errors import BadInput, DeadlockError, LockError, XipvmError
 from xipvm.explore.choices import Choice, DriftError, Pick, Question, Recording, Replay
+from xipvm.explore.fingerprint import Fingerprint
 from xipvm.explore.scene import BrokenError, Furnish, Scene, opened
 from xipvm.explore.strategies import Feature, Strategy
 from xipvm.trace.events import Event
@@ -42,8 +43,8 @@ class Run:
     choices: list[Choice]
     failure: Failure | None = None
     switches: int = 0
-    order: tuple[tuple[str, str], ...] = ()
-    """Who did what: actor and kind of each event, if the run was asked to remember."""
+    fingerprint: str = ""
+    """Equal for runs that differ only in the order of steps that nobody can tell apart."""
     features: frozenset[Feature] = frozenset()
     checks: dict[str, int] = field(default_factory=dict)
 
@@ -58,14 +59,20 @@ class Search:
     """What a search found. ``complete``: there are no other runs within its bounds."""
 
     runs: int = 0
-    distinct: int = 0
-    """Runs that differ in more than the order of steps that nobody can tell apart."""
+    fingerprints: frozenset[str] = frozenset()
+    """Of the runs, see Run.fingerprint."""
     complete: bool = False
     failing: Run | None = None
     failing_at: int = 0
-    """Which run it was, from 1."""
+    """Which run it was, from 1, of its shard if there are several."""
+    failing_shard: int = 0
     checks: dict[str, int] = field(default_factory=dict)
     """How often each invariant was asked."""
+
+    @property
+    def distinct(self) -> int:
+        """Runs that differ in more than the order of steps that nobody can tell apart."""
+        return len(self.fingerprints)
 
 
 def run_once(scenario: Furnish, pick: Pick, *, sinks: Sequence[Callable[[Event], None]] = (), **options: Any) -> Run:
@@ -82,13 +89,13 @@ def run_once(scenario: Furnish, pick: Pick, *, sinks: Sequence[Callable[[Event],
     recording = Recording(limited)
     features: set[Feature] = set()
     last: dict[str, str] = {}
-    order: list[tuple[str, str]] = []
+    fingerprint = Fingerprint()
     previous = ""
 
     def see(event: Event) -> None:
         nonlocal previous
         actor, kind = event.actor, event.kind
-        order.append((actor, kind))
+        fingerprint(event)
         if actor != previous:
             for other, what in last.items():
                 if other != actor:
@@ -118,7 +125,7 @@ def run_once(scenario: Furnish, pick: Pick, *, sinks: Sequence[Callable[[Event],
         failure = Failure(type(error).__name__, str(error), error=error)
     switches = scene.scheduler.switches if scene is not None else 0
     checks = scene.oracle.checks if scene is not None else {}
-    return Run(recording.choices, failure, switches, tuple(order), frozenset(features), checks)
+    return Run(recording.choices, failure, switches, fingerprint.digest, frozenset(features), checks)
 
 
 def explore(
@@ -132,12 +139,12 @@ def explore(
 ) -> Search:
     """At most ``runs`` runs of ``scenario`` as ``strategy`` orders them; stops at the first that is wrong."""
     search = Search()
-    seen: set[int] = set()
+    seen: set[str] = set()
     while search.runs < runs and strategy.begin():
         run = run_once(scenario, strategy.pick, **options)
         strategy.end(run.choices, run.features)
         search.runs += 1
-        seen.add(hash(run.order))
+        seen.add(run.fingerprint)
         for name, count in run.checks.items():
             search.checks[name] = search.checks.get(name, 0) + count
         if progress is not None:
@@ -146,7 +153,7 @@ def explore(
             search.failing, search.failing_at = run, search.runs
             if stop_at_first:
                 break
-    search.distinct = len(seen)
+    search.fingerprints = frozenset(seen)
     search.complete = bool(getattr(strategy, "complete", False))
     return search
 

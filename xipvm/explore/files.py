@@ -33,6 +33,7 @@ class Counterexample:
     failure: str
     choices: Sequence[Choice]
     mutants: Sequence[str] = ()
+    protocol: str = "modern"
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write it whole or not at all. Raises BadInput."""
@@ -45,6 +46,8 @@ class Counterexample:
         }
         if self.mutants:
             head["mutants"] = list(self.mutants)
+        if self.protocol != "modern":
+            head["protocol"] = self.protocol
         text = json.dumps(head)[:-1] + ', "choices": [\n  ' + ",\n  ".join(rows) + "\n]}\n"
         target = Path(path)
         scratch = target.with_name(f"{target.name}.{os.getpid()}.tmp")
@@ -74,7 +77,8 @@ class Counterexample:
                 Choice(_number(n), _text(label), _number(answer), bool(p)) for label, n, answer, p in data["choices"]
             ]
             mutants = tuple(_text(name) for name in data.get("mutants", ()))
-            return cls(_text(data["scenario"]), _text(data["failure"]), choices, mutants)
+            protocol = _text(data.get("protocol", "modern"))
+            return cls(_text(data["scenario"]), _text(data["failure"]), choices, mutants, protocol)
         except (KeyError, TypeError, ValueError) as error:
             raise BadInput(f"{path}: not a counterexample: {error!r}") from None
 

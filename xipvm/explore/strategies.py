@@ -40,7 +40,7 @@ class RandomWalk(Strategy):
 
     name = "random"
 
-    def __init__(self, seed: int = 0) -> None:
+    def __init__(self, seed: int | str = 0) -> None:
         self._seed = seed
         self._run = 0
         self._random = random.Random()
@@ -66,7 +66,7 @@ class Pct(Strategy):
 
     name = "pct"
 
-    def __init__(self, seed: int = 0, depth: int = 3) -> None:
+    def __init__(self, seed: int | str = 0, depth: int = 3) -> None:
         self._seed = seed
         self._depth = depth
         self._run = 0
@@ -109,14 +109,17 @@ class Pct(Strategy):
 class Exhaustive(Strategy):
     """All runs with at most ``preemptions`` preemptions, each once, depth first; None for no bound.
 
+    ``root``: only those that begin with these answers.
+
     Most ordering bugs need one or two (Musuvathi and Qadeer, PLDI 2007).
     """
 
     name = "exhaustive"
 
-    def __init__(self, preemptions: int | None = 2) -> None:
+    def __init__(self, preemptions: int | None = 2, *, root: Sequence[int] = ()) -> None:
         self._bound = preemptions
-        self._prefix: list[int] | None = []
+        self._root = len(root)
+        self._prefix: list[int] | None = list(root)
         self._at = 0
         self.complete = False
         """Every run was made."""
@@ -133,19 +136,34 @@ class Exhaustive(Strategy):
         return self._prefix[at] if at < len(self._prefix) else 0
 
     def end(self, choices: Sequence[Choice], features: frozenset[Feature]) -> None:
-        """Finds the last answer that can be made another one."""
-        spent = [0]
-        for choice in choices:
-            spent.append(spent[-1] + choice.is_preemption)
-        for at in range(len(choices) - 1, -1, -1):
-            choice = choices[at]
-            if choice.answer + 1 < choice.n and (
-                self._bound is None or not choice.preempts or spent[at] + 1 <= self._bound
-            ):
-                self._prefix = [earlier.answer for earlier in choices[:at]] + [choice.answer + 1]
+        """Finds the last answer behind the root that can be made another one."""
+        spent = self._spent(choices)
+        for at in range(len(choices) - 1, self._root - 1, -1):
+            if self._may_rise(choices[at], spent[at]):
+                self._prefix = [earlier.answer for earlier in choices[:at]] + [choices[at].answer + 1]
                 return
         self._prefix = None
         self.complete = True
+
+    def below(self, root: Sequence[int], choices: Sequence[Choice]) -> list[tuple[int, ...]]:
+        """``root`` with each answer that may follow it, given ``choices``, its first run; itself if none can."""
+        at = len(root)
+        if at >= len(choices):
+            return [tuple(root)]
+        spent = self._spent(choices)[at]
+        return [(*root, answer) for answer in range(choices[at].n) if not answer or self._may_rise(choices[at], spent)]
+
+    def _spent(self, choices: Sequence[Choice]) -> list[int]:
+        """Preemptions before each choice."""
+        spent = [0]
+        for choice in choices:
+            spent.append(spent[-1] + choice.is_preemption)
+        return spent
+
+    def _may_rise(self, choice: Choice, spent: int) -> bool:
+        if choice.answer + 1 >= choice.n:
+            return False
+        return self._bound is None or not choice.preempts or spent + 1 <= self._bound
 
 
 class CoverageGuided(Strategy):
@@ -155,7 +173,7 @@ class CoverageGuided(Strategy):
     _FRESH: Final = 0.2
     """How often it begins from nothing."""
 
-    def __init__(self, seed: int = 0) -> None:
+    def __init__(self, seed: int | str = 0) -> None:
         self._random = random.Random(f"coverage/{seed}")
         self._corpus: list[tuple[int, ...]] = []
         self.seen: set[Feature] = set()
@@ -190,7 +208,7 @@ class CoverageGuided(Strategy):
             self._corpus.append(tuple(choice.answer for choice in choices))
 
 
-STRATEGIES: dict[str, Callable[[int], Strategy]] = {
+STRATEGIES: dict[str, Callable[[int | str], Strategy]] = {
     "random": RandomWalk,
     "pct": Pct,
     "coverage": CoverageGuided,
@@ -199,7 +217,7 @@ STRATEGIES: dict[str, Callable[[int], Strategy]] = {
 """By name; each is made with a seed."""
 
 
-def strategy(name: str, seed: int = 0, *, preemptions: int | None = 2) -> Strategy:
+def strategy(name: str, seed: int | str = 0, *, preemptions: int | None = 2) -> Strategy:
     """The strategy ``name``. Raises BadInput for an unknown one."""
     if name == "exhaustive":
         return Exhaustive(preemptions)
