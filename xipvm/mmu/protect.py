@@ -3,8 +3,8 @@
 One range for each area whose protection really changes, if anything is mapped in it: all of the area that the request
 covers (from the first 1 GiB on that has a page table), whatever the direction of the change. The frames stay, so
 nothing is freed. One flush follows behind the last range end; it is left out when no TLB can know the entries. Pages
-that may be written without a fault get WRITE back at once; the rest fault. Areas of huge pages of the pool have rules of
-their own (hugetlb.py).
+that may be written without a fault get WRITE back at once; the rest fault. Areas of huge pages of the pool have rules
+of their own (hugetlb.py).
 
 In 2008 the range was the whole piece, mapped or not, and each had a flush of its own before its end.
 """
