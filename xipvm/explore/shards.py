@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from importlib import import_module
 from multiprocessing import get_context
 from typing import Any, Final
 
@@ -158,11 +159,11 @@ def dask_executor(address: str | None) -> Iterator[Executor]:
     Raises BadInput when Dask is not installed, or no scheduler answers.
     """
     try:
-        from distributed import Client
+        distributed: Any = import_module("distributed")
     except ImportError:
         raise BadInput("--executor dask needs Dask: pip install 'xipvm[dask]'") from None
     try:
-        client = Client(address, timeout="10s") if address else Client(timeout="10s")
+        client = distributed.Client(address, timeout="10s")
     except (OSError, TimeoutError, ValueError) as error:
         raise BadInput(f"no Dask scheduler at {address or 'the configured address'}: {error}") from None
     with client:
