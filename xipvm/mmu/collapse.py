@@ -218,8 +218,9 @@ def _collapse_file(mm: Mm, area: Vma, file: ShmemFile, hva: int) -> int:
             if each in file.areas and _has_table(each, first, emptied=True):
                 _retract_page_table(each, first)
     put_pages(host, mm.trace, old)
-    if mm.find_vma(hva) is area:
-        map_huge_file_page(mm, area, file, hva, False)
+    with mm.mmap_lock.read:
+        if not mm.dead and mm.find_vma(hva) is area:
+            map_huge_file_page(mm, area, file, hva, False)
     return 0
 
 
@@ -234,24 +235,27 @@ def _has_table(area: Vma, first: int, *, emptied: bool = False) -> bool:
 
 def _unmap_pages(file: ShmemFile, first: int) -> bool:
     """Brings the pages of ``file`` back from swap and takes them out of all entries; False when they do not stay so."""
-    host = file.host
-    for pgoff in [pgoff for pgoff in file.swapped if first <= pgoff < first + HUGE_PAGES]:
-        try:
-            file.bring_back(pgoff)
-        except (OutOfFrames, OSError):
-            return False
+    host, pages, place = file.host, file.pages, range(first, first + HUGE_PAGES)
     for _ in range(_TRIES):
-        pages = [file.pages[pgoff] for pgoff in range(first, first + HUGE_PAGES) if pgoff in file.pages]
-        mapped = [pfn for pfn in pages if host.mapcount(pfn)]
-        if not mapped:
-            return not any(host.refcount(pfn) != 1 for pfn in pages)
-        for pfn in mapped:
+        for pgoff in [pgoff for pgoff in file.swapped if pgoff in place]:
+            try:
+                file.bring_back(pgoff)
+            except OutOfFrames:
+                return False
+        for pgoff in place:
+            pfn = pages.get(pgoff)
+            if pfn is None or not host.mapcount(pfn):
+                continue
             host.get(pfn)
             try:
                 with reverse_map(host).page_lock(pfn):
                     unmap_all(host, pfn, lambda area, entry: 0)
             finally:
                 put_pages(host, file.trace, [pfn])
+        found = [pages[pgoff] for pgoff in place if pgoff in pages]
+        if not any(host.total_mapcount(pfn) for pfn in found) and not any(pgoff in place for pgoff in file.swapped):
+            within = first + HUGE_PAGES <= page_up(file.size) >> PAGE_SHIFT
+            return within and not any(host.is_compound(pfn) or host.refcount(pfn) != 1 for pfn in found)
     return False
 
 
