@@ -245,6 +245,81 @@ def test_a_copy_written_while_the_old_page_is_read(story: Story) -> None:
     assert story.broken() == ["I11"]
 
 
+def test_a_page_of_swap_that_was_not_saved(story: Story) -> None:
+    swap = {"mm": "mm0", "hva": HVA, "entry": "swap", "value": 1}
+    story.start()
+    story.zap()
+    story.flush()
+    story.clear()
+    story.emit("pte_nonpresent", **swap)
+    story.end()
+    story.free()
+    assert story.broken() == ["I8"], "the guest could write to it, and nobody saved it"
+
+
+@pytest.mark.parametrize("saved", [True, False])
+def test_a_page_of_swap_that_was_saved_or_given_up(story: Story, saved: bool) -> None:
+    story.start()
+    story.zap()
+    story.flush()
+    story.clear()
+    story.emit("pte_nonpresent", mm="mm0", hva=HVA, entry="swap", value=1)
+    if saved:
+        story.emit("swap_out", pfn=PFN, slot=1)
+    else:
+        story.emit("vma_unmap", mm="mm0", start=HVA, end=HVA + PAGE)
+    story.free()
+    assert story.broken() == []
+
+
+@pytest.mark.parametrize("how", ["clear_flush_young", "clear_young"])
+def test_a_use_that_nobody_is_told_of(story: Story, how: str) -> None:
+    asked = {"mm": "mm0", "start": HVA, "end": HVA + PAGE}
+    story.emit("spte_age", vm="vm0", start=GFN, end=GFN + 1)
+    story.emit(f"mmu_notifier_{how}", **asked, young=True)
+    story.emit(f"mmu_notifier_{how}", **asked, young=False)
+    assert story.broken() == [], "told once, and not used since"
+    story.set_spte(PFN)
+    story.emit("spte_age", vm="vm0", start=GFN, end=GFN + 1)
+    story.emit(f"mmu_notifier_{how}", **asked, young=False)
+    assert story.broken() == ["I9"]
+
+
+def test_a_use_that_nobody_looks_for(story: Story) -> None:
+    story.emit("mmu_notifier_test_young", mm="mm0", address=HVA, young=False)
+    assert story.broken() == ["I9"]
+
+
+def test_a_use_that_is_forgotten_before_somebody_asks(story: Story) -> None:
+    seq = story.emit("mmu_notifier_invalidate_range_start", mm="mm0", start=HVA, end=HVA + PAGE, event="CLEAR", range=1)
+    with story.trace.because(seq):
+        story.zap()
+        story.flush()
+    story.emit("mmu_notifier_clear_flush_young", mm="mm0", start=HVA, end=HVA + PAGE, young=False)
+    assert story.broken() == ["I9"]
+
+
+def test_a_dirty_log_while_a_tlb_still_writes(story: Story) -> None:
+    story.emit("dirty_log", vm="vm0", slot=0)
+    assert story.broken() == [], "an entry that may be written was told of when it became so"
+    story.emit("spte_protect", vm="vm0", start=GFN, end=GFN + 1)
+    story.emit("dirty_log", vm="vm0", slot=0)
+    assert story.broken() == ["I12"]
+    story.flush()
+    story.emit("dirty_log", vm="vm0", slot=0)
+    assert story.broken() == ["I12"]
+
+
+def test_a_device_that_follows_the_host_s_tlbs(story: Story) -> None:
+    story.emit("device_tlb_insert", mm="mm0", hva=HVA + PAGE, pfn=OTHER, rights="rw", device="sva0")
+    story.emit("primary_tlb_flush", mm="mm0", start=HVA, end=HVA + 2 * PAGE)
+    story.free(OTHER)
+    assert story.broken() == ["I5"], "nobody told the device"
+    assert "sva0 on mm0" in story.oracle.violations[0].message
+    story.emit("mmu_notifier_arch_invalidate_secondary_tlbs", mm="mm0", start=HVA, end=HVA + 2 * PAGE)
+    assert OTHER not in story.oracle._world.holders
+
+
 def test_a_notifier_that_goes_on_after_its_time(story: Story) -> None:
     story.emit("mmu_notifier_release", mm="mm0", notifier="vm0")
     story.set_spte(PFN)

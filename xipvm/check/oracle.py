@@ -184,6 +184,7 @@ class Oracle:
 
     def _set(self, event: Event, mm: str, page: int, pfn: int, flags: int) -> None:
         process = self._world.mm(mm)
+        self._world.swapped.pop(pfn, None)
         before = process.entries.get(page)
         if before is not None and (before[0] != pfn or before[1] & ~flags & WRITE):
             self._lowered(event, mm, page, before, pfn, flags)
@@ -206,15 +207,35 @@ class Oracle:
         if sum(count for _, count in runs) != len(pages):  # some stay
             gone = {pfn for first, count in runs for pfn in range(first, first + count)}
             pages = [page for page in pages if entries[page][0] in gone]
+        if len(pages) == 1:
+            process.cleared = pages[0], entries[pages[0]][0]
+        self._given_up(process.name, fields["start"], fields["end"])
         for page in pages:
             self._lowered(event, process.name, page, entries.pop(page), None, 0)
+
+    def _on_vma_unmap(self, event: Event, fields: Fields) -> None:
+        self._given_up(fields["mm"], fields["start"], fields["end"])
+
+    _on_vma_remap = _on_mm_madvise = _on_vma_unmap
+
+    def _given_up(self, mm: str, start: int, end: int) -> None:
+        """Nobody needs what swap entries of bytes ``[start, end)`` stand for, or they are elsewhere now."""
+        world = self._world
+        for pfn, (whose, page) in tuple(world.swapped.items()):
+            if whose == mm and start >> PAGE_SHIFT <= page < -(-end >> PAGE_SHIFT):
+                del world.swapped[pfn]
 
     def _on_pte_nonpresent(self, event: Event, fields: Fields) -> None:
         process = self._world.mm(fields["mm"])
         page = fields["hva"] >> PAGE_SHIFT
         before = process.entries.pop(page, None)
+        if fields["entry"] == "swap" and (before is not None or process.cleared[0] == page):
+            self._world.swapped[process.cleared[1] if before is None else before[0]] = process.name, page
         if before is not None:
             self._lowered(event, process.name, page, before, None, 0)
+
+    def _on_swap_out(self, event: Event, fields: Fields) -> None:
+        self._world.written.pop(fields["pfn"], None)
 
     def _on_pte_protect(self, event: Event, fields: Fields) -> None:
         process = self._world.mm(fields["mm"])
@@ -297,6 +318,7 @@ class Oracle:
 
     def _on_page_alloc(self, event: Event, fields: Fields) -> None:
         self._world.freed.pop(fields["pfn"], None)
+        self._world.written.pop(fields["pfn"], None)
 
     def _on_page_alloc_huge(self, event: Event, fields: Fields) -> None:
         for first, count in fields["pages"]:
@@ -313,6 +335,14 @@ class Oracle:
                 elif pfn in world.holders:
                     who = "; ".join(world.who_holds(pfn))
                     self._broken("I5", f"frame {pfn:#x} is freed, but {who}", event, pfn=pfn)
+                written = world.written.pop(pfn, 0)
+                if pfn in world.swapped:
+                    mm, page = world.swapped.pop(pfn)
+                    self.checks["I8"] += 1
+                    if written:
+                        what = f"what may have been written since #{written} is not in the swap slot of {mm}"
+                        hva = page << PAGE_SHIFT
+                        self._broken("I8", f"frame {pfn:#x} is freed, but {what}", event, pfn=pfn, hva=hva)
                 world.freed[pfn] = event.seq
 
     # ---- the hosts' own TLBs
@@ -332,6 +362,74 @@ class Oracle:
             self._world.release_all(tlb)
         else:
             self._world.release(tlb, fields["hva"] >> PAGE_SHIFT)
+
+    # ---- TLBs that follow the hosts'
+
+    def _on_device_tlb_insert(self, event: Event, fields: Fields) -> None:
+        tlb = self._world.mm(fields["mm"]).devices.setdefault(fields["device"], {})
+        entry = Entry(fields["pfn"], fields["rights"] == "rw", event.seq)
+        self._world.hold(tlb, fields["hva"] >> PAGE_SHIFT, entry)
+
+    def _on_mmu_notifier_arch_invalidate_secondary_tlbs(self, event: Event, fields: Fields) -> None:
+        for tlb in self._world.mm(fields["mm"]).devices.values():
+            self._world.release_range(tlb, fields["start"] >> PAGE_SHIFT, -(-fields["end"] >> PAGE_SHIFT))
+
+    # ---- who used what
+
+    def _on_spte_age(self, event: Event, fields: Fields) -> None:
+        vm = self._world.vm(fields["vm"])
+        for gfn, entry in self._sptes(vm, fields["start"], fields["end"]):
+            page = vm.page(gfn)
+            if entry.young and page is not None and vm.mm is not None:
+                self._world.mm(vm.mm).aged.add(page)
+            entry.young = False
+
+    @staticmethod
+    def _sptes(vm: Vm, start: int, end: int) -> list[tuple[int, Entry]]:
+        sptes = vm.sptes
+        if end - start > len(sptes):
+            return [(gfn, entry) for gfn, entry in sptes.items() if start <= gfn < end]
+        return [(gfn, sptes[gfn]) for gfn in range(start, end) if gfn in sptes]
+
+    def _on_mmu_notifier_clear_flush_young(self, event: Event, fields: Fields) -> None:
+        self._asked_young(event, fields["mm"], fields["start"], fields["end"], fields["young"], forgotten=True)
+
+    _on_mmu_notifier_clear_young = _on_mmu_notifier_clear_flush_young
+
+    def _on_mmu_notifier_test_young(self, event: Event, fields: Fields) -> None:
+        self._asked_young(event, fields["mm"], fields["address"], fields["address"] + 1, fields["young"])
+
+    def _asked_young(
+        self, event: Event, mm: str, start: int, end: int, young: bool, *, forgotten: bool = False
+    ) -> None:
+        world, process = self._world, self._world.mm(mm)
+        self.checks["I9"] += 1
+        for page in range(start >> PAGE_SHIFT, -(-end >> PAGE_SHIFT)):
+            used = forgotten and page in process.aged
+            process.aged.discard(page)
+            if young:
+                continue
+            swallowed = next(
+                (range for range in world.covering(mm, page) if range.actor == event.actor and page in range.young),
+                None,
+            )
+            hva = page << PAGE_SHIFT
+            if swallowed is not None:
+                what = f"its shadow entries were removed by range {swallowed.id}, and nobody asked before"
+                self._broken("I9", f"{hva:#x} counts as unused, but {what}", event, hva=hva)
+            elif used or any(
+                vm.sptes[gfn].young for vm in world.watchers(mm) for gfn in vm.gfns(page) if gfn in vm.sptes
+            ):
+                self._broken("I9", f"{hva:#x} counts as unused, but a guest has used it", event, hva=hva)
+
+    def _swallow(self, event: Event, vm: Vm, start: int, end: int) -> None:
+        """A start that is telling its notifiers removes entries: who used them is forgotten with them."""
+        for opened in self._returning:
+            if opened.actor == event.actor and opened.mm == vm.mm:
+                for gfn, entry in self._sptes(vm, start, end):
+                    page = vm.page(gfn)
+                    if entry.young and page is not None and opened.start <= page < opened.end:
+                        opened.young.add(page)
 
     # ---- secondary MMUs
 
@@ -359,6 +457,8 @@ class Oracle:
         if page is not None and vm.mm is not None:
             self._installed(event, vm.mm, page, gfn, pfn, write)
         self._world.hold(vm.sptes, gfn, Entry(pfn, write, event.seq))
+        if write:
+            self._world.written[pfn] = event.seq
 
     def _installed(self, event: Event, mm: str, page: int, gfn: int, pfn: int, write: bool) -> None:
         hva = page << PAGE_SHIFT
@@ -379,7 +479,24 @@ class Oracle:
 
     def _on_spte_zap(self, event: Event, fields: Fields) -> None:
         vm = self._world.vm(fields["vm"])
-        self._world.release_range(vm.sptes, *vm.zapped(fields["start"], fields["end"]))
+        start, end = vm.zapped(fields["start"], fields["end"])
+        if self._returning:
+            self._swallow(event, vm, start, end)
+        self._world.release_range(vm.sptes, start, end)
+
+    def _on_dirty_log(self, event: Event, fields: Fields) -> None:
+        vm = self._world.vm(fields["vm"])
+        slot = vm.slots.get(fields["slot"])
+        if slot is None:
+            return
+        self.checks["I12"] += 1
+        for vcpu, tlb in self._world.tlbs.items():
+            for gfn, seen in tlb.items():
+                spte = vm.sptes.get(gfn)
+                inside = slot.gfn <= gfn < slot.gfn + slot.pages
+                if inside and seen.write and spte is not None and spte.pfn == seen.pfn and not spte.write:
+                    what = f"vcpu{vcpu} may write guest frame {gfn:#x} by what its TLB has since #{seen.seq}"
+                    self._broken("I12", f"the dirty log is handed out, but {what}", event, gfn=gfn, pfn=seen.pfn)
 
     def _on_spte_protect(self, event: Event, fields: Fields) -> None:
         for gfn, entry in self._world.vm(fields["vm"]).sptes.items():

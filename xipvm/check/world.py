@@ -35,6 +35,8 @@ class Range:
     seq: int
     returned: bool = False
     """Every notifier has been told."""
+    young: set[int] = field(default_factory=set)
+    """Pages whose shadow entries, used since somebody last asked, its start has removed."""
 
 
 @dataclass(slots=True)
@@ -58,6 +60,8 @@ class Entry:
     write: bool
     seq: int
     """The event that put it there."""
+    young: bool = True
+    """It was used since it was last made to miss."""
 
 
 @dataclass(slots=True)
@@ -107,6 +111,12 @@ class Process:
     intervals: set[str] = field(default_factory=set)
     tlbs: dict[str, dict[int, Entry]] = field(default_factory=dict)
     """By thread, by page."""
+    devices: dict[str, dict[int, Entry]] = field(default_factory=dict)
+    """The TLBs of devices that follow the host's: by device, by page."""
+    aged: set[int] = field(default_factory=set)
+    """Pages that a secondary MMU has used, and was made to forget: whoever did that has to say so."""
+    cleared: tuple[int, int] = (-1, 0)
+    """The page whose entry was the last to be cleared by itself, and the frame that it mapped."""
 
     def mapped(self, start: int, end: int) -> list[int]:
         """The pages of ``[start, end)`` that have an entry, in no order."""
@@ -127,6 +137,10 @@ class World:
         """By mm and number, which is the mm's own."""
         self.freed: dict[int, int] = {}
         """Frames on the free list, and the event that put them there."""
+        self.written: dict[int, int] = {}
+        """Frames that a secondary MMU may have written since they were last saved, and the event that let it."""
+        self.swapped: dict[int, tuple[str, int]] = {}
+        """Frames whose content has to be in a swap slot when they are freed: for which mm and page."""
         self.holders: dict[int, int] = {}
         """How many shadow and TLB entries translate to a frame; none are left out."""
 
@@ -201,6 +215,13 @@ class World:
             f"vcpu{vcpu} has guest frame {gfn:#x} in its TLB since #{entry.seq}"
             for vcpu, tlb in self.tlbs.items()
             for gfn, entry in tlb.items()
+            if entry.pfn == pfn
+        ]
+        found += [
+            f"{device} on {process.name} has {page << 12:#x} in its TLB since #{entry.seq}"
+            for process in self.mms.values()
+            for device, tlb in process.devices.items()
+            for page, entry in tlb.items()
             if entry.pfn == pfn
         ]
         found += [

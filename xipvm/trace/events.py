@@ -203,6 +203,9 @@ define("mm_cow", "mm:str hva:hva old:pfn new:pfn", "a write to a shared page got
 define("host_access", "mm:str hva:hva access:str thread:str", "a host thread touched memory")
 define("host_tlb_insert", "mm:str hva:hva pfn:pfn rights:str thread:str", "a host thread got a translation")
 define("host_tlb_drop", "mm:str hva:hva? thread:str", "it dropped one that it faulted on; without hva, all: it ended")
+define(
+    "device_tlb_insert", "mm:str hva:hva pfn:pfn rights:str device:str", "a device that follows the host's TLBs got one"
+)
 
 # Notifiers. `range` pairs an end with its start.
 define("mmu_notifier_register", "mm:str notifier:str protocol:str", "a notifier joined the mm's list")
@@ -237,6 +240,7 @@ define("tlb_flush", "vcpu:int reason:str", "a vCPU lost all its translations")
 define("kvm_kick", "vcpu:int reason:str", "a vCPU was made to leave the guest")
 define("memslot_set", "vm:str slot:int gfn:gfn pages:npages hva:hva flags:hex", "a memslot was created or moved")
 define("memslot_delete", "vm:str slot:int", "a memslot went away")
+define("dirty_log", "vm:str slot:int", "a memslot's dirty log was handed out; what it does not name was not written")
 define("code_drop", "pfn:pfn vcpus:hex", "translated code of a frame was dropped; vcpus is the mask of who had it")
 
 # Flash.

@@ -464,6 +464,8 @@ class KvmBase(SecondaryMmu):
             point("kvm.dirty_log.unflushed")
             # Also when nothing was protected here: somebody else may have, and not have flushed yet.
             self._flush_tlbs("dirty_log")
+            if self.trace.on:
+                self.trace.emit("dirty_log", vm=self.name, slot=slot)
             return dirty
 
     def _write_protect(self, start: int, end: int) -> None:
