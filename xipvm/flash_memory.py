@@ -62,7 +62,8 @@ class FlashMemory:
         """Take the bank out of the guest and of host memory."""
         self.device.close()
         self._secondary.delete_memslot(self.slot)
-        self._mm.munmap(self.hva, self.bank.size)
+        if not self._mm.dead:  # killed, it has unmapped everything
+            self._mm.munmap(self.hva, self.bank.size)
         self._host.remove_device(self.first)
 
     def contains(self, gpa: int) -> bool:

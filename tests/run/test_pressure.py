@@ -15,6 +15,7 @@ import pytest
 from tests.run.command import ISAS, UBOOT, guest, needs_uboot, read_until, start, xipvm
 from xipvm import Event, Machine
 from xipvm.console import Console
+from xipvm.mmu.mm import Mm
 from xipvm.mmu.verify import verify
 from xipvm.storm import Storm
 
@@ -128,6 +129,24 @@ def test_a_fork_that_is_killed_leaves_the_guest_alone(number: Path) -> None:
         assert child.oom is not None
         assert child.dead
         verify(machine.host)
+
+
+def test_a_machine_that_is_killed_while_it_does_not_run(number: Path) -> None:
+    """For somebody else's sake. It ends as soon as it is to go on, and can be closed."""
+    console = Console(io.BytesIO(), number.read_bytes())
+    with Machine(guest("pages", "arm64"), memory=16 << 20, host_memory=8 << 20, console=console) as machine:
+        machine.run(max_instructions=60_000)
+        other = Mm(machine.host, machine.trace, name="other")
+        other.oom_score_adj = -1000
+        start = other.mmap(8 << 20, 3)
+        for page in range(1500):
+            other.write(start + page * 4096, b"x")
+        assert machine.mm.dead
+        result = machine.run()
+        assert (result.status, result.reason) == (137, "oom")
+        assert result.report is not None
+        assert "other needed a page" in result.report.render()
+        other.exit()
 
 
 # ---- swap files
