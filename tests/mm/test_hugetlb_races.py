@@ -186,6 +186,10 @@ def test_operations_inside_of_others() -> None:
     assert race.inside > 20
 
 
+def test_an_area_that_became_read_only_while_its_owner_was_served() -> None:
+    Race(538).run(60)  # mprotect comes while the page is taken from a child
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("first", range(0, 40, 10))
 def test_many_operations_inside_of_others(first: int) -> None:

@@ -175,8 +175,9 @@ def _wp(mm: Mm, area: Vma, hva: int, entry: int) -> Outcome:
             return VmFault.OK, "cow" if _copy(mm, area, hva, entry, new, promised) else "retry"
         if not owner:
             return _NO_PAGE
-        _unmap_ref_private(area, area.page_offset(hva), old)
-        if mm.pgd.get(hva >> PAGE_SHIFT) != entry:
+        with mm.mmap_lock.read:
+            _unmap_ref_private(area, area.page_offset(hva), old)
+        if mm.pgd.get(hva >> PAGE_SHIFT) != entry or not mm.still_writable(area, hva):
             return VmFault.OK, "retry"
     if not entry & EXCLUSIVE:
         host.set_rmap(old, anon_vma_prepare(area).id, area.page_offset(hva))
