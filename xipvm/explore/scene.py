@@ -20,15 +20,16 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Final, overload
+from typing import Any, Final, TypeVar, overload
 
 from xipvm import locks
-from xipvm.address import PAGE_SHIFT, Gfn
+from xipvm.address import PAGE_SHIFT
 from xipvm.check import INVARIANTS, Oracle, Violation
 from xipvm.errors import XipvmError
 from xipvm.explore.choices import Question, Recording
 from xipvm.explore.scripted import GuestAccessError, ScriptedVcpu
 from xipvm.mmu.frames import HostMemory
+from xipvm.mmu.host_thread import HostThread
 from xipvm.mmu.mm import Mm
 from xipvm.mmu.pte import PRESENT, WRITE, pte_pfn
 from xipvm.mmu.secondary.base import SecondaryMmu
@@ -40,6 +41,9 @@ from xipvm.trace.funnel import Trace
 
 HOST_MEMORY: Final = 1 << 20
 """Of a scene, bytes; frames are poisoned as a whole."""
+
+
+AnyMmu = TypeVar("AnyMmu", bound=SecondaryMmu)
 
 
 class BrokenError(XipvmError):
@@ -93,10 +97,15 @@ class Scene:
             kvm.set_memslot(0, gfn, pages, hva)
         return kvm
 
-    def watch(self, mmu: SecondaryMmu) -> None:
-        """Check a secondary MMU of the scenario's own at the end, and destroy it."""
+    def watch(self, mmu: AnyMmu) -> AnyMmu:
+        """Check a secondary MMU of the scenario's own at the end, and destroy it. Returns it."""
         self.mmus.append(mmu)
         self._undo.append(mmu.destroy)
+        return mmu
+
+    def thread(self, mm: Mm) -> HostThread:
+        """A thread of ``mm``, with a TLB of its own: its accesses are calls."""
+        return HostThread(mm, f"thread{len(mm.threads)}")
 
     def vcpu(self, mmu: SecondaryMmu) -> ScriptedVcpu:
         """A vCPU without code: its accesses are calls."""
@@ -140,8 +149,7 @@ class Scene:
         self.oracle.finish()
         verify(self.host)
         for mmu in self.mmus:
-            if isinstance(mmu, KvmBase):
-                check_kvm(mmu)
+            check_mmu(mmu)
 
     def close(self) -> None:
         """Give everything back; nothing is judged any more."""
@@ -165,19 +173,19 @@ class Scene:
             raise BrokenError(violation)
 
 
-def check_kvm(kvm: KvmBase) -> None:
-    """At rest: no invalidation is counted, and every shadow entry is the host's. Raises AssertionError."""
-    counts = kvm.mmu_invalidate_in_progress, kvm.mn_active_invalidate_count
-    if counts != (0, 0):
-        raise AssertionError(f"{kvm.name} is left with {counts[0]} invalidations in progress, {counts[1]} active")
-    for slot in kvm.memslots:
-        for gfn in range(slot.gfn, slot.gfn + slot.pages):
-            seen = kvm.translate(gfn)
-            if seen is None:
-                continue
-            entry = kvm.mm.pgd.pte(slot.hva_of(Gfn(gfn)) >> PAGE_SHIFT)
-            if not entry & PRESENT or pte_pfn(entry) != seen[0] or (seen[1] and not entry & WRITE):
-                raise AssertionError(f"{kvm.name} maps guest frame {gfn:#x} to {seen}, the host has {entry:#x}")
+def check_mmu(mmu: SecondaryMmu) -> None:
+    """At rest: no invalidation is counted, and every entry is the host's. Raises AssertionError."""
+    if isinstance(mmu, KvmBase):
+        counts = mmu.mmu_invalidate_in_progress, mmu.mn_active_invalidate_count
+        if counts != (0, 0):
+            raise AssertionError(f"{mmu.name} is left with {counts[0]} invalidations in progress, {counts[1]} active")
+    for page, hva in mmu.backing():
+        seen = mmu.translate(page)
+        if seen is None:
+            continue
+        entry = mmu.mm.pgd.pte(hva >> PAGE_SHIFT)
+        if not entry & PRESENT or pte_pfn(entry) != seen[0] or (seen[1] and not entry & WRITE):
+            raise AssertionError(f"{mmu.name} maps guest frame {page:#x} to {seen}, the host has {entry:#x}")
 
 
 Furnish = Callable[[Scene], object]

@@ -11,9 +11,10 @@ What every one of them must do is abstract here: fault in a page, say what it ha
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Protocol
 
-from xipvm.address import Pfn
+from xipvm.address import Hva, Pfn
 from xipvm.mmu.tables import PageTable
 
 if TYPE_CHECKING:
@@ -81,6 +82,10 @@ class SecondaryMmu(ABC):
     @abstractmethod
     def destroy(self) -> None:
         """Stop hearing of the mm and drop every translation. A second call does nothing."""
+
+    def backing(self) -> Iterator[tuple[int, Hva]]:
+        """Its pages that are memory of the mm, each with its address there; for checks when everything is at rest."""
+        return iter(())
 
     def flush_remote_tlbs(self, reason: str) -> None:
         """Empty every TLB; each has acknowledged when this returns."""

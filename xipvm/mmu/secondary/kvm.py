@@ -37,7 +37,7 @@ from __future__ import annotations
 
 import errno
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
@@ -510,6 +510,12 @@ class KvmBase(SecondaryMmu):
             return None
         pfn = spte_pfn(spte) + (gfn & HUGE_PAGES - 1 if spte & SPTE_HUGE else 0)
         return Pfn(pfn), bool(spte & SPTE_WRITE)
+
+    def backing(self) -> Iterator[tuple[int, Hva]]:
+        """The guest frames of all memslots."""
+        for slot in self.memslots:
+            for gfn in range(slot.gfn, slot.gfn_end):
+                yield gfn, slot.hva_of(Gfn(gfn))
 
     def describe(self, gfn: int) -> GfnInfo:
         """What is known of ``gfn``, for a report."""
