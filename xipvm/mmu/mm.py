@@ -363,8 +363,8 @@ class Mm:
     def swapoff(self) -> None:
         """Brings back what is in the swap area that came last, read-only, and closes it. Nobody is told.
 
-        Errors: EINVAL (there is none), ENOMEM (no frames, and nothing to reclaim), EIO and others of the file, EBUSY (an
-        area that is being unmapped has pages there). What did not come back is in swap as before.
+        Errors: EINVAL (there is none), ENOMEM (no frames, and nothing to reclaim), EIO and others of the file, EBUSY
+        (an area that is being unmapped has pages there). What did not come back is in swap as before.
         """
         swap.swapoff(self)
 
