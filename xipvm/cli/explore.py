@@ -10,8 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from xipvm.explore.choices import Choice
 from xipvm.explore.explorer import Run, Search, replay, shrink
 from xipvm.explore.files import Counterexample
-from xipvm.explore.find import find
-from xipvm.explore.scenarios import SCENARIOS
+from xipvm.explore.find import KNOWN, find
 from xipvm.explore.shards import Shard, dask_executor, explore_shards, local_executor, shards_of
 from xipvm.mutants import planted
 from xipvm.trace.events import Event
@@ -20,7 +19,7 @@ from xipvm.trace.show import format_event
 
 def list_scenarios() -> None:
     """The scenarios that come with xipvm, a line each."""
-    for name, scenario in SCENARIOS.items():
+    for name, scenario in KNOWN.items():
         print(f"{name:28} {scenario.doc}")
 
 

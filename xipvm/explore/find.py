@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+from typing import Final
 
 from xipvm.errors import BadInput
+from xipvm.explore.guests import GUEST_SCENARIOS
 from xipvm.explore.scenarios import SCENARIOS
 from xipvm.explore.scene import Scenario
+
+KNOWN: Final = {**SCENARIOS, **GUEST_SCENARIOS}
+"""Those that come with xipvm."""
 
 
 def find(name: str) -> Scenario:
     """The scenario ``name``. Raises BadInput for one that there is not, or a file that cannot be loaded."""
-    if name in SCENARIOS:
-        return SCENARIOS[name]
+    if name in KNOWN:
+        return KNOWN[name]
     path, separator, function = name.rpartition(":")
     if not separator:
         if name.endswith(".py"):
             raise BadInput(f"{name}: which scenario? Write {name}:NAME, NAME being one of {_names(name)}")
-        raise BadInput(f"no scenario is called {name!r}; known are {', '.join(SCENARIOS)}, and FILE.py:NAME")
+        raise BadInput(f"no scenario is called {name!r}; known are {', '.join(KNOWN)}, and FILE.py:NAME")
     found = in_file(path)
     if function not in found:
         raise BadInput(f"{path} has no scenario {function!r}; it has {', '.join(found) or 'none'}")

@@ -20,11 +20,12 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Final, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Final, TypeVar, overload
 
 from xipvm import locks
 from xipvm.address import PAGE_SHIFT
 from xipvm.check import INVARIANTS, Oracle, Violation
+from xipvm.console import Console
 from xipvm.errors import XipvmError
 from xipvm.explore.choices import Question, Recording
 from xipvm.explore.scripted import GuestAccessError, ScriptedVcpu
@@ -38,6 +39,10 @@ from xipvm.mmu.secondary.kvm_2008 import kvm_of
 from xipvm.mmu.verify import verify
 from xipvm.scheduler import Scheduler
 from xipvm.trace.funnel import Trace
+
+if TYPE_CHECKING:
+    from xipvm.machine import Machine
+    from xipvm.machine_actors import VcpuActors
 
 HOST_MEMORY: Final = 1 << 20
 """Of a scene, bytes; frames are poisoned as a whole."""
@@ -76,6 +81,9 @@ class Scene:
         self.guest_errors: list[GuestAccessError] = []
         """Accesses that ended their actor."""
         self._recording = recording
+        self.guest_may_fail = False
+        """A machine's guest may end as it likes."""
+        self._machines: list[tuple[Machine, VcpuActors]] = []
         self._afterwards: list[Callable[[], object]] = []
         self._undo: list[Callable[[], object]] = []
         self._stopped = False
@@ -96,6 +104,31 @@ class Scene:
         if hva is not None:
             kvm.set_memslot(0, gfn, pages, hva)
         return kvm
+
+    def machine(
+        self,
+        board: str,
+        code: bytes = b"",
+        *,
+        guest: str | None = None,
+        memory: int = 4 << 20,
+        smp: int = 1,
+    ) -> Machine:
+        """A machine whose vCPUs are actors. It begins with ``code``, at the start of flash bank 0; or it is ``guest``.
+
+        Unless ``guest_may_fail``, the guest has to end with status 0.
+        """
+        from xipvm.machine import Machine
+        from xipvm.machine_actors import VcpuActors
+
+        machine = Machine(
+            guest, board=board, memory=memory, smp=smp, trace=self.trace, protocol=self.protocol, console=Console()
+        )
+        self._undo.append(machine.close)
+        if code:
+            machine.flash[0].device.place(0, code)
+        self._machines.append((machine, VcpuActors(machine, self.scheduler)))
+        return machine
 
     def watch(self, mmu: AnyMmu) -> AnyMmu:
         """Check a secondary MMU of the scenario's own at the end, and destroy it. Returns it."""
@@ -148,6 +181,11 @@ class Scene:
             function()
         self.oracle.finish()
         verify(self.host)
+        for machine, vcpus in self._machines:
+            verify(machine.host)
+            check_mmu(machine.secondary)
+            if not self.guest_may_fail and vcpus.exit != (0, "exit"):
+                raise AssertionError(f"the guest did not end with status 0: {vcpus.exit}")
         for mmu in self.mmus:
             check_mmu(mmu)
 
