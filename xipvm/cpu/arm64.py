@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from xipvm.cpu import core, paging
 from xipvm.cpu.effective import arm64_address, fault_address
-from xipvm.cpu.services import CpuServices
+from xipvm.cpu.services import CpuServices, read_code
 from xipvm.cpu.vcpu import ACCESS_NAMES, Leave
 from xipvm.errors import GuestError
 
@@ -288,7 +288,7 @@ class Arm64:
 
     def _accessed(self, pc: int) -> int | None:
         """The address that the load or store at ``pc`` accesses."""
-        return arm64_address(self.engine.read_code(pc, 4), pc, self._by_name)
+        return arm64_address(read_code(self.engine, self.services, pc, 4), pc, self._by_name)
 
     def _by_name(self, name: str) -> int:
         if name == "sp":
@@ -296,4 +296,4 @@ class Arm64:
         return 0 if name in ("xzr", "wzr") else self.x({"fp": 29, "lr": 30}.get(name) or int(name[1:]))
 
     def _insn(self, pc: int) -> int:
-        return int.from_bytes(self.engine.read_code(pc, 4), "little")
+        return int.from_bytes(read_code(self.engine, self.services, pc, 4), "little")

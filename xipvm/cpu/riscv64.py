@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from xipvm.cpu import core, paging
 from xipvm.cpu.effective import fault_address, riscv64_address, riscv64_is_store
-from xipvm.cpu.services import CpuServices
+from xipvm.cpu.services import CpuServices, read_code
 from xipvm.cpu.vcpu import ACCESS_NAMES, Leave
 from xipvm.errors import GuestError
 
@@ -150,7 +150,7 @@ class Riscv64:
             self._enter(ILLEGAL, pc, shown, f"illegal instruction {shown:#x} at {pc:#x}")
 
     def _break(self, pc: int) -> None:
-        around = self.engine.read_code(pc - 4, 12)
+        around = read_code(self.engine, self.services, pc - 4, 12)
         words = [int.from_bytes(around[n : n + 4], "little") for n in (0, 4, 8)]
         if words == [SEMIHOST_BEFORE, EBREAK, SEMIHOST_AFTER]:
             self.engine.set_reg(core.RISCV_PC, pc + 4)
@@ -343,4 +343,4 @@ class Riscv64:
         return rows
 
     def _insn(self, pc: int) -> int:
-        return int.from_bytes(self.engine.read_code(pc, 4), "little")
+        return int.from_bytes(read_code(self.engine, self.services, pc, 4), "little")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
+    from xipvm.cpu.core import Engine
     from xipvm.cpu.vcpu import Vcpu
 
 
@@ -37,3 +38,14 @@ class CpuServices(Protocol):
 
     def note_interrupt(self, vcpu: Vcpu) -> None:
         """An interrupt was delivered."""
+
+
+def read_code(engine: Engine, services: CpuServices, pc: int, size: int) -> bytes:
+    """``size`` bytes of the code that ran at ``pc``, fewer where there is no memory.
+
+    The secondary MMU may have lost the page since, even in the fault of that very instruction.
+    """
+    found = engine.read_code(pc, size)
+    if len(found) < size:
+        found += services.read_physical(pc + len(found), size - len(found)) or b""
+    return found

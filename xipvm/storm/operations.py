@@ -382,7 +382,7 @@ def _fork(world: World) -> None:
     with world.adopted(child):
         for _ in range(3):
             page = world.page()
-            if child.mm.find_vma(page) is not None:  # MADV_DONTFORK
+            if child.may(page, PROT_READ):
                 child.known[page] = child.mm.read(page, PAGE_SIZE)
 
 
@@ -403,8 +403,8 @@ def _child_write(world: World) -> None:
         known = list(child.known)
         page = known[world.choose(len(known), "known")] if known and world.choose(3, "new") else world.page()
         data = bytes([world.choose(256, "byte")]) * PAGE_SIZE
-        if child.mm.find_vma(page) is None:
-            raise MmError(errno.ENOENT, f"{child.mm.name} has unmapped {page:#x}")
+        if not child.may(page, PROT_WRITE):
+            raise MmError(errno.ENOENT, f"{child.mm.name} may not write at {page:#x}")
         child.mm.write(page, data)
         child.known[page] = data
 

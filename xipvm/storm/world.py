@@ -39,6 +39,11 @@ class Child:
         self.known: dict[int, bytes] = {}
         """Contents of pages by host address."""
 
+    def may(self, hva: int, prot: int) -> bool:
+        """Whether it can access the page as ``prot`` says: it got what the parent had when it was forked."""
+        area = self.mm.find_vma(hva)
+        return area is not None and bool(area.prot & prot)
+
     def check(self) -> None:
         """Raises InternalError when a page is not what it was for this mm."""
         for hva, content in self.known.items():
