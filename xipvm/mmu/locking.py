@@ -8,7 +8,8 @@ mmap_lock, read        madvise, KSM for the page that it merges, and faults whil
 i_rwsem                of a file: who writes to it, truncates it or punches holes
 invalidate_lock        of a disk file: a page is read in (read); pages are taken out (write)
 page lock              migration, reclaim and KSM (only if it is free), write-back, a page that leaves its cache, a
-                       compound page, by its first frame, that is split. A fault that finds the page of a file or of the swap cache locked waits, and looks again
+                       compound page, by its first frame, that is split. A fault that finds the page of a file or of the
+                       swap cache locked waits, and looks again
 i_mmap_rwsem, read     truncation, write-back and unmapping walk the areas of a file, their ranges included
 i_mmap_rwsem, write    an area appears or goes, is split or merged
 anon_vma, read         migration, reclaim and KSM walk the areas of an anonymous page, their ranges included
