@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Protocol
 
-from xipvm.address import Hva, Pfn
+from xipvm.address import Hva
 from xipvm.mmu.tables import PageTable
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ class SecondaryMmu(ABC):
         """
 
     @abstractmethod
-    def translate(self, page: int) -> tuple[Pfn, bool] | None:
+    def translate(self, page: int) -> tuple[int, bool] | None:
         """Frame and writability of the entry that it has for ``page`` now, None without one. Changes nothing."""
 
     @abstractmethod
