@@ -516,7 +516,7 @@ class Machine:
                 ends.append(self._quantum_end)
             vcpu.stop_at = self._start + max(min(ends) - self._base, 1) if ends else None
             if self._storm is not None:
-                vcpu.pause_at = self._start + self._storm.next - self._base
+                vcpu.pause_at = max(self._start + self._storm.next - self._base, 0)  # it may be long due
         else:
             due = self.clock.next_deadline()
             if due is not None and due - self._now() < TICK * 1e9:
