@@ -21,7 +21,7 @@ from xipvm.explore.scenarios import SCENARIOS
 def test_a_right_system_stays_right(name: str, how: str) -> None:
     search = explore(SCENARIOS[name], strategy(how, 1, preemptions=1), runs=40)
     assert search.failing is None, search.failing.failure.render()  # type: ignore[union-attr]
-    assert search.checks["I4"] > 0
+    assert sum(search.checks.values()) > search.runs
 
 
 BROKEN = """

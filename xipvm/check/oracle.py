@@ -155,7 +155,9 @@ class Oracle:
         vm.mm, vm.gone = fields["mm"], False
 
     def _on_mmu_notifier_unregister(self, event: Event, fields: Fields) -> None:
-        self._world.mm(fields["mm"]).notifiers.discard(fields["notifier"])
+        process = self._world.mm(fields["mm"])
+        process.notifiers.discard(fields["notifier"])
+        self._world.release_all(process.devices.pop(fields["notifier"], {}))
         vm = self._world.vm(fields["notifier"])
         vm.mm, vm.gone = None, True
 

@@ -11,6 +11,7 @@ import hashlib
 from collections.abc import Iterable
 from typing import Any, Final
 
+from xipvm.address import PAGE_SHIFT
 from xipvm.trace.events import KINDS, Event, spans
 
 _MANY: Final = 64
@@ -25,11 +26,20 @@ class Fingerprint:
     def __init__(self) -> None:
         self._level: dict[Any, int] = {}
         self._whole: dict[str, int] = {}
-        self._events: list[tuple[int, str]] = []
+        self._sum = 0
+        self._slots: dict[str, dict[int, tuple[int, int, int]]] = {}
+        """By VM and slot: first guest frame, pages, first page of the host."""
+        self._mms: dict[str, str] = {}
+        """By VM."""
 
     def __call__(self, event: Event) -> None:
         """Place ``event`` behind what it depends on."""
-        keys, spaces = _resources(event)
+        if event.kind == "memslot_set":
+            slot = event.fields["gfn"], event.fields["pages"], event.fields["hva"] >> PAGE_SHIFT
+            self._slots.setdefault(event.fields["vm"], {})[event.fields["slot"]] = slot
+        elif event.kind == "mmu_notifier_register":
+            self._mms[event.fields["notifier"]] = event.fields["mm"]
+        keys, spaces = self._resources(event)
         level = self._level
         deepest = 0
         for key in keys:
@@ -48,31 +58,39 @@ class Fingerprint:
                 if type(key) is tuple and key[0] == space:
                     level[key] = deepest
         fields = [(name, value) for name, value in event.fields.items() if name not in _NOT_WHAT]
-        self._events.append((deepest, f"{event.actor} {event.kind} {fields}"))
+        text = f"{deepest} {event.actor} {event.kind} {fields}"
+        self._sum += int.from_bytes(hashlib.blake2b(text.encode(), digest_size=16).digest(), "little")
 
     @property
     def digest(self) -> str:
-        """A hexadecimal number; the same for equal runs, on every machine."""
-        hashed = hashlib.blake2b(digest_size=16)
-        for level, text in sorted(self._events):
-            hashed.update(f"{level} {text}\n".encode())
-        return hashed.hexdigest()
+        """A hexadecimal number; the same for equal runs, on every machine. The sum of its events' hashes."""
+        return f"{self._sum % (1 << 128):032x}"
 
-
-def _resources(event: Event) -> tuple[Iterable[Any], set[str]]:
-    """What an event touches: keys, and names of spaces that it touches as a whole."""
-    fields = event.fields
-    keys: list[Any] = [event.actor]
-    spaces: set[str] = set()
-    owner = fields.get("mm") or fields.get("vm") or ""
-    for space, first, end in spans(KINDS[event.kind], fields):
-        name = space if space == "pfn" else f"{space} of {owner}"
-        if end - first > _MANY:
-            spaces.add(name)
-        else:
-            keys.extend((name, page) for page in range(first, end))
-    if "vcpu" in fields:
-        keys.append(("vcpu", fields["vcpu"]))
-    if len(keys) == 1 and not spaces:
-        spaces.add(event.kind)
-    return keys, spaces
+    def _resources(self, event: Event) -> tuple[Iterable[Any], set[str]]:
+        """What an event touches: keys, and names of spaces that it touches as a whole. A guest's page is the host's."""
+        fields = event.fields
+        keys: list[Any] = [event.actor]
+        spaces: set[str] = set()
+        vm = fields.get("vm") or ""
+        owner = fields.get("mm") or self._mms.get(vm, vm)
+        for space, first, end in spans(KINDS[event.kind], fields):
+            name = space if space == "pfn" else f"{space} of {owner}"
+            if end - first > _MANY:
+                spaces.add(name)
+                if space == "gfn":
+                    spaces.add(f"hva of {owner}")
+            elif space == "gfn":
+                for page in range(first, end):
+                    keys.append((name, page))
+                    keys.extend(
+                        (f"hva of {owner}", host + page - gfn)
+                        for gfn, pages, host in self._slots.get(vm, {}).values()
+                        if 0 <= page - gfn < pages
+                    )
+            else:
+                keys.extend((name, page) for page in range(first, end))
+        if "vcpu" in fields:
+            keys.append(("vcpu", fields["vcpu"]))
+        if len(keys) == 1 and not spaces:
+            spaces.add(event.kind)
+        return keys, spaces

@@ -28,6 +28,7 @@ from xipvm.check import INVARIANTS, Oracle, Violation
 from xipvm.console import Console
 from xipvm.errors import XipvmError
 from xipvm.explore.choices import Question, Recording
+from xipvm.explore.fingerprint import Fingerprint
 from xipvm.explore.scripted import GuestAccessError, ScriptedVcpu
 from xipvm.mmu.frames import HostMemory
 from xipvm.mmu.host_thread import HostThread
@@ -87,6 +88,9 @@ class Scene:
         self._afterwards: list[Callable[[], object]] = []
         self._undo: list[Callable[[], object]] = []
         self._stopped = False
+        self.fingerprint = Fingerprint()
+        """What has happened, up to commuting steps."""
+        self.trace.attach(self.fingerprint)
 
     # ---- furniture
 
@@ -95,6 +99,10 @@ class Scene:
         mm = Mm(self.host, self.trace, name=f"mm{len(self.mms)}", protocol=self.protocol)
         self.mms.append(mm)
         return mm
+
+    def thread(self, mm: Mm) -> HostThread:
+        """A thread of the host that runs in ``mm``."""
+        return HostThread(mm, f"thread{len(mm.threads)}")
 
     def kvm(self, mm: Mm, hva: int | None = None, *, pages: int = 1, gfn: int = 0) -> KvmBase:
         """A KVM on ``mm``, with a memslot of ``pages`` at ``gfn`` onto ``hva`` if that is given."""
@@ -135,10 +143,6 @@ class Scene:
         self.mmus.append(mmu)
         self._undo.append(mmu.destroy)
         return mmu
-
-    def thread(self, mm: Mm) -> HostThread:
-        """A thread of ``mm``, with a TLB of its own: its accesses are calls."""
-        return HostThread(mm, f"thread{len(mm.threads)}")
 
     def vcpu(self, mmu: SecondaryMmu) -> ScriptedVcpu:
         """A vCPU without code: its accesses are calls."""
@@ -203,7 +207,16 @@ class Scene:
         scheduler = self.scheduler
         candidates = scheduler.candidates
         preempts = candidates[0] is scheduler.running and not candidates[0].waits_for
-        return self._recording.ask(Question(n, label, preempts, tuple(actor.name for actor in candidates)))
+        names = tuple(actor.name for actor in candidates)
+        return self._recording.ask(Question(n, label, preempts, names, self._state))
+
+    def _state(self) -> object:
+        """What has happened, and where everybody is."""
+        places = tuple((actor.name, actor.state, actor.at, actor.steps) for actor in self.scheduler.actors)
+        counts = tuple(
+            (mmu.mmu_invalidate_seq, mmu.mmu_invalidate_in_progress) for mmu in self.mmus if isinstance(mmu, KvmBase)
+        )
+        return self.fingerprint.digest, places, counts
 
     def _stop(self, violation: Violation) -> None:
         if not self._stopped:
@@ -215,7 +228,7 @@ def check_mmu(mmu: SecondaryMmu) -> None:
     """At rest: no invalidation is counted, and every entry is the host's. Raises AssertionError."""
     if isinstance(mmu, KvmBase):
         counts = mmu.mmu_invalidate_in_progress, mmu.mn_active_invalidate_count
-        if counts != (0, 0):
+        if counts != (0, 0) and not mmu.released:  # its release can come between a start and its end
             raise AssertionError(f"{mmu.name} is left with {counts[0]} invalidations in progress, {counts[1]} active")
     for page, hva in mmu.backing():
         seen = mmu.translate(page)
@@ -238,6 +251,8 @@ class Scenario:
     doc: str = ""
     protocols: tuple[str, ...] = ("modern", "2008")
     """The notifier protocols in which all of it exists."""
+    host_memory: int = HOST_MEMORY
+    """Of its scenes, bytes."""
 
     def __call__(self, scene: Scene) -> None:
         """Furnish ``scene``."""
@@ -247,15 +262,19 @@ class Scenario:
 @overload
 def scenario(function: Furnish) -> Scenario: ...
 @overload
-def scenario(*, protocols: tuple[str, ...]) -> Callable[[Furnish], Scenario]: ...
+def scenario(*, protocols: tuple[str, ...] = ..., host_memory: int = ...) -> Callable[[Furnish], Scenario]: ...
 def scenario(
-    function: Furnish | None = None, *, protocols: tuple[str, ...] = ("modern", "2008")
+    function: Furnish | None = None,
+    *,
+    protocols: tuple[str, ...] = ("modern", "2008"),
+    host_memory: int = HOST_MEMORY,
 ) -> Scenario | Callable[[Furnish], Scenario]:
     """Decorates the function that furnishes a scene; ``protocols``: those in which all that it does exists."""
 
     def declare(function: Furnish) -> Scenario:
         name = getattr(function, "__name__", "scenario").replace("_", "-")
-        return Scenario(name, function, (function.__doc__ or "").strip().partition("\n")[0], protocols)
+        doc = (function.__doc__ or "").strip().partition("\n")[0]
+        return Scenario(name, function, doc, protocols, host_memory)
 
     return declare if function is None else declare(function)
 
@@ -263,6 +282,8 @@ def scenario(
 @contextmanager
 def opened(scenario: Furnish, recording: Recording, **options: Any) -> Iterator[Scene]:
     """A furnished scene, closed at the end."""
+    if isinstance(scenario, Scenario):
+        options = {"host_memory": scenario.host_memory} | options
     scene = Scene(recording, **options)
     try:
         scenario(scene)

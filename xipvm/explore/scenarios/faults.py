@@ -1,4 +1,4 @@
-"""The scenarios that come with xipvm: a guest's access against every operation that can take its page away.
+"""A guest's access against every operation that can take its page away.
 
 In each, one vCPU writes while the host changes its mind, and another vCPU reads the same page. Afterwards what was
 written is there, or the page is what the operation makes of it.
@@ -10,8 +10,8 @@ from contextlib import suppress
 from typing import Final
 
 from xipvm.address import PAGE_SIZE
-from xipvm.errors import BadInput, MmError
-from xipvm.explore.scene import Scenario, Scene, scenario
+from xipvm.errors import MmError
+from xipvm.explore.scene import Scene, scenario
 from xipvm.explore.scripted import ScriptedVcpu
 from xipvm.mmu.host_thread import HostThread
 from xipvm.mmu.madvise import MADV_DONTNEED, MADV_MERGEABLE
@@ -163,17 +163,3 @@ def expect(mm: Mm, hva: int, data: bytes) -> None:
     found = mm.read(hva, len(data))
     if found != data:
         raise AssertionError(f"{mm.name} has {found!r} at {hva:#x}, not {data!r}")
-
-
-SCENARIOS: Final[dict[str, Scenario]] = {
-    each.name: each for each in list(globals().values()) if isinstance(each, Scenario)
-}
-"""By name."""
-
-
-def get(name: str) -> Scenario:
-    """The scenario ``name``. Raises BadInput for an unknown one."""
-    try:
-        return SCENARIOS[name]
-    except KeyError:
-        raise BadInput(f"no scenario is called {name!r}; known are {', '.join(SCENARIOS)}") from None

@@ -1,0 +1,25 @@
+"""The scenarios that come with xipvm, by subject."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from xipvm.errors import BadInput
+from xipvm.explore.scenarios import faults, files, huge, lifetime, ranges, slots, youth
+from xipvm.explore.scene import Scenario
+
+SCENARIOS: Final[dict[str, Scenario]] = {
+    each.name: each
+    for module in (faults, ranges, files, huge, slots, youth, lifetime)
+    for each in vars(module).values()
+    if isinstance(each, Scenario)
+}
+"""By name."""
+
+
+def get(name: str) -> Scenario:
+    """The scenario ``name``. Raises BadInput for an unknown one."""
+    try:
+        return SCENARIOS[name]
+    except KeyError:
+        raise BadInput(f"no scenario is called {name!r}; known are {', '.join(SCENARIOS)}") from None
