@@ -34,12 +34,6 @@ class Question(NamedTuple):
     label: str
     preempts: bool = False
     actors: tuple[str, ...] = ()
-    state: Callable[[], object] | None = None
-    """A key that is equal when everything that can happen from here on is."""
-
-
-class CutError(XipvmError):
-    """A strategy ends a run whose rest it has seen."""
 
 
 Pick = Callable[[Question], int]

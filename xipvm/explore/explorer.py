@@ -8,7 +8,7 @@ from typing import Any
 
 from xipvm.check import Violation
 from xipvm.errors import BadInput, DeadlockError, LockError, XipvmError
-from xipvm.explore.choices import Choice, CutError, DriftError, Pick, Question, Recording, Replay
+from xipvm.explore.choices import Choice, DriftError, Pick, Question, Recording, Replay
 from xipvm.explore.scene import BrokenError, Furnish, Scene, opened
 from xipvm.explore.strategies import Feature, Strategy
 from xipvm.trace.events import Event
@@ -46,8 +46,6 @@ class Run:
     """Equal for runs that differ only in the order of steps that nobody can tell apart."""
     features: frozenset[Feature] = frozenset()
     checks: dict[str, int] = field(default_factory=dict)
-    cut: bool = False
-    """The strategy ended it: it had seen the rest."""
 
     @property
     def preemptions(self) -> int:
@@ -60,8 +58,6 @@ class Search:
     """What a search found. ``complete``: there are no other runs within its bounds."""
 
     runs: int = 0
-    cut: int = 0
-    """Of them, those that were ended early because their rest had been seen."""
     fingerprints: frozenset[str] = frozenset()
     """Of the runs, see Run.fingerprint."""
     complete: bool = False
@@ -106,7 +102,6 @@ def run_once(scenario: Furnish, pick: Pick, *, sinks: Sequence[Callable[[Event],
 
     failure: Failure | None = None
     scene: Scene | None = None
-    cut = False
     run_print = ""
     try:
         with opened(scenario, recording, **options) as scene:
@@ -119,8 +114,6 @@ def run_once(scenario: Furnish, pick: Pick, *, sinks: Sequence[Callable[[Event],
                 run_print = scene.fingerprint.digest  # what closing does is no part of it
     except (DriftError, BadInput, KeyboardInterrupt):
         raise
-    except CutError:
-        cut = True
     except BrokenError as error:
         failure = Failure(error.violation.invariant, error.violation.message, error.violation, error)
     except LivelockError as error:
@@ -131,7 +124,7 @@ def run_once(scenario: Furnish, pick: Pick, *, sinks: Sequence[Callable[[Event],
         failure = Failure("deadlock", str(error), error=error)
     except Exception as error:
         failure = Failure(type(error).__name__, str(error), error=error)
-    run = Run(recording.choices, failure, features=frozenset(features), cut=cut)
+    run = Run(recording.choices, failure, features=frozenset(features))
     if scene is not None:
         run.switches, run.checks, run.fingerprint = scene.scheduler.switches, scene.oracle.checks, run_print
     return run
@@ -153,9 +146,7 @@ def explore(
         run = run_once(scenario, strategy.pick, **options)
         strategy.end(run.choices, run.features)
         search.runs += 1
-        search.cut += run.cut
-        if not run.cut:
-            seen.add(run.fingerprint)
+        seen.add(run.fingerprint)
         for name, count in run.checks.items():
             search.checks[name] = search.checks.get(name, 0) + count
         if progress is not None:

@@ -175,6 +175,11 @@ class Scene:
         """A number below ``n``, as the search wants it: a victim, a moment, a size."""
         return self._recording.ask(Question(n, label)) if n > 1 else 0
 
+    @property
+    def asked(self) -> int:
+        """How many choices the search has made so far."""
+        return len(self._recording.choices)
+
     # ---- its run
 
     def run(self) -> None:
@@ -208,15 +213,7 @@ class Scene:
         candidates = scheduler.candidates
         preempts = candidates[0] is scheduler.running and not candidates[0].waits_for
         names = tuple(actor.name for actor in candidates)
-        return self._recording.ask(Question(n, label, preempts, names, self._state))
-
-    def _state(self) -> object:
-        """What has happened, and where everybody is."""
-        places = tuple((actor.name, actor.state, actor.at, actor.steps) for actor in self.scheduler.actors)
-        counts = tuple(
-            (mmu.mmu_invalidate_seq, mmu.mmu_invalidate_in_progress) for mmu in self.mmus if isinstance(mmu, KvmBase)
-        )
-        return self.fingerprint.digest, places, counts
+        return self._recording.ask(Question(n, label, preempts, names))
 
     def _stop(self, violation: Violation) -> None:
         if not self._stopped:

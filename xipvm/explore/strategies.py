@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 from xipvm.errors import BadInput
-from xipvm.explore.choices import Choice, CutError, Question
+from xipvm.explore.choices import Choice, Question
 
 Feature = tuple[str, str, str, str]
 """What one actor did last, and what another did next."""
@@ -109,20 +109,13 @@ class Pct(Strategy):
 class Exhaustive(Strategy):
     """All runs with at most ``preemptions`` preemptions, each once, depth first; None for no bound.
 
-    ``root``: only those that begin with these answers. ``reduce``: a run is cut short where it comes to a state that
-    another one has gone on from, with as many preemptions left. States are told apart by what has happened up to
-    commuting steps (fingerprint.py) and by where every actor is.
-
-    Most ordering bugs need one or two (Musuvathi and Qadeer, PLDI 2007).
+    ``root``: only those that begin with these answers.
     """
 
     name = "exhaustive"
 
-    def __init__(self, preemptions: int | None = 2, *, root: Sequence[int] = (), reduce: bool = False) -> None:
+    def __init__(self, preemptions: int | None = 2, *, root: Sequence[int] = ()) -> None:
         self._bound = preemptions
-        self._seen: dict[object, int] | None = {} if reduce else None
-        """By state: how many preemptions were left when it was reached."""
-        self._left = 0
         self._root = len(root)
         self._prefix: list[int] | None = list(root)
         self._at = 0
@@ -132,23 +125,13 @@ class Exhaustive(Strategy):
     def begin(self) -> bool:
         """As long as an answer is left."""
         self._at = 0
-        self._left = -1 if self._bound is None else self._bound
         return self._prefix is not None
 
     def pick(self, question: Question) -> int:
-        """The prefix that is being tried, then 0. Raises CutError where that has been seen."""
+        """The prefix that is being tried, then 0."""
         assert self._prefix is not None
         at, self._at = self._at, self._at + 1
-        if at < len(self._prefix):
-            answer = self._prefix[at]
-            self._left -= question.preempts and answer != 0
-            return answer
-        if self._seen is not None and question.state is not None and at > 0:
-            key = question.label, question.actors, question.state()
-            if self._seen.get(key, -2) >= self._left:
-                raise CutError("seen")
-            self._seen[key] = self._left
-        return 0
+        return self._prefix[at] if at < len(self._prefix) else 0
 
     def end(self, choices: Sequence[Choice], features: frozenset[Feature]) -> None:
         """Finds the last answer behind the root that can be made another one."""
@@ -235,7 +218,7 @@ STRATEGIES: dict[str, Callable[[int | str], Strategy]] = {
 def strategy(name: str, seed: int | str = 0, *, preemptions: int | None = 2, reduce: bool = False) -> Strategy:
     """The strategy ``name``. Raises BadInput for an unknown one."""
     if name == "exhaustive":
-        return Exhaustive(preemptions, reduce=reduce)
+        return Exhaustive(preemptions)
     if name not in STRATEGIES:
         raise BadInput(f"no strategy is called {name!r}; known are {', '.join(STRATEGIES)}")
     return STRATEGIES[name](seed)
