@@ -12,8 +12,6 @@ from xipvm.explore.scene import Scenario
 from xipvm.explore.strategies import strategy
 from xipvm.mutants.mutant import Mutant, planted
 
-PROTOCOLS = ("modern", "2008")
-
 
 @dataclass
 class Catch:
