@@ -371,6 +371,28 @@ def test_files_that_are_no_swap_files_are_left_alone(tmp_path: Path) -> None:
         open_swap(SwapOption(str(empty), None))
 
 
+def test_a_swap_file_for_which_there_is_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = tmp_path / "old"
+    open_swap(SwapOption(str(old), 64 << 10)).close()
+    before = old.read_bytes()
+    empty, new = tmp_path / "empty", tmp_path / "new"
+    empty.touch()
+
+    def full(fd: int, offset: int, length: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "posix_fallocate", full)
+        for path in (old, empty, new):
+            with pytest.raises(SwapFileError, match="No space left on device"):
+                open_swap(SwapOption(str(path), 1 << 20))
+    assert (old.read_bytes(), empty.read_bytes(), new.exists()) == (before, b"", False)
+    for path in (old, empty, new):  # with room they are
+        area = open_swap(SwapOption(str(path), 1 << 20))
+        assert area.pages == 255
+        area.close()
+
+
 def test_pages_lie_behind_the_header(mm: Mm, reclaim: Reclaim, tmp_path: Path) -> None:
     path = tmp_path / "swap"
     swap_of_host = open_swap(SwapOption(str(path), 16 * PAGE))

@@ -70,22 +70,34 @@ def open_swap(option: SwapOption) -> SwapArea:
     if option.path is None:
         assert option.size is not None
         return _open_temporary(option.size)
-    try:
-        fd = os.open(option.path, os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT if option.size is not None else 0), 0o600)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        if isinstance(error, FileNotFoundError) and option.size is None:
-            reason = f"there is no such swap file; {option.path},size=128M makes one, of that size"
-        raise SwapFileError(option.path, reason) from None
+    fd, made = _open_file(option.path, option.size)
     try:
         pages = _prepare(fd, option.path, option.size)
-    except OSError as error:
+    except BaseException as error:
+        if made and not isinstance(error, SwapFileError):  # that is another run's by now
+            os.unlink(option.path)
         os.close(fd)
-        raise SwapFileError(option.path, error.strerror or str(error)) from None
-    except BaseException:
-        os.close(fd)
+        if isinstance(error, OSError):
+            raise SwapFileError(option.path, error.strerror or str(error)) from None
         raise
     return SwapArea(fd, pages - 1, PAGE_SIZE)
+
+
+def _open_file(path: str, size: int | None) -> tuple[int, bool]:
+    """A descriptor of the file, and whether that was made: with a ``size`` only. Raises SwapFileError."""
+    flags = os.O_RDWR | os.O_CLOEXEC
+    try:
+        try:
+            return os.open(path, flags), False
+        except FileNotFoundError:
+            if size is None:
+                raise
+            return os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o600), True
+    except OSError as error:
+        reason = error.strerror or str(error)
+        if isinstance(error, FileNotFoundError) and size is None:
+            reason = f"there is no such swap file; {path},size=128M makes one, of that size"
+        raise SwapFileError(path, reason) from None
 
 
 def _open_temporary(size: int) -> SwapArea:
@@ -115,9 +127,12 @@ def _prepare(fd: int, path: str, size: int | None) -> int:
         raise SwapFileError(path, "is not a swap file, and has content; name one that does not exist yet")
     if size is None:
         size = _checked(path, status.st_size & -PAGE_SIZE)
-    if status.st_size != size:
+    try:
         os.ftruncate(fd, size)
-    os.posix_fallocate(fd, 0, size)
+        os.posix_fallocate(fd, 0, size)
+    except OSError:  # no room for it: an empty file stays one that can be made a swap file
+        os.ftruncate(fd, min(size, status.st_size))
+        raise
     pages = size // PAGE_SIZE
     header = _HEADER.pack(1, pages - 1, 0, os.urandom(16), b"xipvm")
     os.pwrite(fd, header.ljust(PAGE_SIZE - len(_MAGIC), b"\0") + _MAGIC, 0)
