@@ -7,13 +7,13 @@ import sys
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from xipvm.explore.choices import Choice
-from xipvm.explore.explorer import Run, Search, replay, shrink
+from xipvm.errors import BadInput
+from xipvm.explore.explorer import Search, replay, shrink
 from xipvm.explore.files import Counterexample
 from xipvm.explore.find import KNOWN, find
 from xipvm.explore.shards import Shard, dask_executor, explore_shards, local_executor, shards_of
+from xipvm.explore.story import needed, tell
 from xipvm.mutants import planted
-from xipvm.trace.events import Event
 from xipvm.trace.show import format_event
 
 
@@ -53,12 +53,12 @@ def explore_scenario(
         return 0
     with planted(*whole.mutants):
         small = shrink(scenario, search.failing, protocol=whole.protocol)
-    _tell(small)
+        print(tell(scenario, small, protocol=whole.protocol).render())
     print(f"found by run {search.failing_at}; shrunk to {small.switches} switches, {small.preemptions} preemptions")
     assert small.failure is not None
     path = save or f"{scenario.name}.xipvm.json"
     failure = f"{small.failure.what}: {small.failure.message}"
-    Counterexample(whole.scenario, failure, _needed(small), whole.mutants, whole.protocol).save(path)
+    Counterexample(whole.scenario, failure, needed(small.choices), whole.mutants, whole.protocol).save(path)
     print(f"xipvm replay {path}")
     return 1
 
@@ -66,26 +66,29 @@ def explore_scenario(
 def replay_file(path: str, *, go_on: bool, events: bool) -> int:
     """Run the counterexample ``path`` again; 0 when it is right now, 1 when it is still wrong. Raises BadInput."""
     example = Counterexample.load(path)
-    seen: list[Event] = []
+    if "::" in example.scenario:
+        return _replay_test(example.scenario, path, go_on=go_on)
     with planted(*example.mutants):
         scenario = find(example.scenario)
-        run = replay(scenario, example.choices, strict=not go_on, sinks=[seen.append], protocol=example.protocol)
+        run = replay(scenario, example.choices, strict=not go_on, protocol=example.protocol)
+        story = tell(scenario, run, protocol=example.protocol)
     if events:
-        for event in seen:
+        for event in story.events:
             print(format_event(event))
     if run.failure is None:
         print(f"{example.scenario}: nothing is wrong; it was {example.failure}")
         return 0
-    _tell(run)
+    print(story.render())
     return 1
 
 
-def _needed(run: Run) -> list[Choice]:
-    """The choices without those at the end that are 0 anyway."""
-    choices = list(run.choices)
-    while choices and choices[-1].answer == 0:
-        choices.pop()
-    return choices
+def _replay_test(test: str, path: str, *, go_on: bool) -> int:
+    """The same for a counterexample that a test has found: the test furnishes the scene."""
+    try:
+        from xipvm.pytest_support import replay_test
+    except ImportError:
+        raise BadInput(f"{path} is a counterexample of the test {test}; it needs pytest: pip install pytest") from None
+    return replay_test(test, path, go_on=go_on)
 
 
 def _report(whole: Shard, search: Search) -> None:
@@ -94,14 +97,3 @@ def _report(whole: Shard, search: Search) -> None:
     found = "1 is wrong" if search.failing is not None else "none is wrong"
     what = f"{whole.scenario}: {whole.strategy}: {extent} ({search.runs})"
     print(f"{what}, {search.distinct} distinct, {asked} checks: {found}")
-
-
-def _tell(run: Run) -> None:
-    assert run.failure is not None
-    print(run.failure.render())
-    switches = [
-        f"  at {choice.label}: candidate {choice.answer} of {choice.n}" for choice in run.choices if choice.answer
-    ]
-    if switches:
-        print("the order, where it is not the plain one:")
-        print("\n".join(switches))
