@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import NewType
 
 Gva = NewType("Gva", int)
@@ -42,3 +43,14 @@ def format_size(size: int) -> str:
 def page_up(value: int) -> int:
     """``value`` rounded up to a page boundary."""
     return (value + PAGE_SIZE - 1) & PAGE_MASK
+
+
+def join_runs(runs: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Runs of pages, each the first one and how many, with those that follow on each other made one."""
+    joined: list[tuple[int, int]] = []
+    for first, count in runs:
+        if joined and sum(joined[-1]) == first:
+            joined[-1] = joined[-1][0], joined[-1][1] + count
+        else:
+            joined.append((first, count))
+    return joined

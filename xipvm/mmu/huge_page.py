@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from xipvm.actors import point
-from xipvm.address import PAGE_SHIFT, PAGE_SIZE
+from xipvm.address import PAGE_SHIFT, PAGE_SIZE, join_runs
 from xipvm.mmu.frames import HUGE_PAGES, PG_ANON, PG_DIRTY, PG_REFERENCED, PG_SWAPBACKED, HostMemory
 from xipvm.mmu.huge_pmd import HPAGE_SIZE, page_remove_rmap, pmdp_clear_flush
 from xipvm.mmu.hugetlb import WP_MARKER, adjust_range_if_pmd_sharing_possible
@@ -178,13 +178,7 @@ def put_pages(host: HostMemory, trace: Trace, pfns: list[int]) -> None:
     """Drops a reference to each of ``pfns``."""
     freed = [run for pfn in pfns for run in host.put_page(pfn)]
     if freed and trace.on:
-        runs: list[tuple[int, int]] = []
-        for first, count in freed:
-            if runs and sum(runs[-1]) == first:
-                runs[-1] = runs[-1][0], runs[-1][1] + count
-            else:
-                runs.append((first, count))
-        trace.emit("page_free", pages=runs)
+        trace.emit("page_free", pages=join_runs(freed))
 
 
 # ---- all entries of a compound page

@@ -17,7 +17,7 @@ from __future__ import annotations
 import errno
 from typing import TYPE_CHECKING, Final
 
-from xipvm.address import PAGE_MASK, PAGE_SHIFT, Hva, page_up
+from xipvm.address import PAGE_MASK, PAGE_SHIFT, Hva, join_runs, page_up
 from xipvm.errors import MmError
 from xipvm.mmu.frames import HUGE_PAGES
 from xipvm.mmu.huge_pmd import HPAGE_MASK, huge_up, split_huge_edges, split_huge_pmd
@@ -31,6 +31,8 @@ from xipvm.mmu.vma import TASK_SIZE, VM_HUGETLB, VM_LOCKED, Vma
 from xipvm.notifier import RangeEvent
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from xipvm.mmu.mm import Mm
 
 MREMAP_MAYMOVE: Final = 1
@@ -168,7 +170,7 @@ def _move_page_tables(mm: Mm, addr: int, length: int, new_addr: int) -> None:
         return
     trace = mm.trace
     if trace.on:
-        end, pages = addr + length, _runs([entry for _, entry in moved if entry & MAPPED])
+        end, pages = addr + length, _frames(entry for _, entry in moved if entry & MAPPED)
         trace.emit("pte_move", mm=mm.name, start=addr, end=end, to=new_addr, length=length >> PAGE_SHIFT, pages=pages)
     mm.flush_tlb_range(addr, addr + length)
 
@@ -209,12 +211,5 @@ def _split_for_move(mm: Mm, start: int, end: int, distance: int) -> None:
             split_huge_pmd(mm, page << PAGE_SHIFT)
 
 
-def _runs(entries: list[int]) -> list[tuple[int, int]]:
-    runs: list[tuple[int, int]] = []
-    for entry in entries:
-        pfn, count = pte_pfn(entry), HUGE_PAGES if entry & HUGE else 1
-        if runs and pfn == sum(runs[-1]):
-            runs[-1] = runs[-1][0], runs[-1][1] + count
-        else:
-            runs.append((pfn, count))
-    return runs
+def _frames(entries: Iterable[int]) -> list[tuple[int, int]]:
+    return join_runs((pte_pfn(entry), HUGE_PAGES if entry & HUGE else 1) for entry in entries)

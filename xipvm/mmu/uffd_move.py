@@ -16,7 +16,7 @@ from __future__ import annotations
 import errno
 from typing import TYPE_CHECKING, Final
 
-from xipvm.address import PAGE_SHIFT, PAGE_SIZE
+from xipvm.address import PAGE_SHIFT, PAGE_SIZE, join_runs
 from xipvm.errors import MmError
 from xipvm.mmu.frames import ZERO_PFN
 from xipvm.mmu.huge_page import split_if_compound
@@ -195,19 +195,9 @@ def _move_run(mm: Mm, target: Vma, dst: int, src: int, length: int) -> int:
         done += PAGE_SIZE
     if mm.trace.on:
         pages = done >> PAGE_SHIFT
-        mm.trace.emit("pte_move", mm=mm.name, start=src, end=src + done, to=dst, length=pages, pages=_runs(moved))
+        mm.trace.emit("pte_move", mm=mm.name, start=src, end=src + done, to=dst, length=pages, pages=join_runs(moved))
     mm.flush_tlb_range(src, src + done)
     return done
-
-
-def _runs(pages: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    runs: list[tuple[int, int]] = []
-    for pfn, count in pages:
-        if runs and sum(runs[-1]) == pfn:
-            runs[-1] = runs[-1][0], runs[-1][1] + count
-        else:
-            runs.append((pfn, count))
-    return runs
 
 
 def _move_nonpresent(mm: Mm, target: Vma, dst: int, src: int, entry: int) -> int:
