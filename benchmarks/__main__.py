@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.status import Status
 from rich.table import Table
 
-from benchmarks import flash, kernels, memory, operations, startup
+from benchmarks import explore, flash, kernels, memory, operations, startup
 from benchmarks.harness import Bench, Benchmark, Figure, MissingPeerError, Spread
 from benchmarks.peers import RAW_UNICORN, qemu_version
 
@@ -36,6 +36,9 @@ BENCHMARKS: dict[str, Benchmark] = {
     "metadata": operations.metadata,
     "modeswitch": flash.modeswitch,
     "trace": kernels.trace,
+    "check": explore.check,
+    "interleavings": explore.interleavings,
+    "campaign": explore.campaign,
     "hello": startup.hello,
     "uboot": startup.uboot,
 }

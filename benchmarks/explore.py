@@ -1,0 +1,96 @@
+"""The oracle and the explorer: what judging costs a run, how many interleavings a minute are searched."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from functools import partial
+
+from benchmarks.harness import Bench, Figure, Target, compare, value
+from benchmarks.machines import guest, timed
+from xipvm.check import Oracle
+from xipvm.explore import explore, strategy
+from xipvm.explore.find import KNOWN
+from xipvm.explore.shards import Shard, explore_shards, local_executor, run_shard, shards_of
+from xipvm.machine import Machine
+from xipvm.trace.funnel import Trace
+
+_MS = 1e3
+_MINUTE = 60.0
+_SLICE = 100
+"""Runs of a scenario, a protocol and a strategy in a round of the campaign."""
+
+
+def check(bench: Bench) -> Iterator[Figure]:
+    """Runs that the oracle judges while they go on, ms: a guest that faults all the time, and one that does not."""
+
+    def run(name: str, judged: bool) -> float:
+        trace, oracle = Trace(), Oracle()
+        if judged:
+            trace.attach(oracle)
+        with Machine(guest=guest(name), trace=trace) as machine:
+            seconds = timed(machine)
+            if judged:
+                trace.detach(oracle)
+        if oracle.violations:
+            raise RuntimeError(oracle.violations[0].render())
+        return seconds * _MS
+
+    for name, what, limit in (("coldfault", "faults all the time", 2.0), ("sort", "calm", 1.05)):
+        times = bench.rounds(plain=partial(run, name, False), judged=partial(run, name, True))
+        yield compare(what, times["judged"], "not judged", times["plain"], unit="ms", target=Target(limit))
+
+
+def interleavings(bench: Bench) -> Iterator[Figure]:
+    """Interleavings a minute on one core: scripted accesses, and a real guest; and how two processes scale."""
+
+    def rate(name: str, runs: int) -> float:
+        start = time.process_time()
+        search = explore(KNOWN[name], strategy("random", 1), runs=runs)
+        if search.failing is not None:
+            raise RuntimeError(f"{name} is wrong: {search.failing.failure}")
+        return search.runs / (time.process_time() - start) * _MINUTE
+
+    def wall(jobs: int) -> float:
+        whole = Shard("fault-against-munmap", "random", "1", 6000)
+        with local_executor(jobs) as pool:
+            explore_shards(shards_of(whole, pieces=8)[:jobs], pool)  # everybody is there
+            start = time.perf_counter()
+            explore_shards(shards_of(whole, pieces=8), pool)
+            return time.perf_counter() - start
+
+    for name, runs, least in (("fault-against-munmap", 2000, 20_000), ("guest-against-fork", 200, 2_000)):
+        rates = bench.rounds(rate=partial(rate, name, runs))["rate"]
+        yield value(name, rates, unit="a minute", target=Target(least, at_least=True, of_value=True))
+    times = bench.rounds(one=partial(wall, 1), two=partial(wall, 2))
+    yield compare(
+        "two processes against one", times["one"], "two", times["two"], unit="s", target=Target(1.8, at_least=True)
+    )
+
+
+def campaign(bench: Bench) -> Iterator[Figure]:
+    """The right system: every scenario, protocol and strategy, on all cores; a round (--repeat) is some 10 000 runs."""
+    prints: dict[tuple[str, str], set[str]] = {}
+    runs = wrong = checks = 0
+    with local_executor(os.cpu_count() or 1) as pool:
+        for number in range(bench.repeat):
+            shards = [
+                Shard(name, by, f"campaign/{number}", _SLICE, protocol=protocol)
+                for name, scenario in KNOWN.items()
+                for protocol in scenario.protocols
+                for by in ("random", "pct", "coverage")
+            ]
+            for shard, result in zip(shards, pool.map(run_shard, shards), strict=True):
+                runs += result.runs
+                checks += sum(result.checks.values())
+                prints.setdefault((shard.scenario, shard.protocol), set()).update(result.fingerprints)
+                if result.failing is not None:
+                    wrong += 1
+                    print(f"{shard}: {result.failing.failure}", file=sys.stderr)
+            bench.say(f"round {number + 1}/{bench.repeat}: {runs} runs, {wrong} wrong")
+    yield value("runs", [runs], unit="runs")
+    yield value("distinct, up to commuting steps", [sum(map(len, prints.values()))], unit="runs")
+    yield value("invariants asked", [checks], unit="times")
+    yield value("reports", [wrong], unit="", target=Target(0, of_value=True))
