@@ -130,6 +130,8 @@ class Machine:
             raise BadInput(f"no secondary MMU is called {secondary!r}; known are {', '.join(SECONDARIES)}")
         if storm is not None and clock != "instructions":
             raise BadInput("a storm needs the instructions clock")
+        if storm is not None and pin_sptes:
+            raise BadInput("a storm has the host copy pages, which a guest with pinned ones does not see")
         image = None if guest is None else ElfImage.open(guest)
         if board is None:
             if image is None:

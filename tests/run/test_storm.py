@@ -141,6 +141,22 @@ def test_a_storm_finds_what_was_forgotten(mutant: object, monkeypatch: pytest.Mo
     assert any(found)
 
 
+def test_what_2008_did_not_have_is_not_done() -> None:
+    def run(storm: Storm | None) -> tuple[int, str, bytes]:
+        output = io.BytesIO()
+        elf = guest("faults", "riscv64")
+        with Machine(elf, console=Console(output), storm=storm, protocol="2008") as machine:
+            result = machine.run()
+        return result.status, result.reason, output.getvalue()
+
+    storm = Storm(1)
+    assert run(storm) == run(None)
+    later = {"cold", "collapse", "khugepaged", "mergeable", "uffd-wp"} & {*OPERATIONS}
+    assert not later & {*storm.done}
+    assert later & {*storm.refused}
+    assert storm.done["migrate"]
+
+
 def test_what_a_storm_may_be() -> None:
     storm = parse_storm("7,rate=50,ops=migrate+ksm")
     assert (storm.seed, storm.rate) == (7, 50)
@@ -149,6 +165,8 @@ def test_what_a_storm_may_be() -> None:
             parse_storm(text)
     with pytest.raises(BadInput, match="instructions clock"):
         Machine(guest("hello", "arm64"), clock="host", storm=Storm(1))
+    with pytest.raises(BadInput, match="pinned"):
+        Machine(guest("hello", "arm64"), pin_sptes=True, storm=Storm(1))
     with Machine(guest("hello", "arm64"), storm=storm), pytest.raises(BadInput, match="one machine"):
         Machine(guest("hello", "arm64"), storm=storm)
 

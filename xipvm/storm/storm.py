@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
 from xipvm.actors import on_point, on_wait
-from xipvm.errors import BadInput, DeadlockError, MmError, OutOfFrames
+from xipvm.errors import BadInput, DeadlockError, MmError, OutOfFrames, ProtocolUnsupported
 from xipvm.storm.choices import Choices
 from xipvm.storm.operations import OPERATIONS, Operation
 from xipvm.storm.world import World
@@ -160,6 +160,8 @@ class Storm:
             operation.run(world)
         except OutOfFrames:
             error = errno.ENOMEM
+        except ProtocolUnsupported:
+            error = errno.EOPNOTSUPP
         except MmError as refusal:
             # While something is away for a moment, the host process may fail to get at it.
             if refusal.errno not in _ALLOWED and not (refusal.errno == errno.EFAULT and world.lowered):
