@@ -9,6 +9,8 @@ import pytest
 
 from xipvm.locks import checking
 
+pytest_plugins = ["pytester"]  # tests/plugin runs pytest
+
 
 @pytest.fixture
 def checked_locks() -> Iterator[None]:

@@ -30,7 +30,6 @@ from xipvm.machine import Machine
 from xipvm.testing import plain_scene
 from xipvm.trace.expect import TraceLog
 from xipvm.trace.funnel import Trace
-from xipvm.trace.show import format_event
 
 SHRINK: Final = 500
 """Runs that may be spent on making a counterexample smaller."""
@@ -270,7 +269,7 @@ def _replayed(item: pytest.Function, scenario: Furnish, name: str, plan: Plan, p
     except DriftError as error:
         pytest.fail(f"{error}\n--xipvm-continue goes on from there in the plain order", False)
     if run.failure is not None:
-        _fail(item, scenario, run, plan, path, f"as {path} has it")
+        _fail(item, scenario, run, plan, path, f"as {_here(item, path)} has it")
     return Search(runs=1)
 
 
@@ -279,7 +278,7 @@ def _fail(item: pytest.Function, scenario: Furnish, run: Run, plan: Plan, path: 
     __tracebackhide__ = True
     story = tell(scenario, run, **plan.options)
     if item.config.getoption("xipvm_replay") is not None:
-        item.add_report_section("call", _EVENTS, "\n".join(map(format_event, story.events)))
+        item.add_report_section("call", _EVENTS, story.timeline())
     extent = f"{_number(run.switches, 'switch', 'es')}, {_number(run.preemptions, 'preemption', 's')}"
     file = _here(item, path)
     lines = [story.render(), f"{how}; {extent}", f"again: xipvm replay {file}"]

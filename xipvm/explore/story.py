@@ -13,6 +13,7 @@ from xipvm.explore.choices import Choice, Question, Replay
 from xipvm.explore.explorer import Failure, Run, run_once
 from xipvm.explore.scene import Furnish, Scenario, Scene
 from xipvm.trace.events import Event
+from xipvm.trace.timeline import timeline
 
 _HERE: Final = Path(__file__).parent
 _INSIDE: Final = (str(_HERE), str(_HERE.parent / "scheduler.py"), str(_HERE.parent / "pytest_"))
@@ -26,6 +27,11 @@ class Story:
     run: Run
     turns: list[str] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
+
+    def timeline(self) -> str:
+        """Every event, a column for each actor; an arrow where it became wrong."""
+        failure = self.run.failure
+        return timeline(self.events, [failure.violation.event] if failure is not None and failure.violation else [])
 
     def render(self) -> str:
         """Several lines: what is wrong, then the order."""
@@ -52,8 +58,8 @@ def tell(scenario: Furnish, run: Run, **options: Any) -> Story:
     if again.failure is not None:
         story.run = again
         if again.failure.violation is not None:  # what follows is only the end of the scene
-            last = again.failure.violation.event.seq
-            story.events = [event for event in story.events if event.seq <= last]
+            last = again.failure.violation.event  # which the oracle kept from those behind it
+            story.events = [*(event for event in story.events if event.seq < last.seq), last]
     return story
 
 
