@@ -299,6 +299,18 @@ def test_a_use_that_is_forgotten_before_somebody_asks(story: Story) -> None:
     assert story.broken() == ["I9"]
 
 
+def test_a_use_that_another_operation_had_forgotten(story: Story) -> None:
+    """Reclaim works inside an allocation that some operation makes while its range is open."""
+    seq = story.emit("mmu_notifier_invalidate_range_start", mm="mm0", start=HVA, end=HVA + PAGE, event="CLEAR", range=1)
+    with story.trace.because(seq):
+        story.zap()
+        story.flush()
+    with story.trace.because(story.emit("storm", operation="reclaim", where="notifier.range_start.done")):
+        story.emit("mmu_notifier_clear_flush_young", mm="mm0", start=HVA, end=HVA + PAGE, young=False)
+    story.end()
+    assert story.broken() == []
+
+
 def test_a_dirty_log_while_a_tlb_still_writes(story: Story) -> None:
     story.emit("dirty_log", vm="vm0", slot=0)
     assert story.broken() == [], "an entry that may be written was told of when it became so"

@@ -111,7 +111,7 @@ class Oracle:
 
     def _on_mmu_notifier_invalidate_range_start(self, event: Event, fields: Fields) -> None:
         start, end = fields["start"] >> PAGE_SHIFT, -(-fields["end"] >> PAGE_SHIFT)
-        opened = Range(fields["range"], fields["mm"], start, end, event.actor, event.seq)
+        opened = Range(fields["range"], fields["mm"], start, end, event.actor, event.seq, event.cause)
         self.checks["I6"] += 1
         if (opened.mm, opened.id) in self._world.open:
             self._broken("I6", f"range {opened.id} begins, but it is open already", event, hva=fields["start"])
@@ -411,8 +411,10 @@ class Oracle:
             process.aged.discard(page)
             if young:
                 continue
+            # Another operation that asks while the range is open, on the same stack or not, has no way to know.
+            asker = (event.actor, event.cause)
             swallowed = next(
-                (range for range in world.covering(mm, page) if range.actor == event.actor and page in range.young),
+                (open for open in world.covering(mm, page) if (open.actor, open.cause) == asker and page in open.young),
                 None,
             )
             hva = page << PAGE_SHIFT

@@ -33,6 +33,8 @@ class Range:
     end: int
     actor: str
     seq: int
+    cause: int
+    """What its operation is done for, as all of that operation's events say."""
     returned: bool = False
     """Every notifier has been told."""
     young: set[int] = field(default_factory=set)
