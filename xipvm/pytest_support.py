@@ -259,7 +259,7 @@ def _replayed(item: pytest.Function, scenario: Furnish, name: str, plan: Plan, p
     __tracebackhide__ = True
     example = Counterexample.load(path)
     if _tail(example.scenario) != _tail(name):
-        if example.scenario.startswith(item.nodeid) or " " in name:  # another search of the same test
+        if _tail(_test_of(example.scenario)) == _tail(item.nodeid):  # another search of the same test
             return Search()
         pytest.skip(f"{path} is a counterexample of {example.scenario}")
     plan = replace(plan, protocol=example.protocol)
@@ -304,6 +304,12 @@ def _tail(name: str) -> str:
     return f"{Path(path).name}::{test}" if separator else name
 
 
+def _test_of(name: str) -> str:
+    """The test in which a search called ``name`` was: without the scenario's own name, which the fixture appends."""
+    test, _, scenario = name.rpartition(" ")
+    return test if "::" in test and re.fullmatch(r"[\w-]+", scenario) else name
+
+
 def _here(item: pytest.Function, path: Path) -> str:
     """``path`` as seen from where pytest was started, if it is below."""
     start = item.config.invocation_params.dir
@@ -315,7 +321,7 @@ def replay_test(scenario: str, path: str, *, go_on: bool) -> int:
 
     The exit status is that of ``xipvm replay``: 0 when it is right now, 1 when it is still wrong, 2 for neither.
     """
-    test = scenario.rpartition(" ")[0] if re.fullmatch(r"[\w-]+", scenario.rpartition(" ")[2]) else scenario
+    test = _test_of(scenario)
     file = test.partition("::")[0]
     for folder in (Path.cwd(), *Path(path).resolve().parents):
         if (folder / file).is_file():

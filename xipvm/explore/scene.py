@@ -183,7 +183,12 @@ class Scene:
     # ---- its run
 
     def run(self) -> None:
-        """Run the actors to their end and check. Raises whatever is wrong: BrokenError, XipvmError, AssertionError."""
+        """Run the actors to their end and check. Raises whatever is wrong: BrokenError, XipvmError, AssertionError.
+
+        Does nothing when the oracle has found something before.
+        """
+        if self._stopped:
+            return
         with locks.checking():
             self.scheduler.run()
         for function in self._afterwards:
