@@ -196,6 +196,14 @@ class TestHtif:
         assert exits == [("htif exit", 3)]
         assert clock.next_deadline() is None
 
+    def test_a_32_bit_store_that_is_repeated_for_ever_is_taken(self) -> None:
+        """riscv-tests' old environment ends in a loop that stores the low word, and nothing else."""
+        htif, clock, _, _, exits = self.make()
+        for _ in range(200):
+            htif.write(self.TOHOST, 4, 5)
+            clock.advance(10)
+        assert exits[0] == ("htif exit", 2)
+
     def test_an_odd_character_is_no_exit(self) -> None:
         htif, clock, _, console, exits = self.make()
         for byte in b"ace\n":

@@ -2,8 +2,9 @@
 
 The device takes the place of the page or pages that hold the two symbols, and is plain storage everywhere
 else in them. A command is 64 bits, (device << 56 | command << 48 | payload), and counts when its upper half
-is written, for a 64-bit store arrives lower half first. Some programs store 32 bits only: a lower half that
-stands alone for ``_PATIENCE`` of virtual time counts too. A command that was taken is cleared.
+is written, for a 64-bit store arrives lower half first. Some programs store 32 bits only, for ever: ``_PATIENCE`` of
+virtual time after the first lower half that stands alone, what is there then counts. A command that was taken is
+cleared.
 
 Device 0 is the system call proxy: payload bit 0 set ends the run with status payload >> 1; otherwise the
 payload is the address of a call block (number, three arguments, 64 bits each), of which write to the
@@ -90,12 +91,11 @@ class Htif:
         self.storage[offset : offset + size] = value.to_bytes(size, "little")
         if offset + size <= self._tohost or offset >= self._tohost + 8:
             return
-        if self._waiting is not None:
-            self._clock.cancel(self._waiting)
-            self._waiting = None
         if offset + size > self._tohost + 4:
+            if self._waiting is not None:
+                self._clock.cancel(self._waiting)
             self._command()
-        else:
+        elif self._waiting is None:  # a program that stores again and again must not put it off for ever
             self._waiting = self._clock.call_at(self._clock.now + _PATIENCE, self._command)
 
     def _command(self) -> None:
