@@ -248,7 +248,7 @@ class Every:
         brackets = _Brackets(log, start if end is None else (start, end), same)
         bad = [at for at in self._places if any(brackets.around(at, key) is None for key in self._wanted(at, same))]
         if bad:
-            message = f"every {self._words} between {brackets.words}{_sharing(same)}: {_list(log, bad)} not"
+            message = f"every {self._words} between {brackets.words}: {_list(log, bad)} not"
             log._fail(message, self._related(bad, same, brackets.places), bad)
         return self
 
