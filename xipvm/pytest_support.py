@@ -227,6 +227,7 @@ class Explorer:
 def hunt(item: pytest.Function, scenario: Furnish, name: str, plan: Plan) -> Search:
     """Search ``scenario``, called ``name`` in counterexamples; fail the test with all that is known of a wrong run."""
     __tracebackhide__ = True
+    scenario = _caught(scenario)
     plan = plan.of(item.config)
     for invariant in plan.invariants or ():
         if invariant not in INVARIANTS:
@@ -253,6 +254,27 @@ def hunt(item: pytest.Function, scenario: Furnish, name: str, plan: Plan) -> Sea
         Counterexample(name, what, needed(small.choices), protocol=plan.protocol).save(path)
         _fail(item, scenario, small, plan, path, f"found by run {search.failing_at} of {plan.n} ({plan})")
     return search
+
+
+def _caught(scenario: Furnish) -> Furnish:
+    """``scenario``, where pytest.fail, and pytest.raises around what does not raise, make a run wrong.
+
+    pytest's own exceptions are none to be caught: they would end the search, not the run.
+    """
+
+    def furnish(scene: Scene) -> None:
+        scenario(scene)
+        run = scene.run
+
+        def caught() -> None:
+            try:
+                run()
+            except pytest.fail.Exception as error:
+                raise AssertionError(error.msg).with_traceback(error.__traceback__) from None
+
+        scene.run = caught  # type: ignore[method-assign]
+
+    return replace(scenario, furnish=furnish) if isinstance(scenario, Scenario) else furnish
 
 
 def _replayed(item: pytest.Function, scenario: Furnish, name: str, plan: Plan, path: Path) -> Search:

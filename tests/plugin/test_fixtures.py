@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import tomllib
+
 import pytest
 
 from tests.plugin.conftest import Run
-from tests.run.command import guest
+from tests.run.command import ROOT, guest
 
 
 def test_nothing_of_xipvm_is_imported_for_who_does_not_use_it(pytester: pytest.Pytester) -> None:
@@ -23,6 +26,18 @@ def test_nothing_of_xipvm_is_imported_for_who_does_not_use_it(pytester: pytest.P
     )
     options = ("-p", "xipvm.pytest_plugin", "-p", "no:hypothesispytest")
     pytester.runpytest_subprocess(*options).assert_outcomes(passed=1)
+
+
+def test_installing_is_enough(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    installed = pytester.mkdir("site") / "xipvm-0.dist-info"
+    installed.mkdir()
+    installed.joinpath("METADATA").write_text("Metadata-Version: 2.1\nName: xipvm\nVersion: 0\n")
+    lines = [f"{name} = {module}" for name, module in project["entry-points"]["pytest11"].items()]
+    installed.joinpath("entry_points.txt").write_text("\n".join(["[pytest11]", *lines, ""]))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(installed.parent)]))
+    pytester.makepyfile("def test_mine(mm, trace, scene, explore, machine): pass")
+    pytester.runpytest_subprocess("-W", "error").assert_outcomes(passed=1)
 
 
 def test_an_mm_is_judged_and_scanned(pytester: pytest.Pytester, run: Run) -> None:
@@ -117,7 +132,6 @@ def test_machines_are_judged_and_closed(pytester: pytest.Pytester, run: Run) -> 
 
         def test_told_by_the_oracle(machine):
             wrong = machine(HELLO)
-            kvm = wrong.secondary if hasattr(wrong, "secondary") else wrong.kvm
             wrong.run()
             wrong.trace.emit("page_free", pages=[(1, 1)])
             wrong.trace.emit("page_free", pages=[(1, 1)])

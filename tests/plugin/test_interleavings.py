@@ -151,6 +151,30 @@ def test_an_assertion_of_the_test_s_own(pytester: pytest.Pytester, run: Run) -> 
     assert "explorer.py" not in result.stdout.str()
 
 
+def test_pytest_s_own_failures_make_a_run_wrong(pytester: pytest.Pytester, run: Run) -> None:
+    pytester.makepyfile(
+        """
+        import pytest
+        from xipvm.testing import point
+
+        @pytest.mark.interleavings(100)
+        def test_raises(scene):
+            order = []
+            for name in "ab":
+                scene.actor(name, order.append, name)
+
+            def check():
+                with pytest.raises(ValueError):
+                    order.index("c" if order == ["a", "b"] else "a")
+
+            scene.afterwards(check)
+        """
+    )
+    result = run()
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines(["AssertionError: DID NOT RAISE *", "  at start: b goes on", "again: xipvm replay *"])
+
+
 def test_what_fails_before_anything_runs_is_an_ordinary_failure(pytester: pytest.Pytester, run: Run) -> None:
     pytester.makepyfile(
         """
