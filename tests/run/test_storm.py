@@ -141,6 +141,23 @@ def test_a_storm_finds_what_was_forgotten(mutant: object, monkeypatch: pytest.Mo
     assert any(found)
 
 
+@pytest.mark.parametrize("isa", ISAS)
+def test_when_the_host_looks_after_things_is_not_to_be_seen(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A flush without a kick, and what falls due at the block at which a tick stops the guest."""
+
+    def events(tick: float) -> list[Event]:
+        monkeypatch.setattr("xipvm.machine.TICK", tick)
+        found: list[Event] = []
+        trace = Trace()
+        trace.attach(found.append)
+        storm = Storm(1, rate=2000, ops=["flush", "thread", "get-dirty-log", "dirty-log"])
+        with Machine(guest("pages", isa), trace=trace, console=Console(io.BytesIO()), storm=storm) as machine:
+            machine.run(max_instructions=50_000)
+        return found
+
+    assert events(0.0001) == events(0.02)
+
+
 def test_what_2008_did_not_have_is_not_done() -> None:
     def run(storm: Storm | None) -> tuple[int, str, bytes]:
         output = io.BytesIO()

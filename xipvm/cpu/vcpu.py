@@ -142,9 +142,15 @@ class Vcpu:
     # What the secondary MMU calls
 
     def flush_tlb(self, reason: str) -> None:
-        """Drop every cached translation; done when the call returns."""
+        """Drop every cached translation; done when the call returns.
+
+        The guest is left at its next block, as by :meth:`kick`: chained code would look its page up again only when
+        something else happens to stop it, and a trace tells when it does.
+        """
         self._mmio.clear()
         self.engine.flush_tlb(reason)
+        if self.engine.in_guest:
+            self.engine.leave(core.KICK_FLUSH)
 
     def kick(self, reason: str) -> None:
         """Have the vCPU leave the guest at its next block, so that no chained code runs on."""
@@ -192,6 +198,11 @@ class Vcpu:
                     # It came while an exception was being delivered, and must not wait for the guest's next block.
                     engine.kick &= ~core.KICK_SIGNAL
                     return Leave.KICK
+                # Also when a signal has ended the last call at this very block: to enter the guest is to look it up.
+                if self.stop_at is not None and engine.ticks >= self.stop_at:
+                    return Leave.BUDGET
+                if self.pause_at is not None and self.on_pause is not None and engine.ticks >= self.pause_at:
+                    self.pause_at = self.on_pause()
                 # An interrupt is taken at the first block at which the guest lets it; where signals stop the engine
                 # makes no difference to that.
                 waiting = isa.interrupt_waits()
@@ -213,10 +224,6 @@ class Vcpu:
                     return leave
                 if attention():
                     return Leave.KICK
-                if self.stop_at is not None and engine.ticks >= self.stop_at:
-                    return Leave.BUDGET
-                if self.pause_at is not None and self.on_pause is not None and engine.ticks >= self.pause_at:
-                    self.pause_at = self.on_pause()
         finally:
             self.trace.actor = "host"
 
