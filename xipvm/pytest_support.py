@@ -19,11 +19,12 @@ import pytest
 from xipvm.check import INVARIANTS, Oracle, Violation
 from xipvm.errors import BadInput
 from xipvm.explore.choices import DriftError, Replay
-from xipvm.explore.explorer import Run, Search, explore, run_once, shrink
+from xipvm.explore.explorer import Run, Search, explore, run_once
 from xipvm.explore.explorer import replay as run_again
 from xipvm.explore.files import Counterexample
 from xipvm.explore.find import find
 from xipvm.explore.scene import BrokenError, Furnish, Scenario, Scene
+from xipvm.explore.shrink import shrink
 from xipvm.explore.story import needed, tell
 from xipvm.explore.strategies import strategy
 from xipvm.machine import Machine

@@ -8,10 +8,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from xipvm.errors import BadInput
-from xipvm.explore.explorer import Search, replay, shrink
+from xipvm.explore.explorer import Search, replay
 from xipvm.explore.files import Counterexample
 from xipvm.explore.find import KNOWN, find
 from xipvm.explore.shards import Shard, dask_executor, explore_shards, local_executor, shards_of
+from xipvm.explore.shrink import shrink
 from xipvm.explore.story import needed, tell
 from xipvm.mutants import planted
 from xipvm.trace.show import format_event

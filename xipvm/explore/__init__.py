@@ -1,8 +1,9 @@
 """Searching the interleavings: scenarios, strategies, replay, shrinking."""
 
 from xipvm.explore.choices import Choice, DriftError
-from xipvm.explore.explorer import Failure, Run, Search, explore, replay, run_once, shrink
+from xipvm.explore.explorer import Failure, Run, Search, explore, replay, run_once
 from xipvm.explore.scene import Scenario, Scene, scenario
+from xipvm.explore.shrink import shrink
 from xipvm.explore.strategies import STRATEGIES, strategy
 
 __all__ = [

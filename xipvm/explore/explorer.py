@@ -74,15 +74,25 @@ class Search:
         return len(self.fingerprints)
 
 
-def run_once(scenario: Furnish, pick: Pick, *, sinks: Sequence[Callable[[Event], None]] = (), **options: Any) -> Run:
-    """One run of ``scenario``. Raises DriftError as ``pick`` does, and nothing for what is wrong with the run."""
+def run_once(
+    scenario: Furnish,
+    pick: Pick,
+    *,
+    sinks: Sequence[Callable[[Event], None]] = (),
+    limit: int = LIMIT,
+    **options: Any,
+) -> Run:
+    """One run of ``scenario``, with at most ``limit`` questions.
+
+    Raises DriftError as ``pick`` does, and nothing for what is wrong with the run.
+    """
     asked = 0
 
     def limited(question: Question) -> int:
         nonlocal asked
         asked += 1
-        if asked > LIMIT:
-            raise LivelockError(f"it does not end: {LIMIT} choices, the last at {question.label}")
+        if asked > limit:
+            raise LivelockError(f"it does not end: {limit} choices, the last at {question.label}")
         return pick(question)
 
     recording = Recording(limited)
@@ -167,53 +177,3 @@ def replay(scenario: Furnish, choices: Sequence[Choice], *, strict: bool = True,
     if run.failure is None:
         answers.finish()
     return run
-
-
-def shrink(scenario: Furnish, run: Run, *, budget: int = 500, **options: Any) -> Run:
-    """A shorter run that is wrong in the same way: fewer switches, then fewer questions.
-
-    Tries to answer whole stretches, then single questions, with 0, and to cut the end off. ``budget`` runs at most.
-    """
-    if run.failure is None:
-        raise BadInput("a run that is right cannot be shrunk")
-    what = run.failure.what
-    best = run
-
-    def attempt(answers: Sequence[Choice]) -> bool:
-        nonlocal best, budget
-        if budget <= 0:
-            return False
-        budget -= 1
-        found = run_once(scenario, Replay(answers), **options)
-        if found.failure is None or found.failure.what != what:
-            return False
-        if _size(found) >= _size(best):
-            return False
-        best = found
-        return True
-
-    improved = True
-    while improved and budget > 0:
-        improved = False
-        stretch = len(best.choices)
-        while stretch:
-            at = 0
-            while at < len(best.choices):
-                choices = best.choices
-                piece = choices[at : at + stretch]
-                if any(choice.answer for choice in piece):
-                    calm = [*choices[:at], *(choice._replace(answer=0) for choice in piece), *choices[at + stretch :]]
-                    if attempt(calm) or attempt(choices[:at]):
-                        improved = True
-                        continue
-                at += stretch
-            stretch //= 2
-        for at, choice in enumerate(best.choices):  # another actor may do as well, and end sooner
-            if choice.answer > 1 and attempt([*best.choices[:at], choice._replace(answer=1), *best.choices[at + 1 :]]):
-                improved = True
-                break
-    return best
-
-
-def _size(run: Run) -> tuple[int, int, int]:
-    return run.switches, sum(1 for choice in run.choices if choice.answer), len(run.choices)

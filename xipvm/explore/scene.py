@@ -88,6 +88,7 @@ class Scene:
         self._afterwards: list[Callable[[], object]] = []
         self._undo: list[Callable[[], object]] = []
         self._stopped = False
+        self._ended = False
         self.fingerprint = Fingerprint()
         """What has happened, up to commuting steps."""
         self.trace.attach(self.fingerprint)
@@ -202,15 +203,18 @@ class Scene:
                 raise AssertionError(f"the guest did not end with status 0: {vcpus.exit}")
         for mmu in self.mmus:
             check_mmu(mmu)
+        self._ended = True
 
     def close(self) -> None:
-        """Give everything back; nothing is judged any more."""
-        self._stopped = True
+        """Give everything back; nothing is judged any more. What was left broken may resist, and is left then."""
+        broken, self._stopped = not self._ended, True
         self.trace.detach(self.oracle)
-        for undo in reversed(self._undo):
-            undo()
-        for mm in self.mms:
-            mm.exit()
+        for undo in (*reversed(self._undo), *(mm.exit for mm in self.mms)):
+            try:
+                undo()
+            except XipvmError:
+                if not broken:
+                    raise
         self.host.close()
 
     def _choose(self, n: int, label: str) -> int:

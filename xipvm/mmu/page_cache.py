@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from xipvm.actors import point
 from xipvm.address import PAGE_SHIFT, PAGE_SIZE, page_up
-from xipvm.errors import MmError
+from xipvm.errors import InternalError, MmError
 from xipvm.locks.lock import RwLock
 from xipvm.locks.order import INODE_LOCK, INVALIDATE_LOCK
 from xipvm.mmu.file import AddressSpace, FaultResult, VmFault
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from xipvm.trace.funnel import Trace
 
 _ALL_PAGES = TASK_SIZE >> PAGE_SHIFT
+_EVICT_TRIES = 1000
+"""How often a page that leaves the cache is unmapped: more faults do not come in between."""
 
 
 class PageCache(AddressSpace):
@@ -131,10 +133,14 @@ class PageCache(AddressSpace):
         for pgoff in [pgoff for pgoff in self.shadows if first <= pgoff < end]:
             del self.shadows[pgoff]
         for pgoff in sorted(pgoff for pgoff in self.pages if first <= pgoff < end):
+            tries = 0
             while (pfn := self.pages.get(pgoff)) is not None:
                 with self.rmap.page_lock(pfn):
                     if self.host.mapcount(pfn):  # by a fault that came since its entries were taken away
                         unmap_mapping_range(self, pgoff, 1, even_cows=False)
+                        tries += 1
+                        if tries > _EVICT_TRIES:
+                            raise InternalError(f"{self.name}: page {pgoff:#x} is mapped where nobody finds it")
                     elif self.pages.get(pgoff) == pfn:
                         self._drop(pgoff)
 

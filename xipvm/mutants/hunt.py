@@ -1,16 +1,28 @@
-"""Hunting mutants: which searches find a planted fault, after how many runs, and how small it can be made."""
+"""Hunting mutants: which searches find a planted fault, after how many runs, and how small it can be made.
+
+A hunt goes over all scenarios in rounds, with more runs in each, so that what is easy somewhere is found soon whatever
+comes first. Scenarios do not know of mutants, and no mutant says where it is to be found.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, Final
 
 from xipvm.check import INVARIANTS
-from xipvm.explore.explorer import Run, explore, shrink
+from xipvm.explore.explorer import Run, run_once
 from xipvm.explore.scene import Scenario
-from xipvm.explore.strategies import strategy
+from xipvm.explore.shrink import shrink
+from xipvm.explore.strategies import Strategy, strategy
 from xipvm.mutants.mutant import Mutant, planted
+
+STRATEGIES: Final = ("pct", "random", "exhaustive", "coverage")
+ROUND: Final = 20
+"""Runs of a scenario in the first round; each further round makes twice as many."""
+LIMIT: Final = 1_000
+"""Questions after which a run counts as a livelock; right ones ask less than a quarter of that."""
 
 
 @dataclass
@@ -20,11 +32,14 @@ class Catch:
     strategy: str
     runs: int = 0
     distinct: int = 0
+    """Runs, before it was found, that differ in more than the order of steps that nobody can tell apart."""
     seconds: float = 0.0
+    """Of processor time, without the shrinking."""
     scenario: str = ""
     protocol: str = ""
     run: Run | None = None
     small: Run | None = None
+    """The same, shrunk."""
 
     @property
     def what(self) -> str:
@@ -34,9 +49,9 @@ class Catch:
 
 @dataclass
 class Hunt:
-    """All about one mutant."""
+    """All about one mutant, None for the right system."""
 
-    mutant: Mutant
+    mutant: Mutant | None
     catches: list[Catch] = field(default_factory=list)
 
     @property
@@ -45,44 +60,83 @@ class Hunt:
         return [catch for catch in self.catches if catch.what]
 
 
+@dataclass
+class _Field:
+    """A scenario in one protocol, and how far the search of it has come."""
+
+    scenario: Scenario
+    protocol: str
+    by: Strategy
+    done: bool = False
+
+    def runs(self, count: int, options: Mapping[str, Any]) -> Iterator[Run]:
+        for _ in range(count):
+            if self.done or not self.by.begin():
+                self.done = True
+                return
+            run = run_once(self.scenario, self.by.pick, protocol=self.protocol, **options)
+            self.by.end(run.choices, run.features)
+            yield run
+
+
 def hunt(
-    mutant: Mutant,
+    mutant: Mutant | None,
     scenarios: Mapping[str, Scenario],
-    strategies: Sequence[str],
+    strategies: Sequence[str] = STRATEGIES,
     *,
     runs: int,
     seed: int = 0,
+    enough: int = 2,
     invariants: Collection[str] = tuple(INVARIANTS),
 ) -> Hunt:
-    """Search each scenario, ``runs`` runs at most, in each protocol that the mutant exists in, until it is found."""
+    """Search every scenario, ``runs`` runs at most of each in each protocol that the mutant exists in.
+
+    One strategy after the other, until ``enough`` of them have found it. Without a ``mutant`` the system is right, and
+    all strategies are used.
+    """
     result = Hunt(mutant)
+    names = (mutant.name,) if mutant is not None else ()
     for name in strategies:
-        result.catches.append(_hunt(mutant, scenarios, name, runs, seed, invariants))
+        with planted(*names):
+            result.catches.append(
+                _hunt(mutant, scenarios, name, runs, seed, {"invariants": invariants, "limit": LIMIT})
+            )
+        if mutant is not None and len(result.caught) >= enough:
+            break
     return result
 
 
 def _hunt(
-    mutant: Mutant,
+    mutant: Mutant | None,
     scenarios: Mapping[str, Scenario],
     name: str,
     runs: int,
     seed: int,
-    invariants: Collection[str],
+    options: Mapping[str, Any],
 ) -> Catch:
     catch = Catch(name)
-    started = time.process_time()
-    with planted(mutant.name):
-        for scenario in scenarios.values():
-            for protocol in scenario.protocols:
-                if mutant.protocol not in ("", protocol):
-                    continue
-                search = explore(scenario, strategy(name, seed), runs=runs, protocol=protocol, invariants=invariants)
-                catch.runs += search.runs
-                catch.distinct += search.distinct
-                if search.failing is not None:
-                    catch.scenario, catch.protocol, catch.run = scenario.name, protocol, search.failing
-                    catch.seconds = time.process_time() - started
-                    catch.small = shrink(scenario, search.failing, protocol=protocol, invariants=invariants)
-                    return catch
+    fields = [
+        _Field(scenario, protocol, strategy(name, seed))
+        for scenario in scenarios.values()
+        for protocol in scenario.protocols
+        if mutant is None or mutant.protocol in ("", protocol)
+    ]
+    seen: set[tuple[str, str, str]] = set()
+    started, made, count = time.process_time(), 0, ROUND
+    while made < runs and catch.run is None:
+        count = min(count, runs - made)
+        for each in fields:
+            for run in each.runs(count, options):
+                catch.runs += 1
+                seen.add((each.scenario.name, each.protocol, run.fingerprint))
+                if run.failure is not None:
+                    catch.scenario, catch.protocol, catch.run = each.scenario.name, each.protocol, run
+                    break
+            if catch.run is not None:
+                break
+        made, count = made + count, 2 * count
     catch.seconds = time.process_time() - started
+    catch.distinct = len(seen)
+    if catch.run is not None:
+        catch.small = shrink(scenarios[catch.scenario], catch.run, protocol=catch.protocol, **options)
     return catch

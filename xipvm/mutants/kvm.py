@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from xipvm.actors import point
+from xipvm.address import PAGE_SHIFT, PAGE_SIZE
+from xipvm.errors import InternalError
+from xipvm.mmu.frames import HUGE_PAGES, PG_DIRTY
+from xipvm.mmu.pte import PRESENT, pte_pfn
 from xipvm.mmu.secondary.kvm import Kvm, KvmBase
-from xipvm.mmu.secondary.memslot import Memslot
-from xipvm.mmu.secondary.spte import PFN_MASK
-from xipvm.mutants.mutant import mutant, replaced
+from xipvm.mmu.secondary.memslot import Memslot, Memslots
+from xipvm.mmu.secondary.spte import PFN_MASK, PFN_SHIFT, SPTE_PRESENT
+from xipvm.mutants.mutant import inside, mutant, replaced
 from xipvm.notifier import MmuNotifierRange
+
+if TYPE_CHECKING:
+    from xipvm.mmu.tables import GupPage
 
 
 @mutant("no-retry-check", "M7", "I4", "I2")
@@ -120,14 +128,14 @@ def inner_start_shrinks_the_hull() -> Iterator[None]:
         yield
 
 
-@mutant("nothing-removed", "M1", "I3")
+@mutant("nothing-removed", "M1 (zap)", "I3")
 def nothing_removed() -> Iterator[None]:
     """The range is counted, and the entries stay."""
     with replaced(KvmBase, "_zap", lambda self, start, end: None):
         yield
 
 
-@mutant("range-one-page-short", "M2", "I3")
+@mutant("range-one-page-short", "M2 (zap)", "I3", "I2")
 def range_one_page_short() -> Iterator[None]:
     """The last page of what is to be removed stays."""
     zap = KvmBase._zap
@@ -160,20 +168,182 @@ def flush_left_pending() -> Iterator[None]:
         yield
 
 
-@mutant("entry-changed-in-place", "M21", "I4", "I10")
-def entry_changed_in_place() -> Iterator[None]:
-    """A fault that finds another entry overwrites it: no removal, no flush."""
+@mutant("flush-at-the-end", "M5", "I10", "I5", protocol="modern")
+def flush_at_the_end() -> Iterator[None]:
+    """TLBs are flushed when the range ends, as who pins its pages may do; but these entries hold no references."""
+    end, flush = Kvm.invalidate_range_end, KvmBase._flush_and_kick
 
-    def replace(self: KvmBase, old: int, gfn: int, spte: int) -> bool:
-        self.sptes.set(gfn, spte)
-        return bool(old & PFN_MASK)
+    def pending(self: KvmBase, reason: str) -> None:
+        if reason != "mmu_notifier":
+            flush(self, reason)
 
-    with replaced(KvmBase, "_replace", lambda self, gfn, old, spte: replace(self, old, gfn, spte)):
+    def flushed(self: Kvm, range: MmuNotifierRange) -> None:
+        if self.tlbs_dirty:
+            flush(self, "late")
+        end(self, range)
+
+    with replaced(KvmBase, "_flush_and_kick", pending), replaced(Kvm, "invalidate_range_end", flushed):
         yield
 
 
-@mutant("slots-change-inside-a-range", "19", "I6", "AssertionError", "InternalError", protocol="modern")
+@mutant("entry-changed-in-place", "M21", "I3", "I2", protocol="modern")
+def entry_changed_in_place() -> Iterator[None]:
+    """The entry of a single page is not removed, but overwritten with the new page when the range ends."""
+    zap, end = KvmBase._zap, Kvm.invalidate_range_end
+    with inside(Kvm, "invalidate_range_start", lambda self, range: range.end - range.start == PAGE_SIZE) as single:
+
+        def keep(self: KvmBase, first: int, last: int) -> None:
+            if not single():
+                zap(self, first, last)
+
+        def overwrite(self: Kvm, range: MmuNotifierRange) -> None:
+            end(self, range)
+            if range.end - range.start == PAGE_SIZE:
+                for gfn, _ in self.memslots.in_hva_range(range.start, range.end):
+                    entry, spte = self.mm.pgd.pte(range.start >> PAGE_SHIFT), self.sptes.get(gfn)
+                    if spte & SPTE_PRESENT and entry & PRESENT:
+                        self.sptes.set(gfn, spte & ~PFN_MASK | pte_pfn(entry) << PFN_SHIFT)
+
+        with replaced(KvmBase, "_zap", keep), replaced(Kvm, "invalidate_range_end", overwrite):
+            yield
+
+
+@mutant("slots-change-inside-a-range", "19", "AssertionError", "InternalError", "livelock", protocol="modern")
 def slots_change_inside_a_range() -> Iterator[None]:
     """A memslot may come, go or move between the start and the end of a range: what began does not end."""
     with replaced(KvmBase, "_wait_for_invalidations", lambda self, what: None):
+        yield
+
+
+@mutant("slot-goes-without-a-second-look", "M34", "AssertionError", "InternalError", "livelock", protocol="modern")
+def slot_goes_without_a_second_look() -> Iterator[None]:
+    """Whether a range is open is asked before the slot is marked invalid, and not behind that."""
+    wait = KvmBase._wait_for_invalidations
+
+    def once(self: KvmBase, what: str) -> None:
+        if what != "memslot update":
+            wait(self, what)
+
+    with replaced(KvmBase, "_wait_for_invalidations", once):
+        yield
+
+
+@mutant("reloaded-inside-the-range", "2", "I2", "I4", protocol="modern")
+def reloaded_inside_the_range() -> Iterator[None]:
+    """What the start took from a vCPU it is asked to look up again, and does at once, without the retry check."""
+    zap, retry = KvmBase._zap, KvmBase.mmu_invalidate_retry
+    asked: set[tuple[KvmBase, int]] = set()
+    with inside(Kvm, "invalidate_range_start") as starting:
+
+        def request(self: KvmBase, first: int, last: int) -> None:
+            if starting():
+                asked.update((self, gfn) for gfn, _ in self.sptes.entries(first, last))
+            zap(self, first, last)
+
+        def reload(self: KvmBase, seq: int, gfn: int) -> str:
+            if (self, gfn) in asked:
+                asked.remove((self, gfn))
+                return ""
+            return retry(self, seq, gfn)
+
+        with replaced(KvmBase, "_zap", request), replaced(KvmBase, "mmu_invalidate_retry", reload):
+            yield
+
+
+@mutant("count-read-after-seq", "29", "I4")
+def count_read_after_seq() -> Iterator[None]:
+    """The retry check reads seq, and the count only later: a range can end between the two."""
+    install = KvmBase._install
+
+    def check(self: KvmBase, slot: Memslot, gfn: int, page: GupPage, seq: int) -> None:
+        if self.mmu_invalidate_seq != seq:
+            self._give_up(gfn, "seq")
+            return
+        point("mutant.seq_read")
+        install(self, slot, gfn, page, self.mmu_invalidate_seq)
+
+    with replaced(KvmBase, "_install", check):
+        yield
+
+
+@mutant("huge-entry-over-small-ones", "11, M20", "I4", "I2", protocol="modern")
+def huge_entry_over_small_ones() -> Iterator[None]:
+    """A compound page is mapped by a huge entry although the host maps it by small ones, and not all of it."""
+
+    def compound(self: KvmBase, slot: Memslot, gfn: int, pfn: int) -> bool:
+        first = gfn & -HUGE_PAGES
+        fits = slot.gfn <= first and first + HUGE_PAGES <= slot.gfn_end
+        return fits and self.host.is_compound(pfn) and pfn - self.host.compound_head(pfn) == gfn - first
+
+    with replaced(KvmBase, "_maps_huge", compound):
+        yield
+
+
+@mutant("writes-not-passed-on", "M16", "I8", "AssertionError")
+def writes_not_passed_on() -> Iterator[None]:
+    """The mm does not learn that a page may be written through an entry."""
+    install = KvmBase._install_locked
+
+    def quiet(self: KvmBase, slot: Memslot, gfn: int, page: GupPage, seq: int) -> None:
+        before = self.host.flags(page.pfn)
+        install(self, slot, gfn, page, seq)
+        if not before & PG_DIRTY:
+            self.host.clear_flags(page.pfn, PG_DIRTY)
+
+    with replaced(KvmBase, "_install_locked", quiet):
+        yield
+
+
+@mutant("use-not-passed-on", "M17", "I9")
+def use_not_passed_on() -> Iterator[None]:
+    """Entries are aged, and who asked hears that nobody used the page."""
+    age = KvmBase._age
+
+    def unused(self: KvmBase, start: int, end: int, reason: str) -> bool:
+        age(self, start, end, reason)
+        return False
+
+    with replaced(KvmBase, "_age", unused):
+        yield
+
+
+@mutant("reverse-map-of-another-slot", "M22", "I3")
+def reverse_map_of_another_slot() -> Iterator[None]:
+    """Where several slots show a page, all its entries are looked for at the first slot's guest frames."""
+    ranges = Memslots.in_hva_range
+
+    def wrong(self: Memslots, start: int, end: int) -> list[tuple[int, int]]:
+        found = ranges(self, start, end)
+        return [found[0]] * len(found) if found else found
+
+    with replaced(Memslots, "in_hva_range", wrong):
+        yield
+
+
+@mutant("dirty-log-without-a-flush", "M31", "I12")
+def dirty_log_without_a_flush() -> Iterator[None]:
+    """The dirty log is handed out when the entries are write-protected, and TLBs are not flushed for it."""
+    flush = KvmBase._flush_tlbs
+
+    def skip(self: KvmBase, reason: str) -> None:
+        if reason != "dirty_log":
+            flush(self, reason)
+
+    with replaced(KvmBase, "_flush_tlbs", skip):
+        yield
+
+
+@mutant("release-runs-once-only", "M26", "InternalError")
+def release_runs_once_only() -> Iterator[None]:
+    """What a release needs it takes apart, so that a second one, of who unregisters meanwhile, falls over."""
+    released: set[KvmBase] = set()
+    release = KvmBase._release
+
+    def once(self: KvmBase) -> None:
+        if self in released:
+            raise InternalError(f"{self.name}: NULL pointer dereference in its second release")
+        released.add(self)
+        release(self)
+
+    with replaced(KvmBase, "_release", once):
         yield

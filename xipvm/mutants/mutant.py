@@ -6,11 +6,14 @@ explorer and the scenarios find what they are made to find; nothing in a scenari
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from xipvm import actors
+from xipvm.actors import Actor
 from xipvm.errors import BadInput, InternalError
 
 Apply = Callable[[], AbstractContextManager[None]]
@@ -18,7 +21,9 @@ Apply = Callable[[], AbstractContextManager[None]]
 
 @dataclass(frozen=True)
 class Mutant:
-    """``number`` is a historical bug's (``7``) or a generic mutation's (``M7``); ``caught_by`` what should see it.
+    """``number`` is a historical bug's (``7``), a generic mutation's (``M7``) or one of the CPU's (``C2``).
+
+    ``caught_by``: the invariants, or other words of a failure, that should see it.
 
     ``protocol``: the one in which it exists, both by default.
     """
@@ -48,6 +53,30 @@ def mutant(
         return declared
 
     return declare
+
+
+Inside = Callable[[], bool]
+"""Whether the current actor is inside of the function that :func:`inside` was given."""
+
+
+@contextmanager
+def inside(owner: Any, attribute: str, when: Callable[..., bool] = lambda *_, **__: True) -> Iterator[Inside]:
+    """Watches calls of ``owner.attribute``, those whose arguments ``when`` accepts."""
+    original = owner.__dict__[attribute]
+    within: Counter[Actor] = Counter()
+
+    def watched(*arguments: Any, **named: Any) -> Any:
+        if not when(*arguments, **named):
+            return original(*arguments, **named)
+        actor = actors.current
+        within[actor] += 1
+        try:
+            return original(*arguments, **named)
+        finally:
+            within[actor] -= 1
+
+    with replaced(owner, attribute, watched):
+        yield lambda: within[actors.current] > 0
 
 
 @contextmanager

@@ -68,7 +68,8 @@ def mremap_against_truncate(scene: Scene) -> None:
     mm, hva, _ = furnish(scene, file=file)
     thread = scene.thread(mm)
     thread.load(hva, 8)
-    scene.actor("host", mm.mremap, hva, 2 * PAGE_SIZE, 4 * PAGE_SIZE, MREMAP_MAYMOVE, 0)
+    mm.mmap(PAGE_SIZE, RW, addr=hva + 2 * PAGE_SIZE)  # so that it cannot grow where it is
+    scene.actor("host", mm.mremap, hva, 2 * PAGE_SIZE, 4 * PAGE_SIZE, MREMAP_MAYMOVE)
     scene.actor("truncate", file.truncate, 0)
     scene.actor("thread0", _try_load, thread, hva)
 

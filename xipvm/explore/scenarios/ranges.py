@@ -7,7 +7,7 @@ from contextlib import suppress
 
 from xipvm.address import PAGE_SIZE
 from xipvm.errors import MmError
-from xipvm.explore.scenarios.faults import GFN, NEW, OLD, RW, furnish, read
+from xipvm.explore.scenarios.faults import GFN, NEW, OLD, RW, furnish
 from xipvm.explore.scene import Scene, scenario
 from xipvm.mmu.madvise import MADV_DONTNEED
 from xipvm.mmu.vma import PROT_READ
@@ -105,9 +105,8 @@ def a_range_that_is_declined(scene: Scene) -> None:
     busy = Busy()
     mm.notifiers.register(busy)
     scene.undo(lambda: mm.notifiers.unregister(busy))
-    other = scene.kvm(mm, hva, pages=2, gfn=2 * GFN)
-    vcpu, second = scene.vcpu(kvm), scene.vcpu(other)
-    vcpu.store(GFN, OLD)
+    scene.kvm(mm, hva, pages=2, gfn=2 * GFN)
+    scene.vcpu(kvm).store(GFN, OLD)
 
     def reaper() -> None:
         with suppress(MmError):
@@ -116,6 +115,4 @@ def a_range_that_is_declined(scene: Scene) -> None:
         busy.at_work = False
 
     scene.actor("oom_reaper", reaper)
-    scene.actor("vcpu0", read, vcpu)
-    scene.actor("vcpu1", second.store, 2 * GFN, NEW)
     scene.actor("host", mm.mprotect, hva, PAGE_SIZE, PROT_READ)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 
+from xipvm.actors import point
 from xipvm.address import PAGE_SIZE
 from xipvm.errors import MmError
 from xipvm.explore.scenarios.faults import GFN, NEW, OLD, RW, furnish
@@ -28,11 +29,16 @@ def a_slot_moves_while_a_range_is_open(scene: Scene) -> None:
 @scenario
 def a_slot_goes_while_a_range_is_open(scene: Scene) -> None:
     """The memslot is deleted, and made anew, while the host gives its pages up."""
-    mm, hva, kvm = furnish(scene)
+    mm = scene.mm()
+    hva = mm.mmap(2 * PAGE_SIZE, RW)
+    kvm = scene.kvm(mm, hva, pages=2, gfn=GFN)
+    vcpu = scene.vcpu(kvm)
+    vcpu.store(GFN, OLD)
 
     def vmm() -> None:
         with suppress(MmError):
             kvm.delete_memslot(0)
+            point("vmm.between")
             kvm.set_memslot(0, GFN, 2, hva)
 
     scene.actor("vmm", vmm)
