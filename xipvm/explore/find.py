@@ -34,7 +34,7 @@ def in_file(path: str) -> dict[str, Scenario]:
     """The scenarios that the Python file ``path`` defines. Raises BadInput."""
     if not Path(path).is_file():
         raise BadInput(f"{path}: No such file")
-    spec = importlib.util.spec_from_file_location(f"xipvm_scenarios_{abs(hash(path))}", path)
+    spec = importlib.util.spec_from_file_location(f"xipvm_scenarios_{Path(path).stem}", path)
     if spec is None or spec.loader is None:
         raise BadInput(f"{path}: not a Python file")
     module = importlib.util.module_from_spec(spec)
