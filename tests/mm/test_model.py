@@ -16,7 +16,7 @@ from xipvm.errors import InternalError
 from xipvm.mmu.madvise import MADV_PAGEOUT
 from xipvm.mmu.tables import PageTable
 
-SEQUENCES = int(os.environ.get("XIPVM_SEQUENCES", "3000"))
+SEQUENCES = int(os.environ.get("XIPVM_SEQUENCES", "1000"))
 ANON: Operation = ("mmap", 0, 0, PAGES, 0)
 
 operations = st.lists(
@@ -51,7 +51,7 @@ def test_many_sequences(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_sequences_with_huge_pages(tmp_path: Path) -> None:
-    run_many(max(SEQUENCES // 100, 1), 0, 24, str(tmp_path), huge=True)
+    run_many(max(SEQUENCES // 200, 1), 0, 20, str(tmp_path), huge=True)
 
 
 # ---- what keeps the model honest: it finds defects
