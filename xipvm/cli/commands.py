@@ -311,6 +311,33 @@ def replay(file: str, go_on: bool, events: bool) -> int:
     return replay_file(file, go_on=go_on, events=events)
 
 
+@cli.command()
+@click.argument("names", metavar="[NAME...]", nargs=-1)
+@click.option("--run", "how", flag_value="run", help="Hunt them: all, or those named.")
+@click.option("--control", "how", flag_value="control", help="Hunt nothing: the right system must have no report.")
+@click.option("--ablate", "how", flag_value="ablate", help="Hunt with each invariant switched off: which escape then.")
+@click.option("--runs", type=click.IntRange(min=1), default=200, metavar="N", help="At most so many a scenario; 200.")
+@click.option("--seed", type=int, default=0, metavar="N", help="Of all chance; 0.")
+@click.option("--json", "as_json", is_flag=True, help="One line of JSON a mutant.")
+@click.option("--quiet", is_flag=True, help="No progress bar.")
+def mutants(names: tuple[str, ...], how: str | None, runs: int, seed: int, as_json: bool, quiet: bool) -> int:
+    """Known faults that can be planted: list them, or see that they are found.
+
+    Scenarios do not know of mutants. 'xipvm explore --mutant NAME' searches one scenario with a fault planted. The exit
+    status is 1 when a mutant is not caught by two strategies, when the right system has a report (--control), or when
+    an invariant is missed by no mutant (--ablate).
+    """
+    from xipvm.cli.mutants import ablate, control, list_mutants, run_mutants
+
+    if how == "run":
+        return run_mutants(names, runs=runs, seed=seed, as_json=as_json, quiet=quiet)
+    if how == "ablate":
+        return ablate(names, runs=runs, seed=seed, as_json=as_json, quiet=quiet)
+    if how == "control":
+        return control(runs=runs, seed=seed, as_json=as_json, quiet=quiet)
+    return list_mutants(as_json=as_json)
+
+
 @cli.group(no_args_is_help=False)
 def flash() -> None:
     """Make flash images."""

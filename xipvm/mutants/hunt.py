@@ -12,15 +12,19 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from xipvm.check import INVARIANTS
+from xipvm.explore.choices import Replay
 from xipvm.explore.explorer import Run, run_once
+from xipvm.explore.guests import GUEST_SCENARIOS
 from xipvm.explore.scene import Scenario
 from xipvm.explore.shrink import shrink
 from xipvm.explore.strategies import Strategy, strategy
 from xipvm.mutants.mutant import Mutant, planted
 
 STRATEGIES: Final = ("pct", "random", "exhaustive", "coverage")
-ROUND: Final = 20
-"""Runs of a scenario in the first round; each further round makes twice as many."""
+ROUND: Final = 4
+"""Runs of a scenario in the first round; each further round makes three times as many."""
+GUEST_COST: Final = 10
+"""How many runs without a real guest one with a guest counts for."""
 LIMIT: Final = 1_000
 """Questions after which a run counts as a livelock; right ones ask less than a quarter of that."""
 
@@ -40,6 +44,8 @@ class Catch:
     run: Run | None = None
     small: Run | None = None
     """The same, shrunk."""
+    actors: int = 0
+    """How many act in that before it fails."""
 
     @property
     def what(self) -> str:
@@ -126,7 +132,8 @@ def _hunt(
     while made < runs and catch.run is None:
         count = min(count, runs - made)
         for each in fields:
-            for run in each.runs(count, options):
+            share = max(count // GUEST_COST, 1) if each.scenario.name in GUEST_SCENARIOS else count
+            for run in each.runs(share, options):
                 catch.runs += 1
                 seen.add((each.scenario.name, each.protocol, run.fingerprint))
                 if run.failure is not None:
@@ -134,9 +141,13 @@ def _hunt(
                     break
             if catch.run is not None:
                 break
-        made, count = made + count, 2 * count
+        made, count = made + count, 3 * count
     catch.seconds = time.process_time() - started
     catch.distinct = len(seen)
     if catch.run is not None:
-        catch.small = shrink(scenarios[catch.scenario], catch.run, protocol=catch.protocol, **options)
+        scenario, names = scenarios[catch.scenario], set[str]()
+        catch.small = shrink(scenario, catch.run, protocol=catch.protocol, **options)
+        answers = Replay(catch.small.choices)
+        run_once(scenario, answers, sinks=[lambda event: names.add(event.actor)], protocol=catch.protocol, **options)
+        catch.actors = len(names)
     return catch

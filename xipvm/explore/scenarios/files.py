@@ -62,16 +62,16 @@ def _try_load(thread: HostThread, hva: int) -> None:
 
 @scenario
 def mremap_against_truncate(scene: Scene) -> None:
-    """Memory of a file moves to other addresses while somebody cuts the file off."""
-    file = ShmemFile(scene.host, scene.trace, "memory", 2 * PAGE_SIZE)
+    """Memory of a file, which a guest and a thread have used, moves to other addresses while the file is cut off."""
+    file = ShmemFile(scene.host, scene.trace, "memory", PAGE_SIZE)
     scene.undo(file.close)
-    mm, hva, _ = furnish(scene, file=file)
-    thread = scene.thread(mm)
-    thread.load(hva, 8)
-    mm.mmap(PAGE_SIZE, RW, addr=hva + 2 * PAGE_SIZE)  # so that it cannot grow where it is
-    scene.actor("host", mm.mremap, hva, 2 * PAGE_SIZE, 4 * PAGE_SIZE, MREMAP_MAYMOVE)
+    mm = scene.mm()
+    hva = mm.mmap(PAGE_SIZE, RW, MAP_SHARED, file=file)
+    mm.mmap(PAGE_SIZE, RW, addr=hva + PAGE_SIZE)  # so that it cannot grow where it is
+    scene.vcpu(scene.kvm(mm, hva, gfn=GFN)).store(GFN, OLD)
+    scene.thread(mm).load(hva, 8)
+    scene.actor("host", mm.mremap, hva, PAGE_SIZE, 2 * PAGE_SIZE, MREMAP_MAYMOVE)
     scene.actor("truncate", file.truncate, 0)
-    scene.actor("thread0", _try_load, thread, hva)
 
 
 @scenario

@@ -1,0 +1,148 @@
+"""``xipvm mutants``: the known faults, and whether they are found."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from xipvm.check import INVARIANTS
+from xipvm.explore.find import KNOWN
+from xipvm.mutants.hunt import Catch, Hunt, hunt
+from xipvm.mutants.mutant import MUTANTS, Mutant, get
+
+HEADER = (
+    "number    mutant                                 expected         caught by  strategy    schedules  ms     small"
+)
+
+
+def list_mutants(*, as_json: bool) -> int:
+    """Every mutant, a line each."""
+    for mutant in MUTANTS.values():
+        if as_json:
+            print(json.dumps(_described(mutant)))
+        else:
+            print(f"{mutant.number:9} {mutant.name:38} {', '.join(mutant.caught_by):16} {mutant.doc}")
+    return 0
+
+
+def run_mutants(names: Sequence[str], *, runs: int, seed: int, as_json: bool, quiet: bool) -> int:
+    """Hunt the mutants ``names``, or all; 0 when each was found by two strategies, 1 otherwise. Raises BadInput."""
+    chosen = [get(name) for name in names] or list(MUTANTS.values())
+    escaped = 0
+    if not as_json:
+        print(HEADER)
+    with _bar(len(chosen), quiet) as (bar, task):
+        for mutant in chosen:
+            bar.update(task, description=mutant.name)
+            found = hunt(mutant, KNOWN, runs=runs, seed=seed)
+            escaped += len(found.caught) < 2
+            _tell(found, as_json)
+            bar.advance(task)
+    if not as_json:
+        print(f"{len(chosen)} mutants, {escaped} not caught by two strategies")
+    return 1 if escaped else 0
+
+
+def control(*, runs: int, seed: int, as_json: bool, quiet: bool) -> int:
+    """The right system in the same scenarios with the same budget: 0 when nothing is reported, 1 otherwise."""
+    with _bar(1, quiet) as (bar, task):
+        bar.update(task, description="the right system")
+        found = hunt(None, KNOWN, runs=runs, seed=seed)
+    for catch in found.catches:
+        if as_json:
+            print(json.dumps({"control": catch.strategy, **_caught(catch)}))
+        else:
+            report = f"{catch.what} in {catch.scenario} ({catch.protocol})" if catch.what else "no report"
+            print(f"{catch.strategy:12} {catch.runs:7} schedules, {catch.distinct:7} distinct: {report}")
+    return 1 if found.caught else 0
+
+
+def ablate(names: Sequence[str], *, runs: int, seed: int, as_json: bool, quiet: bool) -> int:
+    """Each invariant switched off in turn: which mutants escape then. 1 when an invariant is missed by nobody."""
+    chosen = [get(name) for name in names] or list(MUTANTS.values())
+    unmissed = 0
+    with _bar(len(INVARIANTS), quiet) as (bar, task):
+        for invariant in INVARIANTS:
+            bar.update(task, description=f"without {invariant}")
+            others = [name for name in INVARIANTS if name != invariant]
+            concerned = [mutant for mutant in chosen if invariant in mutant.caught_by]
+            gone = [
+                mutant.name
+                for mutant in concerned
+                if not hunt(mutant, KNOWN, ("pct", "random"), runs=runs, seed=seed, enough=1, invariants=others).caught
+            ]
+            unmissed += not gone
+            if as_json:
+                print(json.dumps({"without": invariant, "hunted": len(concerned), "escape": gone}))
+            else:
+                print(f"without {invariant:4} {len(gone):2} of {len(concerned):2} escape: {', '.join(gone) or 'none'}")
+            bar.advance(task)
+    return 1 if unmissed else 0
+
+
+def _described(mutant: Mutant) -> dict[str, Any]:
+    return {
+        "mutant": mutant.name,
+        "number": mutant.number,
+        "doc": mutant.doc,
+        "expected": list(mutant.caught_by),
+        "protocol": mutant.protocol,
+    }
+
+
+def _caught(catch: Catch) -> dict[str, Any]:
+    said: dict[str, Any] = {
+        "strategy": catch.strategy,
+        "caught_by": catch.what,
+        "schedules": catch.runs,
+        "distinct": catch.distinct,
+        "seconds": round(catch.seconds, 3),
+    }
+    if catch.small is not None:
+        said |= {
+            "scenario": catch.scenario,
+            "protocol": catch.protocol,
+            "actors": catch.actors,
+            "switches": catch.small.switches,
+            "preemptions": catch.small.preemptions,
+        }
+    return said
+
+
+def _tell(found: Hunt, as_json: bool) -> None:
+    mutant = found.mutant
+    assert mutant is not None
+    if as_json:
+        print(json.dumps({**_described(mutant), "catches": [_caught(catch) for catch in found.catches]}), flush=True)
+        return
+    for number, catch in enumerate(found.catches):
+        what = (mutant.number, mutant.name, ", ".join(mutant.caught_by)) if not number else ("", "", "")
+        small = ""
+        if catch.small is not None:
+            small = f"{catch.actors} actors, {catch.small.switches} switches, {catch.small.preemptions} preemptions"
+            small += f" in {catch.scenario} ({catch.protocol})"
+        print(
+            f"{what[0]:9} {what[1]:38} {what[2]:16} {catch.what or 'ESCAPED':10} {catch.strategy:11} "
+            f"{catch.distinct:9}  {1000 * catch.seconds:<6.0f} {small}",
+            flush=True,
+        )
+
+
+@contextmanager
+def _bar(total: int, quiet: bool) -> Iterator[tuple[Progress, TaskID]]:
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        disable=quiet or not sys.stderr.isatty(),
+        transient=True,
+    ) as bar:
+        yield bar, bar.add_task("mutants", total=total)
