@@ -709,6 +709,7 @@ def run(
     pin_sptes: bool = False,
     hugetlb: bool = False,
     thp: str = "madvise",
+    protocol: str = "modern",
 ) -> tuple[RunResult, bytes]:
     """Run a guest to its end; returns how that was and what the guest printed.
 
@@ -731,6 +732,7 @@ def run(
         pin_sptes=pin_sptes,
         hugetlb=hugetlb,
         thp=thp,
+        protocol=protocol,
     ) as machine:
         result = machine.run(timeout=timeout, max_instructions=max_instructions, until=until)
     return result, output.getvalue()
