@@ -12,7 +12,8 @@ import pytest
 
 from tests.run.command import ISAS, UBOOT, guest, inside, needs_uboot, xipvm
 from tests.run.test_coherence import PAGE, World
-from xipvm import Console, Event, Machine, Trace, TraceReader, run
+from xipvm import Console, Event, Machine, Trace, TraceReader
+from xipvm import run as run_guest
 from xipvm.actors import on_point
 from xipvm.errors import BadInput, MmError, OutOfFrames
 from xipvm.mmu.migrate import migrate_page
@@ -190,7 +191,7 @@ def test_the_trace_names_the_protocol(options: tuple[str, ...], expected: tuple[
 def test_the_short_form_takes_a_protocol(protocol: str) -> None:
     trace, told = Trace(), []
     trace.attach(lambda event: told.append(event) if event.kind == "mmu_notifier_register" else None)
-    result, _ = run(guest("hello", "arm64"), protocol=protocol, trace=trace)
+    result, _ = run_guest(guest("hello", "arm64"), protocol=protocol, trace=trace)
     assert result.status == 0
     assert [event.fields["protocol"] for event in told] == [protocol]
 
