@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from xipvm.actors import wait
-from xipvm.address import PAGE_MASK
+from xipvm.address import PAGE_MASK, PAGE_SHIFT
 from xipvm.errors import MmError
 from xipvm.mmu.file import VmFault
 
@@ -106,7 +106,7 @@ def handle_userfault(mm: Mm, fault: Userfault) -> tuple[VmFault, str]:
     message = UffdMsg(UFFD_EVENT_PAGEFAULT, address, fault.flags, mm.trace.actor)
     waiter = Waiter(address)
     uffd.waiters.append(waiter)
-    before = mm.pgd.get(fault.hva >> 12)
+    before = mm.pgd.get(fault.hva >> PAGE_SHIFT)
     try:
         seq = 0
         if mm.trace.on:
@@ -123,7 +123,7 @@ def handle_userfault(mm: Mm, fault: Userfault) -> tuple[VmFault, str]:
         uffd.waiters.remove(waiter)
         if _unread(uffd, message):
             uffd.queue = deque(other for other in uffd.queue if other is not message)
-    _count_wakes(mm, uffd, address, mm.pgd.get(fault.hva >> 12) == before)
+    _count_wakes(mm, uffd, address, mm.pgd.get(fault.hva >> PAGE_SHIFT) == before)
     return VmFault.OK, "userfault"
 
 
