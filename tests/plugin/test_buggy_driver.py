@@ -41,6 +41,7 @@ def test_its_author_s_tests_pass(driver: Path, run: Run) -> None:
     run("test_ordinary.py").assert_outcomes(passed=12)
 
 
+@pytest.mark.slow
 def test_interleavings_find_exactly_its_three_faults(driver: Path, run: Run) -> None:
     result = run("test_interleavings.py")
     result.assert_outcomes(passed=1, failed=3)
@@ -53,6 +54,7 @@ def test_interleavings_find_exactly_its_three_faults(driver: Path, run: Run) -> 
         assert found(again) == {test: SEEDED[test]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["pct", "coverage", "exhaustive"])
 def test_any_strategy_finds_them(how: str, driver: Path, run: Run) -> None:
     tests = driver / "test_interleavings.py"
@@ -60,6 +62,7 @@ def test_any_strategy_finds_them(how: str, driver: Path, run: Run) -> None:
     assert found(run("test_interleavings.py")) == SEEDED
 
 
+@pytest.mark.slow
 def test_the_mended_driver_passes(driver: Path, run: Run) -> None:
     run("test_interleavings.py").assert_outcomes(passed=1, failed=3)
     result = run("--driver", "mirror_fixed")  # which tries the orders that were found first

@@ -18,6 +18,7 @@ PROGRAMS = {"pytest": ("pytest", "-p", "xipvm.pytest_plugin"), "xipvm": ("xipvm"
 SECTION = re.compile(r"^## Your own secondary MMU\n(.*?)^## ", re.MULTILINE | re.DOTALL)
 
 
+@pytest.mark.slow
 def test_the_examples_of_the_page_are_a_test_file_that_passes(pytester: pytest.Pytester, run: Run) -> None:
     page = (ROOT / "docs" / "testing.md").read_text()
     blocks = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
@@ -31,6 +32,7 @@ def plain(line: str) -> str:
     return re.sub(r"0x[0-9a-f]+|\d+", "0", line.strip().removesuffix("..."))
 
 
+@pytest.mark.slow
 def test_the_readme_s_tutorial(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "examples", tmp_path / "examples", ignore=shutil.ignore_patterns(".xipvm", "__pycache__"))
     found = SECTION.search((ROOT / "README.md").read_text())

@@ -28,6 +28,7 @@ def test_nothing_of_xipvm_is_imported_for_who_does_not_use_it(pytester: pytest.P
     pytester.runpytest_subprocess(*options).assert_outcomes(passed=1)
 
 
+@pytest.mark.slow
 def test_installing_is_enough(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     installed = pytester.mkdir("site") / "xipvm-0.dist-info"
@@ -189,6 +190,7 @@ def test_explore_searches_any_scenario(pytester: pytest.Pytester, run: Run) -> N
     again.assert_outcomes(failed=1, skipped=1)
 
 
+@pytest.mark.slow
 def test_a_state_machine_of_hypothesis(pytester: pytest.Pytester, run: Run) -> None:
     pytester.makepyfile(STATE_MACHINE)
     run().assert_outcomes(passed=1)

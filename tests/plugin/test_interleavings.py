@@ -92,6 +92,7 @@ def test_a_broken_mmu_is_found_and_told(strategy: str, pytester: pytest.Pytester
     assert saved["failure"][:3] in ("I2:", "I4:", "I5:")
 
 
+@pytest.mark.slow
 def test_it_is_seen_again_by_either_command(pytester: pytest.Pytester, run: Run) -> None:
     source = CARELESS.format(strategy="random")
     pytester.makepyfile(test_mine=source)
@@ -284,6 +285,7 @@ def test_only_what_failed_runs_again(pytester: pytest.Pytester, run: Run) -> Non
     run("-k", "right").assert_outcomes(passed=1, deselected=1)
 
 
+@pytest.mark.slow
 def test_in_several_processes(pytester: pytest.Pytester, run: Run) -> None:
     pytester.makepyfile(test_mine=CARELESS.format(strategy="random"), test_other=LOST_UPDATE)
     result = run("-n", 2)
