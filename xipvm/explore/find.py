@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Final
 
 from xipvm.errors import BadInput
+from xipvm.explore.guest_code import CODE_SCENARIOS
 from xipvm.explore.guests import GUEST_SCENARIOS
 from xipvm.explore.scenarios import SCENARIOS
 from xipvm.explore.scene import Scenario
 
-KNOWN: Final = {**SCENARIOS, **GUEST_SCENARIOS}
+KNOWN: Final = {**SCENARIOS, **GUEST_SCENARIOS, **CODE_SCENARIOS}
 """Those that come with xipvm."""
 
 

@@ -14,6 +14,7 @@ from typing import Any, Final
 from xipvm.check import INVARIANTS
 from xipvm.explore.choices import Replay
 from xipvm.explore.explorer import Run, run_once
+from xipvm.explore.guest_code import CODE_SCENARIOS
 from xipvm.explore.guests import GUEST_SCENARIOS
 from xipvm.explore.scene import Scenario
 from xipvm.explore.shrink import shrink
@@ -23,6 +24,7 @@ from xipvm.mutants.mutant import Mutant, planted
 STRATEGIES: Final = ("pct", "random", "exhaustive", "coverage")
 ROUND: Final = 4
 """Runs of a scenario in the first round; each further round makes three times as many."""
+_WITH_GUEST: Final = {**GUEST_SCENARIOS, **CODE_SCENARIOS}
 GUEST_COST: Final = 10
 """How many runs without a real guest one with a guest counts for."""
 LIMIT: Final = 1_000
@@ -132,7 +134,7 @@ def _hunt(
     while made < runs and catch.run is None:
         count = min(count, runs - made)
         for each in fields:
-            share = max(count // GUEST_COST, 1) if each.scenario.name in GUEST_SCENARIOS else count
+            share = max(count // GUEST_COST, 1) if each.scenario.name in _WITH_GUEST else count
             for run in each.runs(share, options):
                 catch.runs += 1
                 seen.add((each.scenario.name, each.protocol, run.fingerprint))
