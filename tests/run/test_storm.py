@@ -5,14 +5,22 @@ from __future__ import annotations
 import io
 import signal
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.run.command import ISAS, UBOOT, guest, inside, needs_uboot, start
 from xipvm import BadInput, Console, Event, Machine, Recorder, Trace
+from xipvm.actors import on_wait
+from xipvm.address import PAGE_SIZE
 from xipvm.boards import get
+from xipvm.errors import DeadlockError
+from xipvm.mmu.frames import HostMemory
+from xipvm.mmu.mm import Mm
 from xipvm.mmu.secondary.kvm import Kvm
+from xipvm.mmu.verify import verify
+from xipvm.mmu.vma import PROT_READ, PROT_WRITE
 from xipvm.storm import Storm, parse_storm
 from xipvm.storm.check import Job, difference, run_once, stormy_limit
 from xipvm.storm.operations import OPERATIONS
@@ -237,3 +245,24 @@ def test_an_exception_tells_its_address_also_when_its_code_was_unmapped_meanwhil
 
     monkeypatch.setattr(Kvm, "fault", unmapped)
     assert not difference(calm, run_once(job))
+
+
+def test_areas_that_cannot_be_merged_now_are_merged_later() -> None:
+    """mprotect inside a walk of the reverse map, which holds the root of both areas, does what it should."""
+    host = HostMemory(16 << 20)
+    mm = Mm(host, Trace())
+    start = mm.mmap(2 * PAGE_SIZE, PROT_READ | PROT_WRITE)
+    mm.write(start, bytes(2 * PAGE_SIZE))
+    mm.mprotect(start, PAGE_SIZE, PROT_READ)
+    lower = mm.find_vma(start)
+    assert lower is not None
+
+    def refuse(what: str, ready: Callable[[], bool]) -> None:
+        raise DeadlockError(what)
+
+    with lower.anon_chain[0].rwsem.read, on_wait(refuse):
+        mm.mprotect(start + PAGE_SIZE, PAGE_SIZE, PROT_READ)
+    assert [area.prot for area in mm.areas_in(start, start + 2 * PAGE_SIZE)] == [PROT_READ] * 2
+    mm.mprotect(start, 2 * PAGE_SIZE, PROT_READ | PROT_WRITE)
+    assert [area.prot for area in mm.areas_in(start, start + 2 * PAGE_SIZE)] == [PROT_READ | PROT_WRITE]
+    verify(host)

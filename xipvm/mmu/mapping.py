@@ -220,22 +220,38 @@ def split(mm: Mm, hva: int) -> None:
 
 
 def merge(mm: Mm, start: int, end: int) -> None:
-    """Makes one of neighbours that touch or lie in ``[start, end)`` and may be one."""
+    """Makes one of neighbours that touch or lie in ``[start, end)`` and may be one.
+
+    Nothing is refused here, since the operation has been done: where their locks are held further up the stack they
+    stay two, which means the same, and the next operation on them makes them one.
+    """
     at = max(bisect_left(mm.vmas, start, key=_start) - 1, 0)
     while at + 1 < len(mm.vmas) and mm.vmas[at].start < end:
         lower, upper = mm.vmas[at], mm.vmas[at + 1]
         if lower.prot == upper.prot and _adjoin(lower, upper) and _compatible(lower, upper):
-            with AreaLocks(lower if lower.anon_chain else upper):
-                remove(mm, upper)
-                lower.end = upper.end
-                if lower.flags != upper.flags:
-                    lower.flags |= VM_SOFTDIRTY
-                    lower.set_prot(lower.prot)
-                if lower.anon_vma is None:
-                    mm.rmap.clone(upper, lower)
-            mm.rmap.leave(upper)
+            if not _join(mm, lower, upper):
+                return
         else:
             at += 1
+
+
+def _join(mm: Mm, lower: Vma, upper: Vma) -> bool:
+    """Makes ``upper`` a part of ``lower``; False if somebody further up the stack has their locks."""
+    try:
+        with AreaLocks(lower if lower.anon_chain else upper):
+            remove(mm, upper)
+            lower.end = upper.end
+            if lower.flags != upper.flags:
+                lower.flags |= VM_SOFTDIRTY
+                lower.set_prot(lower.prot)
+            if lower.anon_vma is None:
+                mm.rmap.clone(upper, lower)
+    except MmError as error:
+        if error.errno != errno.EDEADLK:
+            raise
+        return False
+    mm.rmap.leave(upper)
+    return True
 
 
 def _adjoin(lower: Vma, upper: Vma) -> bool:

@@ -82,11 +82,10 @@ def _everything(world: World) -> tuple[int, int]:
 
 
 @contextmanager
-def _away(world: World, label: str) -> Iterator[None]:
-    """A context in which the guest's memory is not what it should be; others may come at its beginning."""
+def _away(world: World) -> Iterator[None]:
+    """A context in which the guest's memory is not what it should be, which others meet at the points inside."""
     world.lowered += 1
     try:
-        point(label)
         yield
     finally:
         world.lowered -= 1
@@ -239,10 +238,10 @@ def _protect(world: World) -> None:
     """Rights go and come back; what the guest may do is what it could before."""
     start, end = world.target()
     lower = (PROT_READ, PROT_READ | PROT_EXEC, PROT_READ | PROT_WRITE, 0)[world.choose(4, "prot")]
-    world.mm.mprotect(start, end - start, lower)
-    with _away(world, "storm.protected"):
-        pass
-    world.mm.mprotect(start, end - start, _RAM_PROT)
+    with _away(world):
+        world.mm.mprotect(start, end - start, lower)
+        point("storm.protected")
+        world.mm.mprotect(start, end - start, _RAM_PROT)
 
 
 @_operation("soft-dirty", 2)
@@ -298,14 +297,14 @@ def _mremap(world: World) -> None:
     """Pages go to another address of the host and come back."""
     start, end = world.area()
     away = world.mm.mmap(end - start, _RAM_PROT)
-    try:
-        world.mm.mremap(start, end - start, end - start, MREMAP_MAYMOVE | MREMAP_FIXED, away)
-    except MmError:
-        world.mm.munmap(away, end - start)
-        raise
-    with _away(world, "storm.moved"):
-        pass
-    world.mm.mremap(away, end - start, end - start, MREMAP_MAYMOVE | MREMAP_FIXED, start)
+    with _away(world):
+        try:
+            world.mm.mremap(start, end - start, end - start, MREMAP_MAYMOVE | MREMAP_FIXED, away)
+        except MmError:
+            world.mm.munmap(away, end - start)
+            raise
+        point("storm.moved")
+        world.mm.mremap(away, end - start, end - start, MREMAP_MAYMOVE | MREMAP_FIXED, start)
 
 
 @_operation("range", 40)
@@ -468,14 +467,14 @@ def _memslot(world: World) -> None:
     how = world.choose(3, "how")
     if how == 2:
         kvm.set_memslot(slot.id, GFN_LIMIT - slot.pages, slot.pages, slot.hva, slot.flags)
-        with _away(world, "storm.slot_moved"):
-            pass
+        with _away(world):
+            point("storm.slot_moved")
     else:
         kvm.delete_memslot(slot.id)
         if how == 1:
             kvm.set_memslot(slot.id, slot.gfn, slot.pages, slot.hva, slot.flags ^ MEM_READONLY)
-        with _away(world, "storm.slot_deleted"):
-            pass
+        with _away(world):
+            point("storm.slot_deleted")
         if how == 1:
             kvm.delete_memslot(slot.id)
     kvm.set_memslot(slot.id, slot.gfn, slot.pages, slot.hva, slot.flags)
