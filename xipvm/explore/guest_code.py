@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from xipvm.address import PAGE_SIZE
+from xipvm.address import PAGE_SHIFT, PAGE_SIZE
 from xipvm.explore.guests import beside
 from xipvm.explore.scene import Scenario, Scene, scenario
 from xipvm.mmu.migrate import compact_memory
@@ -16,6 +16,9 @@ from xipvm.mmu.vma import MAP_FIXED, MAP_SHARED, PROT_EXEC, PROT_READ, PROT_WRIT
 
 _CODE: Final = 2 << 20
 """Where the code that changes is, from the start of RAM."""
+_ALIAS: Final = 0x5000_0000
+"""Where a second memslot shows the first page of that."""
+_SLOT: Final = 9
 _EXIT: Final = (
     0x9A9F07E4,  # cset x4, ne
     0xAA0903E0,  # mov  x0, x9
@@ -29,18 +32,19 @@ _EXIT: Final = (
 )
 _REWRITE: Final = (
     0xD2A8040A,  # movz x10, #0x4020, lsl #16     the function
+    0xD2AA000B,  # movz x11, #0x5000, lsl #16     the same page
     0xD2A80209,  # movz x9, #0x4010, lsl #16
     0x52800401,  # mov  w1, #0x52800020           mov w0, #1
     0x72AA5001,
-    0xB9000141,  # str  w1, [x10]
+    0xB9000161,  # str  w1, [x11]
     0x52807802,  # mov  w2, #0xd65f03c0           ret
     0x72BACBE2,
-    0xB9000542,  # str  w2, [x10, #4]
+    0xB9000562,  # str  w2, [x11, #4]
     0xD5033FDF,  # isb
     0xD63F0140,  # blr  x10
     0x52800801,  # mov  w1, #0x52800040           mov w0, #2
     0x72AA5001,
-    0xB9000141,  # str  w1, [x10]
+    0xB9000161,  # str  w1, [x11]
     0xD5033FDF,  # isb
     0xD63F0140,  # blr  x10
     0x7100081F,  # cmp  w0, #2
@@ -99,8 +103,9 @@ def _bytes(words: tuple[int, ...]) -> bytes:
 
 @scenario(protocols=("modern",))
 def guest_rewrites_its_code(scene: Scene) -> None:
-    """The guest calls a function, overwrites it and calls it again, while the host moves its pages."""
+    """The guest writes a function by way of another address, calls it, and does both again; its pages move."""
     machine = scene.machine("virt-arm64", _bytes(_REWRITE))
+    machine.secondary.set_memslot(_SLOT, _ALIAS >> PAGE_SHIFT, 1, machine.ram + _CODE)
     beside(scene, machine, "kcompactd", lambda: compact_memory(machine.host, machine.trace), times=1)
 
 
