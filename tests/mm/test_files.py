@@ -21,6 +21,7 @@ from xipvm.mmu.page_cache import ShmemFile
 from xipvm.mmu.tables import GupPage
 from xipvm.mmu.vma import MAP_PRIVATE, MAP_SHARED
 from xipvm.mmu.zap import unmap_mapping_range
+from xipvm.scheduler import Scheduler
 from xipvm.trace.events import Event
 from xipvm.trace.funnel import Trace
 
@@ -304,6 +305,34 @@ def test_truncating_a_host_file(mm: Mm, disk: HostFile, path: Path) -> None:
     assert mm.read(start + PAGE, PAGE) == b"x" * 10 + bytes(PAGE - 10)
 
 
+def test_a_host_file_that_cannot_be_truncated_stays_as_it_is(
+    mm: Mm, disk: HostFile, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = mm.mmap(16 * PAGE, R, MAP_SHARED, file=disk)
+    mm.read(start, 16 * PAGE)
+
+    def full(fd: int, size: int) -> None:
+        raise OSError(errno.ENOSPC, "full")
+
+    with pytest.raises(MmError) as raised:
+        disk.truncate(1 << 70)
+    assert raised.value.errno == errno.EFBIG
+    monkeypatch.setattr("os.ftruncate", full)
+    with pytest.raises(MmError) as raised:
+        disk.truncate(PAGE)
+    assert raised.value.errno == errno.ENOSPC
+    assert (disk.size, path.stat().st_size) == (16 * PAGE, 16 * PAGE)
+    assert len(mapped(mm, start, 16)) == 16
+
+
+def test_a_truncation_waits_for_who_writes_the_file(disk: HostFile, path: Path, trace: Trace) -> None:
+    scheduler = Scheduler(lambda n, label: int(label == "mm.file.direct_write"), trace=trace)
+    scheduler.spawn("write", lambda: disk.direct_write(0, bytes(PAGE)))
+    scheduler.spawn("truncate", lambda: disk.truncate(0))
+    scheduler.run()
+    assert (disk.size, path.stat().st_size) == (0, 0)
+
+
 def test_a_hole_in_a_host_file(disk: HostFile, path: Path) -> None:
     disk.punch_hole(15, 4)
     assert path.read_bytes()[14 * PAGE :] == b"\x0e" * PAGE + bytes(PAGE)
@@ -337,8 +366,10 @@ def test_a_page_that_is_truncated_before_its_first_write(mm: Mm, disk: HostFile)
         if label == "mm.file.page_mkwrite" and disk.size:
             disk.truncate(0)
 
-    for prepare in (lambda: None, lambda: (disk.truncate(16 * PAGE), mm.read(start, 1))):
-        prepare()
+    for cached in (False, True):
+        if cached:
+            disk.truncate(16 * PAGE)
+            mm.read(start, 1)
         with on_point(at), pytest.raises(MmError):
             mm.write(start, b"x")
         assert mapped(mm, start, 16) == []

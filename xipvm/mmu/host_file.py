@@ -173,11 +173,12 @@ class HostFile(PageCache):
             else:
                 self._evict(pgoff, pgoff + 1)
 
-    def truncate(self, size: int) -> None:
-        """See :meth:`PageCache.truncate`; the file itself changes too. Raises OSError."""
-        self._check("truncate", size, 0, write=errno.EINVAL)
-        os.ftruncate(self._fd, size)
-        super().truncate(size)
+    def _resize(self, size: int) -> None:
+        try:
+            os.ftruncate(self._fd, size)
+        except (OSError, OverflowError) as error:
+            number = error.errno if isinstance(error, OSError) else errno.EFBIG
+            raise MmError(number or errno.EIO, f"truncate({size:#x}): {self.name}") from None
 
     def punch_hole(self, pgoff: int, count: int) -> None:
         """See :meth:`PageCache.punch_hole`; the file itself gets zeros there. Raises OSError."""

@@ -224,10 +224,11 @@ class PageCache(AddressSpace):
         """Makes the file ``size`` bytes long. What is cut off goes from every mapping, private copies included.
 
         Unmapped twice: a fault between the first time and the emptying of the cache may have mapped a page again.
-        Errors: EBADF (closed), EINVAL (also: not writable).
+        Errors: EBADF (closed), EINVAL (also: not writable), of a host file its own. Nothing has changed then.
         """
         self._check("truncate", size, 0, write=errno.EINVAL)
         with self.i_rwsem.write, self.invalidate_lock.write:
+            self._resize(size)
             old, self.size = self.size, size
             if size >= old:
                 return
@@ -237,6 +238,9 @@ class PageCache(AddressSpace):
             self._zero_tail()
             self._evict(first, _ALL_PAGES)
             unmap_mapping_range(self, first, _ALL_PAGES)
+
+    def _resize(self, size: int) -> None:
+        """What is behind the cache gets its new size, before anything else changes. Passes no point; raises MmError."""
 
     def _zero_tail(self) -> None:
         """Bytes of the last page behind the end of the file read as zero when it grows again."""
