@@ -385,6 +385,19 @@ def test_pages_of_a_memory_file(mm: Mm, host: HostMemory, trace: Trace, area: in
     verify(host)
 
 
+def test_one_area_too_many_leaves_its_file_alone(mm: Mm, tmp_path: Path) -> None:
+    for _ in range(128):
+        mm.swapon(1)
+    kept, new = tmp_path / "kept", tmp_path / "new"
+    kept.write_bytes(b"something")
+    for path in (kept, new):
+        with pytest.raises(MmError) as raised:
+            mm.swapon(1, str(path))
+        assert raised.value.errno == errno.EPERM
+    assert kept.read_bytes() == b"something"
+    assert not new.exists()
+
+
 def test_errors(mm: Mm) -> None:
     def swapon(pages: int, path: str | None, error: int) -> None:
         with pytest.raises(MmError) as raised:

@@ -104,12 +104,16 @@ class Swap:
         """The slot's area is being emptied: nothing may go there any more."""
         return self.areas[slot >> _TYPE_SHIFT].closing
 
-    def add_area(self, area: SwapArea) -> None:
-        """Raises MmError EPERM when there are too many."""
+    def free_type(self) -> int:
+        """The number that the next area gets. Raises MmError EPERM when there are too many."""
         type_ = next(number for number in range(_MAX_TYPES + 1) if number not in self.areas)
         if type_ == _MAX_TYPES:
             raise MmError(errno.EPERM, f"swapon: there are {_MAX_TYPES} swap areas already")
-        self.areas[type_] = area
+        return type_
+
+    def add_area(self, area: SwapArea) -> None:
+        """Raises MmError EPERM when there are too many."""
+        self.areas[self.free_type()] = area
 
     # ---- slots
 
@@ -237,6 +241,8 @@ def swapon(mm: Mm, pages: int, path: str | None) -> None:
     """See :meth:`Mm.swapon`."""
     if pages <= 0:
         raise MmError(errno.EINVAL, f"swapon: {pages} pages")
+    swap = swap_of(mm)
+    swap.free_type()  # before the file is emptied
     fd = -1
     try:
         fd = temporary_file() if path is None else os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
@@ -245,7 +251,7 @@ def swapon(mm: Mm, pages: int, path: str | None) -> None:
         if fd >= 0:
             os.close(fd)
         raise MmError(error.errno or errno.EIO, f"swapon: {path or 'temporary file'}") from None
-    swap_of(mm).add_area(SwapArea(fd, pages))
+    swap.add_area(SwapArea(fd, pages))
 
 
 def temporary_file() -> int:
