@@ -234,7 +234,7 @@ def check_mmu(mmu: SecondaryMmu) -> None:
     """At rest: no invalidation is counted, and every entry is the host's. Raises AssertionError."""
     if isinstance(mmu, KvmBase):
         counts = mmu.mmu_invalidate_in_progress, mmu.mn_active_invalidate_count
-        if counts != (0, 0) and not mmu.released:  # its release can come between a start and its end
+        if counts != (0, 0) and not mmu.mm.dead:  # the release can come between a start and its end
             raise AssertionError(f"{mmu.name} is left with {counts[0]} invalidations in progress, {counts[1]} active")
     for page, hva in mmu.backing():
         seen = mmu.translate(page)

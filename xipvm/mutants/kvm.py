@@ -347,3 +347,16 @@ def release_runs_once_only() -> Iterator[None]:
 
     with replaced(KvmBase, "_release", once):
         yield
+
+
+@mutant("faults-after-release", "M26 (fault)", "I13")
+def faults_after_release() -> Iterator[None]:
+    """A release removes every entry, and lets faults install new ones: nobody will ever tell of those."""
+    release = KvmBase._release
+
+    def forgets(self: KvmBase) -> None:
+        release(self)
+        self.released = False
+
+    with replaced(KvmBase, "_release", forgets):
+        yield

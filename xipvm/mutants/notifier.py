@@ -183,6 +183,23 @@ def declined_and_left_open() -> Iterator[None]:
             yield
 
 
+@mutant("declined-and-not-closed", "M13 (range)", "I6", "deadlock", protocol="modern")
+def declined_and_not_closed() -> Iterator[None]:
+    """When one notifier declines a range, the others are told of its end, but it counts as open for ever."""
+    finish = MmuNotifiers._finish
+    with inside(MmuNotifiers, "_start") as starting:
+
+        def unclosed(self: MmuNotifiers, range: MmuNotifierRange, notifiers: Any, intervals: Any) -> Any:
+            if not starting():
+                return finish(self, range, notifiers, intervals)
+            for notifier in notifiers:
+                self._end(notifier, range)
+            return []
+
+        with replaced(MmuNotifiers, "_finish", unclosed):
+            yield
+
+
 @mutant("declined-and-ended-for-all", "M27", "AssertionError", "InternalError", protocol="modern")
 def declined_and_ended_for_all() -> Iterator[None]:
     """When one notifier declines a range, those behind it are not told of its start, but of its end."""

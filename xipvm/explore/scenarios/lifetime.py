@@ -27,6 +27,17 @@ def exit_against_truncate(scene: Scene) -> None:
 
 
 @scenario
+def exit_against_faults(scene: Scene) -> None:
+    """A process exits while its guest goes on."""
+    mm = scene.mm()
+    hva = mm.mmap(PAGE_SIZE, RW)
+    vcpu = scene.vcpu(scene.kvm(mm, hva, gfn=GFN))
+    vcpu.store(GFN, OLD)
+    scene.actor("exit", mm.exit)
+    scene.actor("vcpu0", vcpu.store, GFN, NEW)
+
+
+@scenario
 def exit_against_unregister(scene: Scene) -> None:
     """The address space ends while the VM is closed."""
     mm = scene.mm()

@@ -1,0 +1,114 @@
+"""Every known fault is found, by two strategies, in scenarios that do not know of it; and nothing is found without."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.run.command import inside
+from xipvm.check import INVARIANTS
+from xipvm.explore.find import KNOWN
+from xipvm.explore.scenarios import SCENARIOS
+from xipvm.mmu.secondary.kvm import KvmBase
+from xipvm.mutants import MUTANTS, planted
+from xipvm.mutants.hunt import hunt
+
+RUNS = 150
+DEMANDED = {
+    *["1", "2", "3", "4", "6", "7", "8", "9", "10", "11", "13", "14", "19", "20", "29", "30", "32", "42"],
+    *(f"M{number}" for number in (*range(1, 15), 16, 17, 18, 20, 21, 22, 25, 26, 27, 30, 31, 32, 34, 35, 38)),
+}
+SLOW = {
+    "exit-unlinks-first",
+    "mremap-flushes-without-the-lock",
+    "seq-after-count",
+    "seq-after-count-2008",
+    "slot-goes-without-a-second-look",
+    "slots-change-inside-a-range",
+}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in MUTANTS]
+)
+def test_a_mutant_is_caught_by_two_strategies(name: str) -> None:
+    mutant = MUTANTS[name]
+    found = hunt(mutant, KNOWN, runs=RUNS)
+    assert len(found.caught) == 2, [(catch.strategy, catch.what) for catch in found.catches]
+    for catch in found.caught:
+        assert catch.what in mutant.caught_by
+        assert catch.small is not None
+        assert catch.small.failure is not None
+        assert catch.small.failure.what == catch.what
+        assert catch.actors <= 4
+        assert catch.small.switches <= 6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["pct", "random", "coverage"])
+def test_the_right_system_has_no_report(strategy: str) -> None:
+    found = hunt(None, SCENARIOS, (strategy,), runs=10)
+    assert found.caught == []
+    assert found.catches[0].runs >= 10 * len(SCENARIOS)
+
+
+def test_what_is_demanded_is_there() -> None:
+    numbers = {number for mutant in MUTANTS.values() for number in mutant.number.split(", ")}
+    assert numbers >= DEMANDED
+
+
+def test_an_invariant_that_is_switched_off_is_missed() -> None:
+    others = [name for name in INVARIANTS if name != "I12"]
+    scenario = {"the-dirty-log-is-read": SCENARIOS["the-dirty-log-is-read"]}
+    found = hunt(MUTANTS["dirty-log-without-a-flush"], scenario, runs=20)
+    assert {catch.what for catch in found.caught} == {"I12"}
+    without = hunt(MUTANTS["dirty-log-without-a-flush"], scenario, runs=20, invariants=others)
+    assert "I12" not in {catch.what for catch in without.caught}
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_mutant_leaves_nothing_behind(name: str) -> None:
+    before = dict(vars(KvmBase))
+    with planted(name):
+        pass
+    assert dict(vars(KvmBase)) == before
+
+
+def test_the_list(tmp_path: Path) -> None:
+    outcome = inside("mutants", cwd=tmp_path)
+    assert outcome.status == 0
+    assert len(outcome.out.splitlines()) == len(MUTANTS)
+    lines = [json.loads(line) for line in inside("mutants", "--json", cwd=tmp_path).out.splitlines()]
+    assert [line["mutant"] for line in lines] == list(MUTANTS)
+
+
+@pytest.mark.slow
+def test_a_hunt_from_the_command_line(tmp_path: Path) -> None:
+    outcome = inside("mutants", "--run", "no-retry-check", "--json", cwd=tmp_path)
+    assert outcome.status == 0, outcome
+    found = json.loads(outcome.out)
+    assert {catch["caught_by"] for catch in found["catches"]} <= {"I2", "I4"}
+    text = inside("mutants", "--run", "flush-skipped", cwd=tmp_path).out
+    assert text.endswith("1 mutants, 0 not caught by two strategies\n")
+
+
+def test_an_unknown_mutant(tmp_path: Path) -> None:
+    outcome = inside("mutants", "--run", "nothing", cwd=tmp_path)
+    assert outcome.status == 2
+    assert "no mutant is called 'nothing'" in outcome.err
+
+
+def test_one_that_escapes_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("xipvm.cli.mutants.KNOWN", {"fault-against-munmap": SCENARIOS["fault-against-munmap"]})
+    outcome = inside("mutants", "--run", "dirty-log-without-a-flush", "--runs", 2, cwd=tmp_path)
+    assert outcome.status == 1
+    assert "ESCAPED" in outcome.out
+
+
+@pytest.mark.slow
+def test_the_control_from_the_command_line(tmp_path: Path) -> None:
+    outcome = inside("mutants", "--control", "--runs", 1, cwd=tmp_path)
+    assert outcome.status == 0, outcome
+    assert outcome.out.count("no report") == 4
