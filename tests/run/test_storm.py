@@ -216,6 +216,30 @@ def test_the_command_says_how_to_see_a_difference_again(tmp_path: Path, monkeypa
     assert any(line.startswith("replay: xipvm run --storm ") and line.endswith(str(elf)) for line in found.lines)
 
 
+def test_the_command_takes_the_host_s_memory_as_run_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    elf = guest("faults", "arm64")
+    options = ("--memory", "8M", "--protocol", "2008", "--thp", "never", "--host-memory", "4M", "--swap", "32M")
+    made: list[dict[str, object]] = []
+    init = Machine.__init__
+
+    def watch(self: Machine, *args: object, **options: object) -> None:
+        made.append(options)
+        init(self, *args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Machine, "__init__", watch)
+    assert inside("storm", "--seeds", 1, *options, elf, cwd=tmp_path).status == 0
+    wanted = {"memory": 8 << 20, "protocol": "2008", "thp": "never", "host_memory": 4 << 20, "swap": "32M"}
+    assert [wanted.items() <= each.items() for each in made] == [True, True]
+    refused = inside("storm", "--jobs", 2, "--swap", "file,size=1M", elf, cwd=tmp_path)
+    assert (refused.status, "one run's at a time" in refused.err) == (2, True)
+    monkeypatch.setattr("xipvm.cli.storm.difference", lambda calm, stormy: "differs")
+    replay = inside("storm", "--seeds", 1, *options, elf, cwd=tmp_path).lines[1]
+    assert replay == (
+        f"replay: xipvm run --storm 1,rate=10 --memory {8 << 20} --input /dev/null --protocol 2008 --thp never "
+        f"--host-memory {4 << 20} --swap 32M {elf}"
+    )
+
+
 @pytest.mark.slow
 def test_ctrl_c_ends_it() -> None:
     with start("storm", "--seeds", 100000, guest("faults", "arm64")) as child:

@@ -177,6 +177,26 @@ def run(**options: Any) -> int:
 @click.option("--input", "input_file", metavar="FILE", help="Console input, fed as the guest reads it.")
 @click.option("--until", metavar="TEXT", help="End when the input is used up and the guest prints TEXT.")
 @click.option("--max-instructions", type=click.IntRange(min=1), metavar="N", help="End at the block that reaches N.")
+@click.option(
+    "--protocol",
+    type=click.Choice(["modern", "2008"]),
+    default="modern",
+    help="How the secondary MMU is told of changes: as Linux does today, or as MMU notifiers began.",
+)
+@click.option(
+    "--host-memory", type=SIZE, help="The host's memory, such as 8M; by default it has room for all of the guest's RAM."
+)
+@click.option(
+    "--swap",
+    metavar="SIZE|FILE[,size=SIZE]",
+    help="Where pages go that the host's memory has no room for: a temporary file, or a swap file.",
+)
+@click.option(
+    "--thp",
+    type=click.Choice(["always", "madvise", "never"]),
+    default="madvise",
+    help="Transparent huge pages: with 'always' RAM is backed by pages of 2 MiB as far as there are any.",
+)
 @click.option("--seeds", type=click.IntRange(min=1), default=20, metavar="N", help="How many storms.")
 @click.option("--first", type=click.IntRange(min=0), default=1, metavar="SEED", help="The seed of the first.")
 @click.option("--rate", type=int, default=10, metavar="N", help="Operations in a million instructions, about.")

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from xipvm.cli.run import read_input
 from xipvm.devices.flash.files import parse_option
 from xipvm.errors import BadInput
+from xipvm.mmu.swap_file import parse_swap
 from xipvm.storm import Storm
 from xipvm.storm.check import Job, Outcome, difference, run_once, stormy_limit
 
@@ -33,6 +34,10 @@ def storm_guest(
     input_file: str | None,
     until: str | None,
     max_instructions: int | None,
+    protocol: str,
+    thp: str,
+    host_memory: int | None,
+    swap: str | None,
     seeds: int,
     first: int,
     rate: int,
@@ -42,6 +47,8 @@ def storm_guest(
     """Run the guest calmly and under ``seeds`` storms. The exit status: 0, 1 with a difference, 130 after Ctrl-C."""
     if guest is None and not flash:
         raise BadInput("there is nothing to run: name a GUEST, or a flash image with --flash")
+    if jobs > 1 and swap is not None and parse_swap(swap).path is not None:
+        raise BadInput("a swap file is one run's at a time: --jobs 1, or a temporary one, --swap SIZE")
     names = None if ops is None else tuple(ops.split("+"))
     Storm(first, rate=rate, ops=names)  # complains before anything runs
     job = Job(
@@ -53,6 +60,10 @@ def storm_guest(
         b"" if input_file is None else read_input(input_file),
         until,
         max_instructions,
+        protocol,
+        thp,
+        host_memory,
+        swap,
     )
     calm = run_once(job)
     if calm.reason == "interrupted":
@@ -76,7 +87,7 @@ def storm_guest(
         print(f"seed {seed}: {what}")
     if differing:
         setting = f"{differing[0][0]},rate={rate}" + ("" if ops is None else f",ops={ops}")
-        print(f"replay: {_command(setting, guest, board, memory, smp, flash, input_file, until)}")
+        print(f"replay: {_command(setting, job, flash, input_file)}")
     print(f"{done} seeds, {len(differing)} differ; {operations} operations, {invalidations} invalidations")
     if interrupted:
         return 128 + signal.SIGINT
@@ -128,28 +139,28 @@ def _progress(seeds: int) -> Iterator[Callable[[int], None]]:
         yield lambda differing: progress.update(bar, advance=1, differ=differing)
 
 
-def _command(
-    setting: str,
-    guest: str | None,
-    board: str | None,
-    memory: int | None,
-    smp: int,
-    flash: tuple[str, ...],
-    input_file: str | None,
-    until: str | None,
-) -> str:
+def _command(setting: str, job: Job, flash: tuple[str, ...], input_file: str | None) -> str:
     """The command line that runs one storm again. Flash is not written back here, either."""
     words = ["xipvm", "run", "--storm", setting]
-    script = os.devnull if input_file is None else input_file
-    for name, value in (("--board", board), ("--memory", memory), ("--input", script), ("--until", until)):
+    options = {
+        "--board": job.board,
+        "--memory": job.memory,
+        "--input": os.devnull if input_file is None else input_file,
+        "--until": job.until,
+        "--max-instructions": job.max_instructions,
+        "--smp": None if job.smp == 1 else job.smp,
+        "--protocol": None if job.protocol == "modern" else job.protocol,
+        "--thp": None if job.thp == "madvise" else job.thp,
+        "--host-memory": job.host_memory,
+        "--swap": job.swap,
+    }
+    for name, value in options.items():
         if value is not None:
             words += [name, str(value)]
-    if smp != 1:
-        words += ["--smp", str(smp)]
     for text in flash:
         option = parse_option(text)
         words += ["--flash", text if option.snapshot or option.readonly else f"{text},snapshot=on"]
-    return shlex.join([*words, *filter(None, [guest])])
+    return shlex.join([*words, *filter(None, [job.guest])])
 
 
 def _say(line: str) -> None:

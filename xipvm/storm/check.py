@@ -36,6 +36,10 @@ class Job:
     stdin: bytes = b""
     until: str | None = None
     max_instructions: int | None = None
+    protocol: str = "modern"
+    thp: str = "madvise"
+    host_memory: int | None = None
+    swap: str | None = None
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,10 @@ def run_once(job: Job, storm: Storm | None = None, *, limit: int | None = None) 
         smp=job.smp,
         flash=[option._replace(snapshot=not option.readonly) for option in job.flash],
         console=Console(output, job.stdin),
+        thp=job.thp,
+        protocol=job.protocol,
+        host_memory=job.host_memory,
+        swap=job.swap,
         storm=storm,
     ) as machine:
         try:
