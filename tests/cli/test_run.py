@@ -175,7 +175,8 @@ def test_a_trace_is_finished_when_the_machine_fails(xipvm: Call, machine: type[F
         raise KeyboardInterrupt
 
     machine.work = work
-    assert xipvm("run", HELLO, "--input", "/dev/null", "--trace", tmp_path / "t").status == 130
+    outcome = xipvm("run", HELLO, "--input", "/dev/null", "--trace", tmp_path / "t")
+    assert (outcome.status, outcome.err.lstrip()) == (130, "xipvm: interrupted\n")
     with TraceReader(tmp_path / "t") as reader:
         assert [event.kind for event in reader] == ["page_alloc", "mm_exit"]
         assert reader.closed

@@ -67,7 +67,7 @@ def _call(argv: Sequence[str] | None) -> int:
     except click.ClickException as error:
         return _say(error.format_message(), BAD_INPUT)
     except (KeyboardInterrupt, click.Abort):
-        return INTERRUPTED
+        return _say("interrupted", INTERRUPTED)
     except OutputClosedError:
         return BROKEN_PIPE
     except OSError as error:

@@ -20,8 +20,9 @@ from xipvm.trace.show import format_event
 
 def list_scenarios() -> None:
     """The scenarios that come with xipvm, a line each."""
+    width = max(map(len, KNOWN))
     for name, scenario in KNOWN.items():
-        print(f"{name:28} {scenario.doc}")
+        print(f"{name:{width}} {scenario.doc}")
 
 
 def explore_scenario(
