@@ -137,6 +137,14 @@ def gently(work: Callable[[], None]) -> Callable[[], None]:
 
 
 def mix(kind: str, seed: int) -> None:
+    try:
+        _mix(kind, seed)
+    except BaseException as error:
+        error.add_note(f"seed {seed}")
+        raise
+
+
+def _mix(kind: str, seed: int) -> None:
     world, source = World(kind), random.Random(seed)
     deeds = [world.collapse, world.split, world.drop, world.migrate, world.pageout, world.fork, world.protect]
     scheduler = Scheduler(lambda n, label: source.randrange(n), trace=world.trace)
@@ -159,8 +167,4 @@ def test_everything_at_once(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["anon", "shmem"])
 def test_everything_at_once_at_length(kind: str) -> None:
     for seed in range(12, 160):
-        try:
-            mix(kind, seed)
-        except BaseException as error:
-            error.add_note(f"seed {seed}")
-            raise
+        mix(kind, seed)

@@ -194,4 +194,8 @@ def test_an_area_that_became_read_only_while_its_owner_was_served() -> None:
 @pytest.mark.parametrize("first", range(0, 40, 10))
 def test_many_operations_inside_of_others(first: int) -> None:
     for seed in range(first, first + 10):
-        Race(seed).run(60)
+        try:
+            Race(seed).run(60)
+        except BaseException as error:
+            error.add_note(f"seed {seed}")
+            raise

@@ -299,6 +299,14 @@ class World:
 
 
 def run(seed: int, length: int = 25) -> None:
+    try:
+        _run(seed, length)
+    except BaseException as error:
+        error.add_note(f"seed {seed}, {length} operations")
+        raise
+
+
+def _run(seed: int, length: int) -> None:
     world = World(seed)
     inside = False
 
@@ -337,8 +345,4 @@ def test_huge_and_small(seed: int) -> None:
 def test_many() -> None:
     """XIPVM_THP_SEEDS says how many."""
     for seed in range(8, SEEDS):
-        try:
-            run(seed, 60)
-        except BaseException as error:
-            error.add_note(f"seed {seed}")
-            raise
+        run(seed, 60)
