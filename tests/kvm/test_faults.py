@@ -89,7 +89,7 @@ def test_a_stale_entry_is_zapped_and_flushed_before_it_is_replaced(world: World)
     hva = world.slot(1)
     world.write(0, b"x")
     frame = world.host.alloc()
-    world.kvm.sptes.set(0, s.make_spte(frame, True))
+    world.kvm.sptes.set(0, frame << s.PFN_SHIFT | s.SPTE_WRITABLE)
     with world.watching("spte_set", "spte_zap") as log:
         world.kvm.fault(0, READ)
     assert log == ["spte_zap", "vcpu0 flush stale spte", "vcpu0 kick stale spte", "spte_set"]

@@ -8,10 +8,15 @@ from xipvm.address import Gfn, Pfn
 from xipvm.mmu.secondary import spte as s
 
 
+def make_spte(pfn: Pfn, writable: bool) -> int:
+    """The present entry for ``pfn``."""
+    return pfn << s.PFN_SHIFT | (s.SPTE_WRITABLE if writable else s.SPTE_READ_ONLY)
+
+
 @pytest.mark.parametrize(("writable", "rights"), [(False, "rx"), (True, "rwx")])
 @pytest.mark.parametrize("pfn", [0, 1, (1 << 40) - 1])
 def test_present_entries(pfn: int, writable: bool, rights: str) -> None:
-    entry = s.make_spte(Pfn(pfn), writable)
+    entry = make_spte(Pfn(pfn), writable)
     assert s.spte_pfn(entry) == pfn
     assert s.spte_rights(entry) == rights
     assert entry & s.SPTE_PRESENT
@@ -31,8 +36,8 @@ def test_mmio_entries_give_no_right_and_are_not_present() -> None:
     [
         (0, "none"),
         (s.make_mmio_spte(Gfn(9)), "mmio"),
-        (s.make_spte(Pfn(0x1A), False), "pfn 0x1a rx accessed"),
-        (s.make_spte(Pfn(0x1A), True), "pfn 0x1a rwx accessed dirty"),
+        (make_spte(Pfn(0x1A), False), "pfn 0x1a rx accessed"),
+        (make_spte(Pfn(0x1A), True), "pfn 0x1a rwx accessed dirty"),
         (s.SPTE_READ, "not present (0x1)"),
     ],
 )

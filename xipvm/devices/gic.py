@@ -24,7 +24,6 @@ GICD_ICENABLER = 0x180
 GICD_ISPENDR = 0x200
 GICD_ICPENDR = 0x280
 GICD_ISACTIVER = 0x300
-GICD_ICACTIVER = 0x380
 GICD_IPRIORITYR = 0x400
 GICD_ITARGETSR = 0x800
 GICD_ICFGR = 0xC00
@@ -96,7 +95,6 @@ class Gic:
         self.distributor = Distributor(self)
         self.cpu_interface = CpuInterface(self)
         self._outputs = outputs
-        self._all_cpus = (1 << len(outputs)) - 1
         self._spis = spis
         self._levels = [False] * len(outputs)
         self._private: list[_Bank] = []
@@ -374,7 +372,7 @@ class Distributor:
             bank.latch &= ~changeable
         elif block == GICD_ISACTIVER:
             bank.active |= value
-        else:
+        else:  # GICD_ICACTIVER, the last of them
             bank.active &= ~value
 
     def _bits(self, offset: int) -> tuple[_Bank, int] | None:

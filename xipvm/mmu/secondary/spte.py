@@ -43,11 +43,6 @@ _RIGHTS = tuple(
 )
 
 
-def make_spte(pfn: Pfn, writable: bool) -> int:
-    """The present entry for ``pfn``."""
-    return pfn << PFN_SHIFT | (SPTE_WRITABLE if writable else SPTE_READ_ONLY)
-
-
 def make_mmio_spte(gfn: Gfn) -> int:
     """The entry that sends accesses of ``gfn`` to the device bus."""
     return SPTE_MMIO | gfn << PFN_SHIFT
