@@ -143,9 +143,9 @@ class Userfaultfd:
     def register(self, addr: int, length: int, mode: int) -> None:
         """Faults of the areas in the range are told from now on; ``mode`` is UFFDIO_REGISTER_MODE_*.
 
-        Holes are left out. Areas that were registered here get this mode in place of theirs. Errors: EINVAL (nothing is
-        mapped, or an area of a kind that does not fit the mode), EBUSY (an area of another userfaultfd), EPERM (shared
-        memory that must not be written).
+        Holes are left out. Areas that were registered here get this mode in place of theirs, unless theirs includes it.
+        Errors: EINVAL (nothing is mapped, or an area of a kind that does not fit the mode), EBUSY (an area of another
+        userfaultfd), EPERM (shared memory that must not be written).
         """
         self._check()
         flags = 0
