@@ -90,8 +90,8 @@ def cli() -> None:
 @cli.command()
 @click.argument("guest", required=False)
 @click.option("--board", metavar="NAME", help="The board; by default the one that GUEST is for. See 'xipvm boards'.")
-@click.option("--memory", type=SIZE, help="RAM, such as 64M or 1G.")
-@click.option("--smp", type=int, default=1, metavar="N", help="Number of vCPUs.")
+@click.option("--memory", type=SIZE, help="RAM, such as 64M or 1G; by default the board's.")
+@click.option("--smp", type=int, default=1, metavar="N", help="Number of vCPUs; 1.")
 @click.option(
     "--flash",
     multiple=True,
@@ -103,7 +103,7 @@ def cli() -> None:
     "--clock",
     type=click.Choice(["instructions", "host"]),
     default="instructions",
-    help="What guest time is: retired instructions (repeatable) or the host's time (faster).",
+    help="What guest time is: retired instructions (repeatable), the default, or the host's time (faster).",
 )
 @click.option("--trace", metavar="FILE", help="Record everything that happens; see 'xipvm trace show'.")
 @click.option(
@@ -123,7 +123,7 @@ def cli() -> None:
     "--protocol",
     type=click.Choice(["modern", "2008"]),
     default="modern",
-    help="How the secondary MMU is told of changes: as Linux does today, or as MMU notifiers began.",
+    help="How the secondary MMU is told of changes: as Linux does today, the default, or as MMU notifiers began.",
 )
 @click.option(
     "--pin-sptes",
@@ -166,8 +166,8 @@ def run(**options: Any) -> int:
 @cli.command()
 @click.argument("guest", required=False)
 @click.option("--board", metavar="NAME", help="The board; by default the one that GUEST is for.")
-@click.option("--memory", type=SIZE, help="RAM, such as 64M or 1G.")
-@click.option("--smp", type=int, default=1, metavar="N", help="Number of vCPUs.")
+@click.option("--memory", type=SIZE, help="RAM, such as 64M or 1G; by default the board's.")
+@click.option("--smp", type=int, default=1, metavar="N", help="Number of vCPUs; 1.")
 @click.option(
     "--flash",
     multiple=True,
@@ -181,7 +181,7 @@ def run(**options: Any) -> int:
     "--protocol",
     type=click.Choice(["modern", "2008"]),
     default="modern",
-    help="How the secondary MMU is told of changes: as Linux does today, or as MMU notifiers began.",
+    help="How the secondary MMU is told of changes: as Linux does today, the default, or as MMU notifiers began.",
 )
 @click.option(
     "--host-memory", type=SIZE, help="The host's memory, such as 8M; by default it has room for all of the guest's RAM."
@@ -197,11 +197,11 @@ def run(**options: Any) -> int:
     default="madvise",
     help="Transparent huge pages: with 'always' RAM is backed by pages of 2 MiB as far as there are any.",
 )
-@click.option("--seeds", type=click.IntRange(min=1), default=20, metavar="N", help="How many storms.")
-@click.option("--first", type=click.IntRange(min=0), default=1, metavar="SEED", help="The seed of the first.")
-@click.option("--rate", type=int, default=10, metavar="N", help="Operations in a million instructions, about.")
+@click.option("--seeds", type=click.IntRange(min=1), default=20, metavar="N", help="How many storms; 20.")
+@click.option("--first", type=click.IntRange(min=0), default=1, metavar="SEED", help="The seed of the first; 1.")
+@click.option("--rate", type=int, default=10, metavar="N", help="Operations in a million instructions, about; 10.")
 @click.option("--ops", metavar="NAME+NAME...", help="Only these operations; docs/storm.md has the list.")
-@click.option("--jobs", type=click.IntRange(min=1), default=1, metavar="N", help="Runs at a time.")
+@click.option("--jobs", type=click.IntRange(min=1), default=1, metavar="N", help="Runs at a time; 1.")
 def storm(**options: Any) -> int:
     """Run GUEST once calmly, then under storms, and compare console, exit, instructions, RAM and flash.
 
@@ -325,7 +325,11 @@ def explore(
 @click.option("--continue", "go_on", is_flag=True, help="When the program has changed, go on from the common part.")
 @click.option("--events", is_flag=True, help="Show every event of the run first.")
 def replay(file: str, go_on: bool, events: bool) -> int:
-    """Run a counterexample FILE again. The exit status is 1 when it is still wrong, 0 when it is right now."""
+    """Run a counterexample FILE again.
+
+    The exit status is 1 when it is still wrong, 0 when it is right now, 2 when FILE is none or the program does
+    something else than it did.
+    """
     from xipvm.cli.explore import replay_file
 
     return replay_file(file, go_on=go_on, events=events)
