@@ -299,6 +299,19 @@ def test_a_use_that_is_forgotten_before_somebody_asks(story: Story) -> None:
     assert story.broken() == ["I9"]
 
 
+def test_an_install_of_an_operation_inside_a_callback_of_the_start(story: Story) -> None:
+    """The start has not returned: who installs the entry is told of the range later."""
+    seq = story.emit("mmu_notifier_invalidate_range_start", mm="mm0", start=HVA, end=HVA + PAGE, event="CLEAR", range=1)
+    with story.trace.because(seq):
+        with story.trace.because(story.emit("storm", operation="second-vm", where="kvm.invalidate.counted")):
+            story.set_spte(PFN)
+        story.zap()
+        story.flush()
+    assert story.broken() == []
+    story.set_spte(PFN)
+    assert story.broken() == ["I2"]
+
+
 def test_a_use_that_another_operation_had_forgotten(story: Story) -> None:
     """Reclaim works inside an allocation that some operation makes while its range is open."""
     seq = story.emit("mmu_notifier_invalidate_range_start", mm="mm0", start=HVA, end=HVA + PAGE, event="CLEAR", range=1)

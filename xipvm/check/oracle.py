@@ -105,7 +105,11 @@ class Oracle:
     def _see_returns(self, event: Event) -> None:
         """What an actor says is caused by its start until that has returned."""
         for opened in tuple(self._returning):
-            if event.actor == opened.actor and event.cause != opened.seq:
+            if event.actor != opened.actor:
+                continue
+            if event.cause in opened.inside:
+                opened.inside.add(event.seq)
+            else:
                 opened.returned = True
                 self._returning.remove(opened)
 
@@ -115,6 +119,7 @@ class Oracle:
         self.checks["I6"] += 1
         if (opened.mm, opened.id) in self._world.open:
             self._broken("I6", f"range {opened.id} begins, but it is open already", event, hva=fields["start"])
+        opened.inside.add(event.seq)
         self._world.open[opened.mm, opened.id] = opened
         self._returning.append(opened)
 

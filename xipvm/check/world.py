@@ -37,6 +37,8 @@ class Range:
     """What its operation is done for, as all of that operation's events say."""
     returned: bool = False
     """Every notifier has been told."""
+    inside: set[int] = field(default_factory=set)
+    """Until then: what its start has caused, by way of others too, its own event first."""
     young: set[int] = field(default_factory=set)
     """Pages whose shadow entries, used since somebody last asked, its start has removed."""
 
