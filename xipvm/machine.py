@@ -9,6 +9,9 @@ inputs. On the ``host`` clock time is the host's and nothing is counted.
 
 **Who runs.** One vCPU at a time, on the thread that called ``run``. Events that fall due are run between
 slices; a slice never goes past the first of them.
+
+The file is long because making a machine, running it and taking it apart work on the state of one object, the turns of
+the run loop most of all; what has state of its own (firmware, power, flash, clock, vCPU) is elsewhere.
 """
 
 from __future__ import annotations

@@ -3,6 +3,8 @@
 A function gets the world and the arguments of the step and returns what it observed itself, by the names of ``expect``
 (``rc``, ``exit``, ``value``, ...). Errors of the model become ``rc`` and ``errno`` or ``signal`` in :func:`execute`. An
 operation that the model does not have raises UnsupportedError; what the model may lack is looked up by its Linux name.
+
+The file is long because there are many ops: it is one table, and each of its functions has a few lines.
 """
 
 from __future__ import annotations

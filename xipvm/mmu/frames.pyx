@@ -19,6 +19,9 @@ Invariants:
 * A frame with a reverse map (``set_rmap``, ``map_anon``) is a page, and on one LRU list unless somebody has isolated it;
   the last reference takes it off. Lists are chains through ``link``: (previous << 32) + next, 0 for none.
 * Device frames (pfn >= ``DEVICE_PFN``) are memory of others: metadata but no reference counting.
+
+The file is long because nearly all of it is one extension type: free lists, compound pages and LRU lists are chains
+through the same metadata, and every change of a reference keeps them in step.
 """
 
 from errno import EBUSY

@@ -31,6 +31,9 @@ the entry exists, and nobody is told of anything. So a page that the guest has u
 the host unmaps or copies stays what the guest sees. Entries go, and their references behind the flush, only when the
 VM says so itself: a memslot goes, :meth:`KvmBase.zap_gfn_range`, the end of the VM. As KVM did then, every fault asks
 for a page that may be written, so that no guest keeps a page that the host's next write would replace.
+
+The file is long because faults, invalidations, memslots and the dirty log change the same entries under the same lock:
+the protocol above can be checked only where all of them are seen.
 """
 
 from __future__ import annotations
