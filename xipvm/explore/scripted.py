@@ -7,11 +7,16 @@ comes in between.
 
 from __future__ import annotations
 
+from typing import Final
+
 from xipvm.actors import give_way, point
-from xipvm.errors import XipvmError
+from xipvm.errors import DeadlockError, XipvmError
 from xipvm.mmu.frames import HostMemory
 from xipvm.mmu.secondary.base import READ, RETRY_WALK, WRITE, SecondaryMmu
 from xipvm.trace.funnel import Trace
+
+RETRIES: Final = 2_000
+"""Faults of one access after which nothing will come of it: the others have gone on meanwhile, as far as they can."""
 
 
 class GuestAccessError(XipvmError):
@@ -52,7 +57,7 @@ class ScriptedVcpu:
 
     def _translate(self, gfn: int, write: bool) -> int:
         point("vcpu.access")
-        while True:
+        for _ in range(RETRIES):
             seen = self.tlb.get(gfn)
             if seen is None or (write and not seen[1]):
                 seen = self._walk(gfn)
@@ -62,6 +67,7 @@ class ScriptedVcpu:
             if self.mmu.fault(gfn, WRITE if write else READ) != RETRY_WALK:
                 raise GuestAccessError(gfn, self.mmu.last_error or "MMIO")
             give_way("vcpu.retry")
+        raise DeadlockError(f"vcpu{self.index} faults on guest frame {gfn:#x} again and again")
 
     def _walk(self, gfn: int) -> tuple[int, bool] | None:
         mapped = self.mmu.translate(gfn)

@@ -208,14 +208,24 @@ def entry_changed_in_place() -> Iterator[None]:
             yield
 
 
-@mutant("slots-change-inside-a-range", "19", "AssertionError", "InternalError", "livelock", protocol="modern")
+@mutant(
+    "slots-change-inside-a-range", "19", "AssertionError", "InternalError", "livelock", "deadlock", protocol="modern"
+)
 def slots_change_inside_a_range() -> Iterator[None]:
     """A memslot may come, go or move between the start and the end of a range: what began does not end."""
     with replaced(KvmBase, "_wait_for_invalidations", lambda self, what: None):
         yield
 
 
-@mutant("slot-goes-without-a-second-look", "M34", "AssertionError", "InternalError", "livelock", protocol="modern")
+@mutant(
+    "slot-goes-without-a-second-look",
+    "M34",
+    "AssertionError",
+    "InternalError",
+    "livelock",
+    "deadlock",
+    protocol="modern",
+)
 def slot_goes_without_a_second_look() -> Iterator[None]:
     """Whether a range is open is asked before the slot is marked invalid, and not behind that."""
     wait = KvmBase._wait_for_invalidations

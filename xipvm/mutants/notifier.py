@@ -157,7 +157,7 @@ def tlb_followers_not_told() -> Iterator[None]:
 # ---- declining
 
 
-@mutant("declined-and-others-not-ended", "4", "AssertionError", "livelock", protocol="modern")
+@mutant("declined-and-others-not-ended", "4", "AssertionError", "livelock", "deadlock", protocol="modern")
 def declined_and_others_not_ended() -> Iterator[None]:
     """When one notifier declines a range, those that had begun get no end."""
     finish = MmuNotifiers._finish
@@ -170,7 +170,7 @@ def declined_and_others_not_ended() -> Iterator[None]:
             yield
 
 
-@mutant("declined-and-left-open", "M13", "I6", "livelock", protocol="modern")
+@mutant("declined-and-left-open", "M13", "I6", "livelock", "deadlock", protocol="modern")
 def declined_and_left_open() -> Iterator[None]:
     """When one notifier declines a range, it is not ended at all."""
     finish = MmuNotifiers._finish
