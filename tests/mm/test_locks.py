@@ -8,9 +8,10 @@ from collections.abc import Callable
 import pytest
 
 from xipvm.actors import on_point
-from xipvm.errors import MmError
+from xipvm.errors import MmError, RecursiveLockError
 from xipvm.mmu.frames import HostMemory
 from xipvm.mmu.madvise import MADV_DONTNEED
+from xipvm.mmu.mapping import merge
 from xipvm.mmu.mm import Mm
 from xipvm.mmu.page_cache import ShmemFile
 from xipvm.mmu.verify import verify
@@ -103,6 +104,18 @@ def test_a_fault_at_another_place_goes_on_while_munmap_notifies(mm: Mm, host: Ho
     with on_point(at):
         mm.munmap(start, PAGE)
     assert mm.read(other, 5) == b"other"
+
+
+def test_to_merge_areas_whose_lock_one_holds_oneself_is_a_defect(mm: Mm, start: int) -> None:
+    """Where somebody else has it they are merged another time."""
+    mm.mprotect(start, PAGE, R)
+    lower, upper = mm.areas_in(start, start + 2 * PAGE)
+    upper.set_prot(R)
+    with lower.anon_chain[0].rwsem.read, pytest.raises(RecursiveLockError):
+        merge(mm, start, start + 2 * PAGE)
+    assert len(mm.vmas) == 2
+    merge(mm, start, start + 2 * PAGE)
+    assert len(mm.vmas) == 1
 
 
 def test_the_locks_are_free_after_an_operation_that_was_aborted(mm: Mm, start: int) -> None:

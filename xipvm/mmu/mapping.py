@@ -13,7 +13,7 @@ from operator import attrgetter
 from typing import TYPE_CHECKING, Final
 
 from xipvm.address import PAGE_MASK, PAGE_SHIFT, Hva, page_up
-from xipvm.errors import MmError
+from xipvm.errors import DeadlockError, MmError, RecursiveLockError
 from xipvm.mmu.huge_pmd import huge_up, vma_adjust_trans_huge
 from xipvm.mmu.hugetlb import check_mmap, check_split, hugetlb_split
 from xipvm.mmu.rmap import AreaLocks
@@ -228,10 +228,8 @@ def merge(mm: Mm, start: int, end: int) -> None:
     at = max(bisect_left(mm.vmas, start, key=_start) - 1, 0)
     while at + 1 < len(mm.vmas) and mm.vmas[at].start < end:
         lower, upper = mm.vmas[at], mm.vmas[at + 1]
-        if lower.prot == upper.prot and _adjoin(lower, upper) and _compatible(lower, upper):
-            if not _join(mm, lower, upper):
-                return
-        else:
+        same = lower.prot == upper.prot and _adjoin(lower, upper) and _compatible(lower, upper)
+        if not same or not _join(mm, lower, upper):
             at += 1
 
 
@@ -246,9 +244,9 @@ def _join(mm: Mm, lower: Vma, upper: Vma) -> bool:
                 lower.set_prot(lower.prot)
             if lower.anon_vma is None:
                 mm.rmap.clone(upper, lower)
-    except MmError as error:
-        if error.errno != errno.EDEADLK:
-            raise
+    except RecursiveLockError:
+        raise  # nobody else's, but a defect of the caller's
+    except DeadlockError:
         return False
     mm.rmap.leave(upper)
     return True
