@@ -385,15 +385,26 @@ def test_pages_of_a_memory_file(mm: Mm, host: HostMemory, trace: Trace, area: in
     verify(host)
 
 
-def test_one_area_too_many_leaves_its_file_alone(mm: Mm, tmp_path: Path) -> None:
-    for _ in range(128):
-        mm.swapon(1)
+@pytest.mark.parametrize("why", [errno.EPERM, errno.EFBIG])
+def test_a_swapon_that_fails_leaves_its_file_alone(
+    mm: Mm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, why: int
+) -> None:
+    """There is one area too many, or the file cannot be so large."""
+
+    def too_large(fd: int, size: int) -> None:
+        raise OSError(errno.EFBIG, "too large")
+
+    if why == errno.EPERM:
+        for _ in range(128):
+            mm.swapon(1)
+    else:
+        monkeypatch.setattr("os.ftruncate", too_large)
     kept, new = tmp_path / "kept", tmp_path / "new"
     kept.write_bytes(b"something")
     for path in (kept, new):
         with pytest.raises(MmError) as raised:
             mm.swapon(1, str(path))
-        assert raised.value.errno == errno.EPERM
+        assert raised.value.errno == why
     assert kept.read_bytes() == b"something"
     assert not new.exists()
 

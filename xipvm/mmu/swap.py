@@ -243,13 +243,17 @@ def swapon(mm: Mm, pages: int, path: str | None) -> None:
         raise MmError(errno.EINVAL, f"swapon: {pages} pages")
     swap = swap_of(mm)
     swap.free_type()  # before the file is emptied
-    fd = -1
+    fd, made = -1, path is not None and not os.path.lexists(path)
     try:
-        fd = temporary_file() if path is None else os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
+        fd = temporary_file() if path is None else os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        os.ftruncate(fd, pages << PAGE_SHIFT)  # if this cannot be, the file is as it was
+        os.ftruncate(fd, 0)
         os.ftruncate(fd, pages << PAGE_SHIFT)
     except OSError as error:
         if fd >= 0:
             os.close(fd)
+            if made and path is not None:
+                os.unlink(path)
         raise MmError(error.errno or errno.EIO, f"swapon: {path or 'temporary file'}") from None
     swap.add_area(SwapArea(fd, pages))
 
