@@ -14,8 +14,8 @@ Invariants:
   (InternalError: whoever calls splits it first), except for those that only look and for ``zap`` and the changes of
   bits, which take it as a whole.
 
-The file is long because nearly all of it is one extension type: operations are fused with the walk of the tables, so that
-none calls anything per page, and that needs the type's C fields and functions.
+The file is long because nearly all of it is one extension type: operations are fused with the walk of the tables, so
+that none calls anything per page, and that needs the type's C fields and functions.
 """
 
 cimport cython
