@@ -21,12 +21,23 @@ DEMANDED = {
     *(f"M{number}" for number in (*range(1, 15), 16, 17, 18, 20, 21, 22, 25, 26, 27, 30, 31, 32, 34, 35, 38)),
 }
 SLOW = {
+    "change-pte-inside-the-range",
+    "check-only-count",
+    "code-not-dropped",
+    "count-read-after-seq",
     "exit-unlinks-first",
+    "faults-after-release",
+    "flush-without-a-kick",
     "mremap-flushes-without-the-lock",
+    "release-runs-once-only",
+    "reloaded-inside-the-range",
     "seq-after-count",
     "seq-after-count-2008",
+    "seq-read-after-lookup",
     "slot-goes-without-a-second-look",
     "slots-change-inside-a-range",
+    "walk-not-repeated",
+    "writable-or-executable-by-entry",
 }
 
 

@@ -25,7 +25,7 @@ STRATEGIES: Final = ("pct", "random", "exhaustive", "coverage")
 ROUND: Final = 4
 """Runs of a scenario in the first round; each further round makes three times as many."""
 _WITH_GUEST: Final = {**GUEST_SCENARIOS, **CODE_SCENARIOS}
-GUEST_COST: Final = 10
+GUEST_COST: Final = 4
 """How many runs without a real guest one with a guest counts for."""
 LIMIT: Final = 1_000
 """Questions after which a run counts as a livelock; right ones ask less than a quarter of that."""
