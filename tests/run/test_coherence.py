@@ -204,6 +204,30 @@ class World:
         assert result.reason == "exit", result.report
         return result.status
 
+    def run_meddled(self, where: str, every: int, last: str) -> None:
+        """The whole run, meddled with at every so many of the points ``where``; it ends well, and says ``last``."""
+        seen = 0
+        busy = False
+
+        def at_point(label: str) -> None:
+            nonlocal seen, busy
+            if label != where or busy:
+                return
+            seen += 1
+            if seen % every == 0 and self.done < 60:
+                actor, busy = self.trace.actor, True
+                self.meddle()
+                self.check()
+                self.trace.actor, busy = actor, False
+
+        with on_point(at_point):
+            result = self.machine.run(max_instructions=50_000_000)
+        assert (result.status, result.reason) == (0, "exit"), result.report
+        assert self.last_line() == last
+        self.check()
+        verify(self.machine.host)
+        assert self.done > 5
+
     def close(self) -> None:
         """End it. The vCPUs go first then, without flushing anything."""
         self.trace.detach(self.oracle)
@@ -260,28 +284,8 @@ def test_in_the_middle_of_the_guest_s_own_faults(
 ) -> None:
     """From inside the engine's hook: the fault that is under way has to start over when its page was taken."""
     world = World(name, isa, smp=smp)
-    seen = 0
-    busy = False
-
-    def at_point(label: str) -> None:
-        nonlocal seen, busy
-        if label != where or busy:
-            return
-        seen += 1
-        if seen % every == 0 and world.done < 60:
-            actor, busy = world.trace.actor, True
-            world.meddle()
-            world.check()
-            world.trace.actor, busy = actor, False
-
     try:
-        with on_point(at_point):
-            result = world.machine.run(max_instructions=50_000_000)
-        assert (result.status, result.reason) == (0, "exit"), result.report
-        assert world.last_line() == last
-        world.check()
-        verify(world.machine.host)
-        assert world.done > 5
+        world.run_meddled(where, every, last)
     finally:
         world.close()
     if where == "kvm.fault.gup_done":

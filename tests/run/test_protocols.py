@@ -14,7 +14,6 @@ from tests.run.command import ISAS, UBOOT, guest, inside, needs_uboot, xipvm
 from tests.run.test_coherence import PAGE, World
 from xipvm import Console, Event, Machine, Trace, TraceReader
 from xipvm import run as run_guest
-from xipvm.actors import on_point
 from xipvm.errors import BadInput, MmError, OutOfFrames
 from xipvm.mmu.migrate import migrate_page
 from xipvm.mmu.pte import ACCESSED, MAPPED, SPECIAL, pte_pfn
@@ -146,28 +145,8 @@ def test_in_the_middle_of_the_guest_s_own_faults(
 ) -> None:
     """The fault that is under way has to start over when its page was taken, or a range is open."""
     world = World2008(name, isa, smp=smp)
-    seen = 0
-    busy = False
-
-    def at_point(label: str) -> None:
-        nonlocal seen, busy
-        if label != where or busy:
-            return
-        seen += 1
-        if seen % every == 0 and world.done < 60:
-            actor, busy = world.trace.actor, True
-            world.meddle()
-            world.check()
-            world.trace.actor, busy = actor, False
-
     try:
-        with on_point(at_point):
-            result = world.machine.run(max_instructions=50_000_000)
-        assert (result.status, result.reason) == (0, "exit"), result.report
-        assert world.last_line() == last
-        world.check()
-        verify(world.machine.host)
-        assert world.done > 5
+        world.run_meddled(where, every, last)
         assert any(event.kind == "kvm_retry" for event in world.oracle.events)
     finally:
         world.close()

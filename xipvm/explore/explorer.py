@@ -146,7 +146,6 @@ def explore(
     *,
     runs: int,
     progress: Callable[[int], None] | None = None,
-    stop_at_first: bool = True,
     **options: Any,
 ) -> Search:
     """At most ``runs`` runs of ``scenario`` as ``strategy`` orders them; stops at the first that is wrong."""
@@ -161,12 +160,11 @@ def explore(
             search.checks[name] = search.checks.get(name, 0) + count
         if progress is not None:
             progress(search.runs)
-        if run.failure is not None and search.failing is None:
+        if run.failure is not None:
             search.failing, search.failing_at = run, search.runs
-            if stop_at_first:
-                break
+            break
     search.fingerprints = frozenset(seen)
-    search.complete = bool(getattr(strategy, "complete", False))
+    search.complete = strategy.complete
     return search
 
 

@@ -22,6 +22,8 @@ class Strategy(ABC):
     """One search. ``name`` is what the command line calls it."""
 
     name = ""
+    complete = False
+    """There is no run within its bounds that was not made."""
 
     @abstractmethod
     def begin(self) -> bool:
@@ -119,8 +121,6 @@ class Exhaustive(Strategy):
         self._root = len(root)
         self._prefix: list[int] | None = list(root)
         self._at = 0
-        self.complete = False
-        """Every run was made."""
 
     def begin(self) -> bool:
         """As long as an answer is left."""

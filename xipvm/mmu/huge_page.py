@@ -16,11 +16,13 @@ until somebody splits it: :func:`deferred_split_scan`, for memory pressure.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import errno
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from xipvm.actors import point
 from xipvm.address import PAGE_SHIFT, PAGE_SIZE, join_runs
+from xipvm.errors import MmError
 from xipvm.mmu.frames import HUGE_PAGES, PG_ANON, PG_DIRTY, PG_REFERENCED, PG_SWAPBACKED, HostMemory
 from xipvm.mmu.huge_pmd import HPAGE_SIZE, page_remove_rmap, pmdp_clear_flush
 from xipvm.mmu.hugetlb import WP_MARKER, adjust_range_if_pmd_sharing_possible
@@ -172,6 +174,24 @@ def _cache_of(host: HostMemory, head: int) -> PageCache | None:
 
     file = reverse_map(host).file(host.mapping(head))
     return file if isinstance(file, PageCache) and file.pages.get(host.index(head)) == head else None
+
+
+def move_page(host: HostMemory, trace: Trace, head: int, new: int, move: Callable[[HostMemory, int, int], bool]) -> int:
+    """Has ``move`` put ``new`` in the place of ``head``, and tells of it; ``new``. Who then has nothing is free.
+
+    Raises MmError EAGAIN when it could not.
+    """
+    host.get(head)
+    moved = False
+    try:
+        moved = move(host, head, new)
+    finally:
+        if trace.on:
+            trace.emit("page_migrate", old=head, new=new, moved=moved)
+        put_pages(host, trace, [head, new])
+    if not moved:
+        raise MmError(errno.EAGAIN, f"frame {head:#x} is in use")
+    return new
 
 
 def put_pages(host: HostMemory, trace: Trace, pfns: list[int]) -> None:

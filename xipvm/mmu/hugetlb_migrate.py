@@ -14,7 +14,7 @@ from xipvm.actors import point
 from xipvm.address import Pfn
 from xipvm.errors import MmError, OutOfFrames
 from xipvm.mmu.frames import HUGE_PAGES, PG_ANON, PG_DIRTY, PG_REFERENCED, HostMemory
-from xipvm.mmu.huge_page import put_pages, remove_migration_ptes, unmap_huge_page
+from xipvm.mmu.huge_page import move_page, remove_migration_ptes, unmap_huge_page
 from xipvm.mmu.hugetlb_file import HugetlbFile
 from xipvm.mmu.hugetlb_pool import alloc_hugetlb_page
 from xipvm.mmu.rmap import reverse_map
@@ -35,20 +35,10 @@ def migrate_hugetlb_page(host: HostMemory, trace: Trace, head: int) -> Pfn:
     new = alloc_hugetlb_page(host, trace, reserved=False, zero=False)
     if new is None:
         raise OutOfFrames(f"none of {host.huge_pages} huge pages is free and not promised")
-    host.get(head)
-    moved = False
-    try:
-        moved = _move(host, head, new)
-    finally:
-        if trace.on:
-            trace.emit("page_migrate", old=head, new=new, moved=moved)
-        put_pages(host, trace, [head, new])
-    if not moved:
-        raise MmError(errno.EAGAIN, f"frame {head:#x} is in use")
-    return new
+    return Pfn(move_page(host, trace, head, new, _move))
 
 
-def _move(host: HostMemory, head: int, new: Pfn) -> bool:
+def _move(host: HostMemory, head: int, new: int) -> bool:
     file, index = reverse_map(host).file(host.mapping(head)), host.index(head)
     expected = 2 if isinstance(file, HugetlbFile) else 1
     if host.refcount(head) - host.total_mapcount(head) != expected:
@@ -63,7 +53,7 @@ def _move(host: HostMemory, head: int, new: Pfn) -> bool:
         host.set_rmap(new, host.mapping(head), index)
         if isinstance(file, HugetlbFile):
             host.get(new)
-            file.pages[index] = new
+            file.pages[index] = Pfn(new)
             host.put(head)
     remove_migration_ptes(host, head, new if done else head)
     return done

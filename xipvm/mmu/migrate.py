@@ -42,7 +42,7 @@ from xipvm.mmu.frames import (
     PG_SWAPBACKED,
     HostMemory,
 )
-from xipvm.mmu.huge_page import migrate_huge_page, put_pages, split_if_compound
+from xipvm.mmu.huge_page import migrate_huge_page, move_page, split_if_compound
 from xipvm.mmu.hugetlb_migrate import migrate_hugetlb_page
 from xipvm.mmu.page_cache import PageCache
 from xipvm.mmu.pte import FLAGS, MAPPED, MIGRATION, PFN_SHIFT, SPECIAL, UFFD_WP, WRITE, pte_pfn
@@ -85,17 +85,7 @@ def _migrate_huge_page(host: HostMemory, trace: Trace, head: int) -> int | None:
         new = alloc_huge(host, trace, False)
     except OutOfFrames:
         return None
-    host.get(head)
-    moved = False
-    try:
-        moved = migrate_huge_page(host, head, new)
-    finally:
-        if trace.on:
-            trace.emit("page_migrate", old=head, new=new, moved=moved)
-        put_pages(host, trace, [head, new])
-    if not moved:
-        raise MmError(errno.EAGAIN, f"frame {head:#x} is in use")
-    return new
+    return move_page(host, trace, head, new, migrate_huge_page)
 
 
 def _migrate_page(host: HostMemory, trace: Trace, pfn: int) -> int:
