@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
-from xipvm.check import INVARIANTS, Oracle
+from xipvm.check import INVARIANTS, Oracle, rules
 from xipvm.errors import BadInput
-from xipvm.trace.funnel import Trace
+from xipvm.trace import Event, Trace
 
 PAGE = 0x1000
 HVA = 0x7000_0000
@@ -342,7 +343,7 @@ def test_a_device_that_follows_the_host_s_tlbs(story: Story) -> None:
     assert story.broken() == ["I5"], "nobody told the device"
     assert "sva0 on mm0" in story.oracle.violations[0].message
     story.emit("mmu_notifier_arch_invalidate_secondary_tlbs", mm="mm0", start=HVA, end=HVA + 2 * PAGE)
-    assert OTHER not in story.oracle._world.holders
+    assert OTHER not in story.oracle.world.holders
 
 
 def test_a_notifier_that_goes_on_after_its_time(story: Story) -> None:
@@ -407,7 +408,7 @@ def test_huge_entries_are_many() -> None:
     story.emit("page_free", pages=[(0x201, 1)])
     assert story.broken() == ["I3", "I5"]
     story.emit("spte_zap", vm="vm0", start=0x80000 + 511, end=0x80000 + 600, pages=[(0x200, 512)])
-    assert set(story.oracle._world.vms["vm0"].sptes) == {GFN}, "they go as a whole"
+    assert set(story.oracle.world.vms["vm0"].sptes) == {GFN}, "they go as a whole"
 
 
 def test_only_the_chosen_invariants_count() -> None:
@@ -424,8 +425,39 @@ def test_what_it_keeps_is_what_is_mapped(story: Story) -> None:
     story.flush()
     story.clear()
     story.end()
-    world = story.oracle._world
+    world = story.oracle.world
     assert not world.holders
     assert not world.open
     assert not world.mms["mm0"].entries
     assert not world.vms["vm0"].sptes
+
+
+def test_rules_of_other_modules_are_asked_behind_the_oracle_s_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Rule:
+        def __init__(self, oracle: Oracle) -> None:
+            self.oracle = oracle
+            oracle.on("spte_set", self.installed)
+            oracle.on("spte_set", self.late, since_range=True)
+
+        def installed(self, event: Event, fields: dict[str, Any]) -> None:
+            seen.append(("installed", event.seq, self.oracle.world.vms["vm0"].sptes[fields["gfn"]].pfn))
+
+        def late(self, event: Event, fields: dict[str, Any]) -> None:
+            self.oracle.broken("I4", "late", event, gfn=fields["gfn"])
+
+        def finish(self) -> None:
+            seen.append("finish")
+
+    seen: list[object] = []
+    monkeypatch.setattr(rules, "RULES", [Rule])
+    story = Story()
+    assert seen == [("installed", 5, PFN)]
+    with story.trace.because(story.trace.seq):
+        story.set_spte(PFN)
+        assert story.broken() == []
+        story.start()
+        story.end()
+        story.set_spte(PFN)
+    assert [violation.message for violation in story.oracle.violations] == ["late"]
+    story.oracle.finish()
+    assert seen[-1] == "finish"

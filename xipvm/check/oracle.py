@@ -20,16 +20,16 @@ is bounded by what is mapped: entries go when they are unmapped, history is a ri
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
-from typing import Any, Final
+from typing import Final
 
 from xipvm.address import PAGE_SHIFT
+from xipvm.check import rules
+from xipvm.check.rules import Fields, Handler
 from xipvm.check.violation import INVARIANTS, Violation
 from xipvm.check.world import WRITE, Area, Change, Entry, Range, Vm, World
 from xipvm.errors import BadInput
 from xipvm.trace.events import Event
 from xipvm.trace.history import History
-
-Fields = dict[str, Any]
 
 VIOLATION_LIMIT: Final = 100
 """More are not remembered: what follows the first ones follows from them."""
@@ -64,12 +64,23 @@ class Oracle:
         self.checks = dict.fromkeys(INVARIANTS, 0)
         self.events = 0
         self._stop = stop
-        self._world = World()
+        self.world = World()
+        """What the events have said so far; rules read it."""
         self._history = History(history)
         self._returning: list[Range] = []
         """Open ranges whose start may still be telling somebody."""
         self._changes: list[Change] = []
         """In 2008: entries whose notifiers have not been told, or are being told."""
+        self._further: dict[str, list[tuple[Handler, bool]]] = {}
+        self._last_range = 0
+        self._rules = [make(self) for make in rules.RULES]
+
+    def on(self, kind: str, handler: Handler, *, since_range: bool = False) -> None:
+        """Call ``handler(event, fields)`` at every event of ``kind``, behind the oracle's own rules for it.
+
+        With ``since_range`` only when a range has started or ended, in any mm, behind the event that caused this one.
+        """
+        self._further.setdefault(kind, []).append((handler, since_range))
 
     def __call__(self, event: Event) -> None:
         """Judge ``event``."""
@@ -82,16 +93,23 @@ class Oracle:
         handler = _HANDLERS.get(event.kind)
         if handler is not None:
             handler(self, event, event.fields)
+        for further, since_range in self._further.get(event.kind, ()):
+            if not since_range or event.cause < self._last_range:
+                further(event, event.fields)
 
     def finish(self) -> None:
         """No more events come: every range must have ended, every page must have been told of."""
         for change in self._changes:
             if not change.told:
                 self._untold(change)
-        for opened in self._world.open.values():
+        for opened in self.world.open.values():
             self.checks["I6"] += 1
             last = self._history.events[-1]
-            self._broken("I6", f"range {opened.id} of {opened.mm}, begun at #{opened.seq}, never ended", last)
+            self.broken("I6", f"range {opened.id} of {opened.mm}, begun at #{opened.seq}, never ended", last)
+        for rule in self._rules:
+            finish = getattr(rule, "finish", None)
+            if finish is not None:
+                finish()
 
     def check(self, events: Iterable[Event]) -> list[Violation]:
         """Judge a whole recorded run; returns what was found."""
@@ -117,17 +135,19 @@ class Oracle:
         start, end = fields["start"] >> PAGE_SHIFT, -(-fields["end"] >> PAGE_SHIFT)
         opened = Range(fields["range"], fields["mm"], start, end, event.actor, event.seq, event.cause)
         self.checks["I6"] += 1
-        if (opened.mm, opened.id) in self._world.open:
-            self._broken("I6", f"range {opened.id} begins, but it is open already", event, hva=fields["start"])
+        if (opened.mm, opened.id) in self.world.open:
+            self.broken("I6", f"range {opened.id} begins, but it is open already", event, hva=fields["start"])
         opened.inside.add(event.seq)
-        self._world.open[opened.mm, opened.id] = opened
+        self._last_range = event.seq
+        self.world.open[opened.mm, opened.id] = opened
         self._returning.append(opened)
 
     def _on_mmu_notifier_invalidate_range_end(self, event: Event, fields: Fields) -> None:
         self.checks["I6"] += 1
-        opened = self._world.open.pop((fields["mm"], fields["range"]), None)
+        self._last_range = event.seq
+        opened = self.world.open.pop((fields["mm"], fields["range"]), None)
         if opened is None:
-            self._broken("I6", f"range {fields['range']} ends, but never began", event, hva=fields["start"])
+            self.broken("I6", f"range {fields['range']} ends, but never began", event, hva=fields["start"])
         elif opened in self._returning:
             self._returning.remove(opened)
 
@@ -148,50 +168,50 @@ class Oracle:
 
     def _untold(self, change: Change) -> None:
         hva = change.page << PAGE_SHIFT
-        self._broken("I1", f"the entry of {hva:#x} changed, and nobody was told of the page", change.event, hva=hva)
+        self.broken("I1", f"the entry of {hva:#x} changed, and nobody was told of the page", change.event, hva=hva)
 
     # ---- who is told
 
     def _on_mmu_notifier_register(self, event: Event, fields: Fields) -> None:
-        process = self._world.mm(fields["mm"])
+        process = self.world.mm(fields["mm"])
         process.notifiers.add(fields["notifier"])
         process.protocol = fields["protocol"]
-        vm = self._world.vm(fields["notifier"])
+        vm = self.world.vm(fields["notifier"])
         vm.mm, vm.gone = fields["mm"], False
 
     def _on_mmu_notifier_unregister(self, event: Event, fields: Fields) -> None:
-        process = self._world.mm(fields["mm"])
+        process = self.world.mm(fields["mm"])
         process.notifiers.discard(fields["notifier"])
-        self._world.release_all(process.devices.pop(fields["notifier"], {}))
-        vm = self._world.vm(fields["notifier"])
+        self.world.release_all(process.devices.pop(fields["notifier"], {}))
+        vm = self.world.vm(fields["notifier"])
         vm.mm, vm.gone = None, True
 
     _on_mmu_notifier_put = _on_mmu_notifier_unregister
 
     def _on_mmu_notifier_release(self, event: Event, fields: Fields) -> None:
-        self._world.vm(fields["notifier"]).gone = True
+        self.world.vm(fields["notifier"]).gone = True
 
     def _on_mmu_interval_notifier_insert(self, event: Event, fields: Fields) -> None:
-        self._world.mm(fields["mm"]).intervals.add(fields["notifier"])
+        self.world.mm(fields["mm"]).intervals.add(fields["notifier"])
 
     def _on_mmu_interval_notifier_remove(self, event: Event, fields: Fields) -> None:
-        self._world.mm(fields["mm"]).intervals.discard(fields["notifier"])
+        self.world.mm(fields["mm"]).intervals.discard(fields["notifier"])
 
     def _on_mm_exit(self, event: Event, fields: Fields) -> None:
         # Whoever was told of the release has nothing left to be told of; see exit_mmap.
-        self._world.mm(fields["mm"]).intervals.clear()
+        self.world.mm(fields["mm"]).intervals.clear()
 
     # ---- primary entries
 
     def _on_pte_set(self, event: Event, fields: Fields) -> None:
-        process = self._world.mm(fields["mm"])
+        process = self.world.mm(fields["mm"])
         page, pfn, flags = fields["hva"] >> PAGE_SHIFT, fields["pfn"], fields["flags"]
         for offset in range(_HUGE_PAGES if flags & _HUGE else 1):
             self._set(event, process.name, page + offset, pfn + offset if pfn else pfn, flags)
 
     def _set(self, event: Event, mm: str, page: int, pfn: int, flags: int) -> None:
-        process = self._world.mm(mm)
-        self._world.swapped.pop(pfn, None)
+        process = self.world.mm(mm)
+        self.world.swapped.pop(pfn, None)
         before = process.entries.get(page)
         if before is not None and (before[0] != pfn or before[1] & ~flags & WRITE):
             self._lowered(event, mm, page, before, pfn, flags)
@@ -200,14 +220,14 @@ class Oracle:
     def _on_mm_cow(self, event: Event, fields: Fields) -> None:
         page, old, new = fields["hva"] >> PAGE_SHIFT, fields["old"], fields["new"]
         self.checks["I11"] += 1
-        for thread, tlb in self._world.mm(fields["mm"]).tlbs.items():
+        for thread, tlb in self.world.mm(fields["mm"]).tlbs.items():
             seen = tlb.get(page)
             if seen is not None and seen.pfn == old:
                 what = f"{thread} still reads frame {old:#x} at {fields['hva']:#x}"
-                self._broken("I11", f"frame {new:#x} can be written, but {what}", event, hva=fields["hva"])
+                self.broken("I11", f"frame {new:#x} can be written, but {what}", event, hva=fields["hva"])
 
     def _on_pte_clear(self, event: Event, fields: Fields) -> None:
-        process = self._world.mm(fields["mm"])
+        process = self.world.mm(fields["mm"])
         entries = process.entries
         pages = process.mapped(fields["start"] >> PAGE_SHIFT, -(-fields["end"] >> PAGE_SHIFT))
         runs = fields["pages"]
@@ -227,25 +247,25 @@ class Oracle:
 
     def _given_up(self, mm: str, start: int, end: int) -> None:
         """Nobody needs what swap entries of bytes ``[start, end)`` stand for, or they are elsewhere now."""
-        world = self._world
+        world = self.world
         for pfn, (whose, page) in tuple(world.swapped.items()):
             if whose == mm and start >> PAGE_SHIFT <= page < -(-end >> PAGE_SHIFT):
                 del world.swapped[pfn]
 
     def _on_pte_nonpresent(self, event: Event, fields: Fields) -> None:
-        process = self._world.mm(fields["mm"])
+        process = self.world.mm(fields["mm"])
         page = fields["hva"] >> PAGE_SHIFT
         before = process.entries.pop(page, None)
         if fields["entry"] == "swap" and (before is not None or process.cleared[0] == page):
-            self._world.swapped[process.cleared[1] if before is None else before[0]] = process.name, page
+            self.world.swapped[process.cleared[1] if before is None else before[0]] = process.name, page
         if before is not None:
             self._lowered(event, process.name, page, before, None, 0)
 
     def _on_swap_out(self, event: Event, fields: Fields) -> None:
-        self._world.written.pop(fields["pfn"], None)
+        self.world.written.pop(fields["pfn"], None)
 
     def _on_pte_protect(self, event: Event, fields: Fields) -> None:
-        process = self._world.mm(fields["mm"])
+        process = self.world.mm(fields["mm"])
         flags = fields["flags"]
         for page in process.mapped(fields["start"] >> PAGE_SHIFT, -(-fields["end"] >> PAGE_SHIFT)):
             before = process.entries[page]
@@ -260,7 +280,7 @@ class Oracle:
             self._set(event, fields["mm"], (fields["start"] >> PAGE_SHIFT) + offset, pfn, flags)
 
     def _on_pte_move(self, event: Event, fields: Fields) -> None:
-        process = self._world.mm(fields["mm"])
+        process = self.world.mm(fields["mm"])
         start, by = fields["start"] >> PAGE_SHIFT, (fields["to"] - fields["start"]) >> PAGE_SHIFT
         moved = {page: process.entries.pop(page) for page in process.mapped(start, -(-fields["end"] >> PAGE_SHIFT))}
         for page, before in moved.items():
@@ -268,13 +288,13 @@ class Oracle:
             process.entries[page + by] = before
 
     def _on_pte_copy(self, event: Event, fields: Fields) -> None:
-        parent, child = self._world.mm(fields["mm"]), self._world.mm(fields["child"])
+        parent, child = self.world.mm(fields["mm"]), self.world.mm(fields["child"])
         for page in parent.mapped(fields["start"] >> PAGE_SHIFT, -(-fields["end"] >> PAGE_SHIFT)):
             child.entries[page] = parent.entries[page]
 
     def _lowered(self, event: Event, mm: str, page: int, before: tuple[int, int], pfn: int | None, flags: int) -> None:
         """The entry of ``page`` was ``before`` and is ``pfn`` with ``flags`` now, or nothing."""
-        world = self._world
+        world = self.world
         process = world.mms[mm]
         if not process.notifiers and not process.intervals:
             return
@@ -286,7 +306,7 @@ class Oracle:
                 return
             if not told:
                 hva = page << PAGE_SHIFT
-                self._broken("I1", f"the entry of {hva:#x} changes outside of every range", event, hva=hva)
+                self.broken("I1", f"the entry of {hva:#x} changes outside of every range", event, hva=hva)
         self._translated(event, mm, page, before, pfn, flags, told)
 
     def _translated(
@@ -300,7 +320,7 @@ class Oracle:
         told: tuple[Range, ...],
     ) -> None:
         """Nobody may translate ``page`` by ``before`` any more, as far as ``pfn`` with ``flags`` allows less."""
-        world = self._world
+        world = self.world
         hva = page << PAGE_SHIFT
         self.checks["I3"] += 1
         for vm in world.watchers(mm):
@@ -313,35 +333,35 @@ class Oracle:
                     else:
                         name, how = "I2", f"was installed inside range {late.id}"
                     what = f"{vm.name}'s entry of guest frame {gfn:#x} (frame {spte.pfn:#x}, since #{spte.seq}) {how}"
-                    self._broken(name, f"the entry of {hva:#x} changes, but {what}", event, hva=hva, pfn=spte.pfn)
+                    self.broken(name, f"the entry of {hva:#x} changes, but {what}", event, hva=hva, pfn=spte.pfn)
                 self.checks["I10"] += 1
                 for vcpu, tlb in world.tlbs.items():
                     seen = tlb.get(gfn)
                     if seen is not None and _stale(seen, before, pfn, flags):
                         what = f"vcpu{vcpu}'s TLB has guest frame {gfn:#x} (frame {seen.pfn:#x}, since #{seen.seq})"
-                        self._broken("I10", f"the entry of {hva:#x} changes, but {what}", event, hva=hva, pfn=seen.pfn)
+                        self.broken("I10", f"the entry of {hva:#x} changes, but {what}", event, hva=hva, pfn=seen.pfn)
 
     # ---- frames
 
     def _on_page_alloc(self, event: Event, fields: Fields) -> None:
-        self._world.freed.pop(fields["pfn"], None)
-        self._world.written.pop(fields["pfn"], None)
+        self.world.freed.pop(fields["pfn"], None)
+        self.world.written.pop(fields["pfn"], None)
 
     def _on_page_alloc_huge(self, event: Event, fields: Fields) -> None:
         for first, count in fields["pages"]:
             for pfn in range(first, first + count):
-                self._world.freed.pop(pfn, None)
+                self.world.freed.pop(pfn, None)
 
     def _on_page_free(self, event: Event, fields: Fields) -> None:
-        world = self._world
+        world = self.world
         for first, count in fields["pages"]:
             for pfn in range(first, first + count):
                 self.checks["I5"] += 1
                 if pfn in world.freed:
-                    self._broken("I5", f"frame {pfn:#x} is free since #{world.freed[pfn]}", event, pfn=pfn)
+                    self.broken("I5", f"frame {pfn:#x} is free since #{world.freed[pfn]}", event, pfn=pfn)
                 elif pfn in world.holders:
                     who = "; ".join(world.who_holds(pfn))
-                    self._broken("I5", f"frame {pfn:#x} is freed, but {who}", event, pfn=pfn)
+                    self.broken("I5", f"frame {pfn:#x} is freed, but {who}", event, pfn=pfn)
                 written = world.written.pop(pfn, 0)
                 if pfn in world.swapped:
                     mm, page = world.swapped.pop(pfn)
@@ -349,46 +369,46 @@ class Oracle:
                     if written:
                         what = f"what may have been written since #{written} is not in the swap slot of {mm}"
                         hva = page << PAGE_SHIFT
-                        self._broken("I8", f"frame {pfn:#x} is freed, but {what}", event, pfn=pfn, hva=hva)
+                        self.broken("I8", f"frame {pfn:#x} is freed, but {what}", event, pfn=pfn, hva=hva)
                 world.freed[pfn] = event.seq
 
     # ---- the hosts' own TLBs
 
     def _on_host_tlb_insert(self, event: Event, fields: Fields) -> None:
-        tlb = self._world.mm(fields["mm"]).tlbs.setdefault(fields["thread"], {})
+        tlb = self.world.mm(fields["mm"]).tlbs.setdefault(fields["thread"], {})
         entry = Entry(fields["pfn"], fields["rights"] == "rw", event.seq)
-        self._world.hold(tlb, fields["hva"] >> PAGE_SHIFT, entry)
+        self.world.hold(tlb, fields["hva"] >> PAGE_SHIFT, entry)
 
     def _on_primary_tlb_flush(self, event: Event, fields: Fields) -> None:
-        for tlb in self._world.mm(fields["mm"]).tlbs.values():
-            self._world.release_range(tlb, fields["start"] >> PAGE_SHIFT, -(-fields["end"] >> PAGE_SHIFT))
+        for tlb in self.world.mm(fields["mm"]).tlbs.values():
+            self.world.release_range(tlb, fields["start"] >> PAGE_SHIFT, -(-fields["end"] >> PAGE_SHIFT))
 
     def _on_host_tlb_drop(self, event: Event, fields: Fields) -> None:
-        tlb = self._world.mm(fields["mm"]).tlbs.get(fields["thread"], {})
+        tlb = self.world.mm(fields["mm"]).tlbs.get(fields["thread"], {})
         if fields["hva"] is None:
-            self._world.release_all(tlb)
+            self.world.release_all(tlb)
         else:
-            self._world.release(tlb, fields["hva"] >> PAGE_SHIFT)
+            self.world.release(tlb, fields["hva"] >> PAGE_SHIFT)
 
     # ---- TLBs that follow the hosts'
 
     def _on_device_tlb_insert(self, event: Event, fields: Fields) -> None:
-        tlb = self._world.mm(fields["mm"]).devices.setdefault(fields["device"], {})
+        tlb = self.world.mm(fields["mm"]).devices.setdefault(fields["device"], {})
         entry = Entry(fields["pfn"], fields["rights"] == "rw", event.seq)
-        self._world.hold(tlb, fields["hva"] >> PAGE_SHIFT, entry)
+        self.world.hold(tlb, fields["hva"] >> PAGE_SHIFT, entry)
 
     def _on_mmu_notifier_arch_invalidate_secondary_tlbs(self, event: Event, fields: Fields) -> None:
-        for tlb in self._world.mm(fields["mm"]).devices.values():
-            self._world.release_range(tlb, fields["start"] >> PAGE_SHIFT, -(-fields["end"] >> PAGE_SHIFT))
+        for tlb in self.world.mm(fields["mm"]).devices.values():
+            self.world.release_range(tlb, fields["start"] >> PAGE_SHIFT, -(-fields["end"] >> PAGE_SHIFT))
 
     # ---- who used what
 
     def _on_spte_age(self, event: Event, fields: Fields) -> None:
-        vm = self._world.vm(fields["vm"])
+        vm = self.world.vm(fields["vm"])
         for gfn, entry in self._sptes(vm, fields["start"], fields["end"]):
             page = vm.page(gfn)
             if entry.young and page is not None and vm.mm is not None:
-                self._world.mm(vm.mm).aged.add(page)
+                self.world.mm(vm.mm).aged.add(page)
             entry.young = False
 
     @staticmethod
@@ -409,7 +429,7 @@ class Oracle:
     def _asked_young(
         self, event: Event, mm: str, start: int, end: int, young: bool, *, forgotten: bool = False
     ) -> None:
-        world, process = self._world, self._world.mm(mm)
+        world, process = self.world, self.world.mm(mm)
         self.checks["I9"] += 1
         for page in range(start >> PAGE_SHIFT, -(-end >> PAGE_SHIFT)):
             used = forgotten and page in process.aged
@@ -425,11 +445,11 @@ class Oracle:
             hva = page << PAGE_SHIFT
             if swallowed is not None:
                 what = f"its shadow entries were removed by range {swallowed.id}, and nobody asked before"
-                self._broken("I9", f"{hva:#x} counts as unused, but {what}", event, hva=hva)
+                self.broken("I9", f"{hva:#x} counts as unused, but {what}", event, hva=hva)
             elif used or any(
                 vm.sptes[gfn].young for vm in world.watchers(mm) for gfn in vm.gfns(page) if gfn in vm.sptes
             ):
-                self._broken("I9", f"{hva:#x} counts as unused, but a guest has used it", event, hva=hva)
+                self.broken("I9", f"{hva:#x} counts as unused, but a guest has used it", event, hva=hva)
 
     def _swallow(self, event: Event, vm: Vm, start: int, end: int) -> None:
         """A start that is telling its notifiers removes entries: who used them is forgotten with them."""
@@ -443,17 +463,17 @@ class Oracle:
     # ---- secondary MMUs
 
     def _on_memslot_set(self, event: Event, fields: Fields) -> None:
-        slots = self._world.vm(fields["vm"]).slots
+        slots = self.world.vm(fields["vm"]).slots
         slots[fields["slot"]] = Area(fields["gfn"], fields["pages"], fields["hva"] >> PAGE_SHIFT)
 
     def _on_memslot_delete(self, event: Event, fields: Fields) -> None:
-        self._world.vm(fields["vm"]).slots.pop(fields["slot"], None)
+        self.world.vm(fields["vm"]).slots.pop(fields["slot"], None)
 
     def _on_spte_set(self, event: Event, fields: Fields) -> None:
-        self._install(event, self._world.vm(fields["vm"]), fields["gfn"], fields["pfn"], "w" in fields["rights"])
+        self._install(event, self.world.vm(fields["vm"]), fields["gfn"], fields["pfn"], "w" in fields["rights"])
 
     def _on_spte_set_huge(self, event: Event, fields: Fields) -> None:
-        vm = self._world.vm(fields["vm"])
+        vm = self.world.vm(fields["vm"])
         vm.huge[fields["gfn"]] = fields["pages"]
         for offset in range(fields["pages"]):
             self._install(event, vm, fields["gfn"] + offset, fields["pfn"] + offset, "w" in fields["rights"])
@@ -461,79 +481,80 @@ class Oracle:
     def _install(self, event: Event, vm: Vm, gfn: int, pfn: int, write: bool) -> None:
         self.checks["I13"] += 1
         if vm.gone:
-            self._broken("I13", f"{vm.name} installs an entry, but it is no notifier any more", event, gfn=gfn, pfn=pfn)
+            self.broken("I13", f"{vm.name} installs an entry, but it is no notifier any more", event, gfn=gfn, pfn=pfn)
         page = vm.page(gfn)
         if page is not None and vm.mm is not None:
             self._installed(event, vm.mm, page, gfn, pfn, write)
-        self._world.hold(vm.sptes, gfn, Entry(pfn, write, event.seq))
+        self.world.hold(vm.sptes, gfn, Entry(pfn, write, event.seq))
         if write:
-            self._world.written[pfn] = event.seq
+            self.world.written[pfn] = event.seq
 
     def _installed(self, event: Event, mm: str, page: int, gfn: int, pfn: int, write: bool) -> None:
         hva = page << PAGE_SHIFT
         self.checks["I2"] += 1
-        for opened in self._world.covering(mm, page):
+        for opened in self.world.covering(mm, page):
             if opened.returned:
                 what = f"range {opened.id}, begun at #{opened.seq}, is open"
-                self._broken("I2", f"guest frame {gfn:#x} gets frame {pfn:#x}, but {what}", event, hva=hva, pfn=pfn)
+                self.broken("I2", f"guest frame {gfn:#x} gets frame {pfn:#x}, but {what}", event, hva=hva, pfn=pfn)
         self.checks["I4"] += 1
-        entry = self._world.mm(mm).entries.get(page)
+        entry = self.world.mm(mm).entries.get(page)
         if entry is None:
-            self._broken("I4", f"guest frame {gfn:#x} gets frame {pfn:#x}, but {hva:#x} maps nothing", event, hva=hva)
+            self.broken("I4", f"guest frame {gfn:#x} gets frame {pfn:#x}, but {hva:#x} maps nothing", event, hva=hva)
         elif entry[0] != pfn:
             what = f"{hva:#x} maps frame {entry[0]:#x}"
-            self._broken("I4", f"guest frame {gfn:#x} gets frame {pfn:#x}, but {what}", event, hva=hva, pfn=pfn)
+            self.broken("I4", f"guest frame {gfn:#x} gets frame {pfn:#x}, but {what}", event, hva=hva, pfn=pfn)
         elif write and not entry[1] & WRITE:
-            self._broken("I4", f"guest frame {gfn:#x} may be written, but {hva:#x} may not", event, hva=hva, pfn=pfn)
+            self.broken("I4", f"guest frame {gfn:#x} may be written, but {hva:#x} may not", event, hva=hva, pfn=pfn)
 
     def _on_spte_zap(self, event: Event, fields: Fields) -> None:
-        vm = self._world.vm(fields["vm"])
+        vm = self.world.vm(fields["vm"])
         start, end = vm.zapped(fields["start"], fields["end"])
         if self._returning:
             self._swallow(event, vm, start, end)
-        self._world.release_range(vm.sptes, start, end)
+        self.world.release_range(vm.sptes, start, end)
 
     def _on_dirty_log(self, event: Event, fields: Fields) -> None:
-        vm = self._world.vm(fields["vm"])
+        vm = self.world.vm(fields["vm"])
         slot = vm.slots.get(fields["slot"])
         if slot is None:
             return
         self.checks["I12"] += 1
-        for vcpu, tlb in self._world.tlbs.items():
+        for vcpu, tlb in self.world.tlbs.items():
             for gfn, seen in tlb.items():
                 spte = vm.sptes.get(gfn)
                 inside = slot.gfn <= gfn < slot.gfn + slot.pages
                 if inside and seen.write and spte is not None and spte.pfn == seen.pfn and not spte.write:
                     what = f"vcpu{vcpu} may write guest frame {gfn:#x} by what its TLB has since #{seen.seq}"
-                    self._broken("I12", f"the dirty log is handed out, but {what}", event, gfn=gfn, pfn=seen.pfn)
+                    self.broken("I12", f"the dirty log is handed out, but {what}", event, gfn=gfn, pfn=seen.pfn)
 
     def _on_spte_protect(self, event: Event, fields: Fields) -> None:
-        for gfn, entry in self._world.vm(fields["vm"]).sptes.items():
+        for gfn, entry in self.world.vm(fields["vm"]).sptes.items():
             if fields["start"] <= gfn < fields["end"]:
                 entry.write = False
 
     def _on_tlb_insert(self, event: Event, fields: Fields) -> None:
-        world = self._world
+        world = self.world
         gfn, pfn, write = fields["gfn"], fields["pfn"], "w" in fields["rights"]
         tlb = world.tlbs.setdefault(fields["vcpu"], {})
         self.checks["I10"] += 1
         sptes = [vm.sptes[gfn] for vm in world.vms.values() if gfn in vm.sptes]
         if not any(spte.pfn == pfn and (spte.write or not write) for spte in sptes):
             what = "no shadow entry says so"
-            self._broken("I10", f"guest frame {gfn:#x} gets frame {pfn:#x}, but {what}", event, gfn=gfn, pfn=pfn)
+            self.broken("I10", f"guest frame {gfn:#x} gets frame {pfn:#x}, but {what}", event, gfn=gfn, pfn=pfn)
         before = tlb.get(gfn)
         world.hold(
             tlb, gfn, Entry(pfn, write or (before is not None and before.pfn == pfn and before.write), event.seq)
         )
 
     def _on_tlb_flush(self, event: Event, fields: Fields) -> None:
-        tlb = self._world.tlbs.get(fields["vcpu"])
+        tlb = self.world.tlbs.get(fields["vcpu"])
         if tlb:
-            self._world.release_all(tlb)
+            self.world.release_all(tlb)
 
     # ----
 
-    def _broken(self, invariant: str, message: str, event: Event, **page: int) -> None:
+    def broken(self, invariant: str, message: str, event: Event, **page: int) -> None:
+        """Report that ``event`` breaks ``invariant``; ``page`` names the page by hva (bytes), gfn and pfn."""
         if invariant not in self.invariants or len(self.violations) >= VIOLATION_LIMIT:
             return
         history = self._history.touching(**page) if page else []
