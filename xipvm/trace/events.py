@@ -207,6 +207,12 @@ define(
     "device_tlb_insert", "mm:str hva:hva pfn:pfn rights:str device:str", "a device that follows the host's TLBs got one"
 )
 
+# XIP files. `pgoff`, `first` and `end` are pages of the file.
+define("xip_sparse_page", "pfn:pfn", "from now on this page of zeros is what a hole is mapped as")
+define("xip_map", "file:str mm:str start:hva end:hva pgoff:int", "an XIP file is about to be mapped")
+define("xip_allocate", "file:str pgoff:int pfn:pfn", "a hole got a block, of zeros")
+define("xip_free", "file:str first:int end:int", "these pages are holes now; their blocks may be another file's")
+
 # Notifiers. `range` pairs an end with its start.
 define("mmu_notifier_register", "mm:str notifier:str protocol:str", "a notifier joined the mm's list")
 define("mmu_notifier_unregister", "mm:str notifier:str", "a notifier left the mm's list")
@@ -221,11 +227,18 @@ define("mmu_notifier_arch_invalidate_secondary_tlbs", "mm:str start:hva end:hva"
 define("mmu_notifier_put", "mm:str notifier:str", "the last user gave a notifier back; it left the mm's list")
 define("mmu_interval_notifier_insert", "mm:str notifier:str start:hva end:hva", "somebody watches the range")
 define("mmu_interval_notifier_remove", "mm:str notifier:str", "a range is watched no longer")
-define("mmu_interval_notifier_invalidate", "mm:str notifier:str seq:int range:int", "a watched range was touched")
+define(
+    "mmu_interval_notifier_invalidate",
+    "mm:str notifier:str seq:int range:int owned:bool",
+    "a watched range was touched; owned: by somebody's own doing, who may ignore it",
+)
+define("mmu_interval_read_begin", "mm:str notifier:str seq:int", "a lookup in a watched range begins")
+define("mmu_interval_read_retry", "mm:str notifier:str seq:int retry:bool", "it asks whether what it has found counts")
 
 # The secondary MMU. `rights` is r, rw or rx; `start` and `end` are guest frames, `pages` host frames.
 define("kvm_page_fault", "vm:str gfn:gfn access:str", "a guest access missed in the sptes; access: read, write, fetch")
 define("kvm_retry", "vm:str gfn:gfn reason:str", "a fault was given up because an invalidation came between")
+define("spte_lookup", "vm:str gfn:gfn", "a fault begins its lookup: what it installs must not be older")
 define("spte_set", "vm:str gfn:gfn pfn:pfn rights:str", "a shadow entry was installed or changed")
 define(
     "spte_set_huge",

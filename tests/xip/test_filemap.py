@@ -1,0 +1,147 @@
+"""XIP files on a plain host file: read, written, mapped, truncated, as filemap_xip did it without its bugs."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from xipvm.address import PAGE_SIZE
+from xipvm.errors import MmError
+from xipvm.mmu.frames import HostMemory
+from xipvm.mmu.mm import Mm
+from xipvm.mmu.vma import MAP_PRIVATE, MAP_SHARED, PROT_READ, PROT_WRITE
+from xipvm.trace.events import Event
+from xipvm.trace.funnel import Trace
+from xipvm.xip.filemap import XipFile
+from xipvm.xip.host_file import HostInode
+from xipvm.xip.open_file import OpenFile
+
+RW = PROT_READ | PROT_WRITE
+
+
+class World:
+    """A file of five pages, of which the first, in part, and the fourth are not holes."""
+
+    def __init__(self, path: Path, protocol: str) -> None:
+        self.path = path
+        with path.open("wb") as file:
+            file.write(b"begin")
+            file.seek(3 * PAGE_SIZE)
+            file.write(b"fourth")
+            file.truncate(5 * PAGE_SIZE)
+        self.host = HostMemory(4 << 20)
+        self.trace = Trace()
+        self.events: list[Event] = []
+        self.trace.attach(self.events.append)
+        self.mm = Mm(self.host, self.trace, protocol=protocol)
+        self.inode = HostInode(self.host, str(path))
+        self.file = XipFile(self.host, self.trace, self.inode)
+        self.open = OpenFile(self.file)
+
+    def map(self, flags: int) -> int:
+        return self.mm.mmap(5 * PAGE_SIZE, RW, flags, file=self.file)
+
+    def kinds(self) -> list[str]:
+        return [event.kind for event in self.events]
+
+
+@pytest.fixture(params=["2008", "modern"])
+def world(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[World]:
+    world = World(tmp_path / "file", request.param)
+    yield world
+    world.mm.exit()
+    world.inode.close()
+
+
+def test_a_read_ends_where_it_was_asked_to(world: World) -> None:
+    buffer = world.mm.mmap(4 * PAGE_SIZE, RW, MAP_PRIVATE | 0x20)
+    world.mm.write(buffer, b"\xee" * 4 * PAGE_SIZE)
+    assert world.open.read(world.mm, buffer, 5000) == 5000
+    got = world.mm.read(buffer, 5004)
+    assert got[:5] == b"begin"
+    assert got[5:5000] == bytes(4995)
+    assert got[5000:] == b"\xee" * 4
+    assert world.open.pos == 5000
+
+
+def test_reading_nothing_of_a_hole_is_nothing(world: World) -> None:
+    world.open.lseek(PAGE_SIZE)
+    assert world.open.get(0) == b""
+
+
+def test_a_read_stops_at_memory_that_is_not_there_and_says_how_far_it_came(world: World) -> None:
+    buffer = world.mm.mmap(PAGE_SIZE, RW, MAP_PRIVATE | 0x20)
+    assert world.open.read(world.mm, buffer, 3 * PAGE_SIZE) == PAGE_SIZE
+    with pytest.raises(MmError) as caught:
+        world.open.read(world.mm, buffer + PAGE_SIZE, 1)
+    assert caught.value.errno == errno.EFAULT
+    assert world.open.pos == PAGE_SIZE
+
+
+def test_who_maps_a_hole_sees_what_is_written_into_it(world: World) -> None:
+    private = world.map(MAP_PRIVATE)
+    assert world.mm.read(private + PAGE_SIZE, 4) == bytes(4)
+    world.open.lseek(PAGE_SIZE)
+    world.open.put(b"data")
+    assert world.mm.read(private + PAGE_SIZE, 4) == b"data"
+
+
+def test_a_private_copy_of_a_hole_stays_what_it_is(world: World) -> None:
+    private = world.map(MAP_PRIVATE)
+    world.mm.write(private + PAGE_SIZE, b"mine")
+    world.open.lseek(PAGE_SIZE)
+    world.open.put(b"data")
+    assert world.mm.read(private + PAGE_SIZE, 4) == b"mine"
+
+
+def test_a_shared_mapping_allocates_and_its_stores_are_in_the_file(world: World) -> None:
+    shared = world.map(MAP_SHARED)
+    world.mm.write(shared + 2 * PAGE_SIZE, b"stored")
+    assert "xip_allocate" in world.kinds()
+    world.open.lseek(2 * PAGE_SIZE)
+    assert world.open.get(6) == b"stored"
+    assert world.path.read_bytes()[2 * PAGE_SIZE :][:6] == b"stored"
+
+
+def test_truncation_takes_pages_and_tail_away(world: World) -> None:
+    shared = world.map(MAP_SHARED)
+    assert world.mm.read(shared + 3 * PAGE_SIZE, 6) == b"fourth"
+    world.file.truncate(3)
+    assert world.path.stat().st_size == 3
+    with pytest.raises(MmError):
+        world.mm.read(shared + PAGE_SIZE, 1)
+    world.file.truncate(4 * PAGE_SIZE)
+    assert world.mm.read(shared, 5) == b"beg\0\0"
+    assert world.mm.read(shared + 3 * PAGE_SIZE, 6) == bytes(6)
+
+
+def test_append_writes_at_the_end(world: World) -> None:
+    log = OpenFile(world.file, os.O_WRONLY | os.O_APPEND)
+    assert log.put(b"line") == 4
+    assert (log.pos, world.file.size) == (5 * PAGE_SIZE + 4, 5 * PAGE_SIZE + 4)
+    with pytest.raises(MmError) as caught:
+        log.get(1)
+    assert caught.value.errno == errno.EBADF
+
+
+def test_who_may_not_write_maps_holes_and_sees_what_comes_into_them(world: World) -> None:
+    reader = world.file.opened_read_only()
+    hva = world.mm.mmap(5 * PAGE_SIZE, PROT_READ, MAP_SHARED, file=reader)
+    assert world.mm.read(hva + PAGE_SIZE, 4) == bytes(4)
+    assert "xip_allocate" not in world.kinds()
+    with pytest.raises(MmError):
+        OpenFile(reader).put(b"x")
+    world.open.lseek(PAGE_SIZE)
+    world.open.put(b"data")
+    assert world.mm.read(hva + PAGE_SIZE, 4) == b"data"
+
+
+def test_holes_are_holes_again_when_punched(world: World) -> None:
+    shared = world.map(MAP_SHARED)
+    world.mm.write(shared + 3 * PAGE_SIZE, b"x")
+    world.file.punch_hole(3, 1)
+    assert world.mm.read(shared + 3 * PAGE_SIZE, 6) == bytes(6)

@@ -1,0 +1,322 @@
+"""A file used in place, as mm/filemap_xip.c had it in July 2008 (commit cddb8a5c14), without its bugs.
+
+A page is a block of the device, mapped as it is, or a hole, which is mapped as the sparse page. There is no page cache:
+what is stored through one mapping is what all others, reads included, see at once, and nobody is told.
+
+**What is told, and in which order.** A hole that gets a block::
+
+    block allocated, zeroed, linked → __xip_unmap: for each area, sparse entry cleared and flushed, notifiers told,
+    reference put → data copied
+
+so whoever faults in between maps the block. The look-up that decides what a fault maps is made with no schedule point
+between it and the entry: of two that race for a page, the later finds what the earlier did. Truncation writes the size
+first, then unmaps, then zeroes the rest of the last block, then frees.
+
+Deviations from the seed, each of them a bug of its own there: docs/xip.md.
+"""
+
+from __future__ import annotations
+
+import copy
+import errno
+from typing import TYPE_CHECKING, Final
+
+from xipvm.actors import point
+from xipvm.address import PAGE_SHIFT, PAGE_SIZE, page_up
+from xipvm.errors import MmError
+from xipvm.locks.lock import RwLock
+from xipvm.locks.order import INODE_LOCK, INVALIDATE_LOCK, XIP_SPARSE
+from xipvm.mmu.file import AddressSpace, FaultResult, VmFault
+from xipvm.mmu.pte import ACCESSED, DIRTY, MAPPED, PFN_SHIFT, SOFT_DIRTY, SPECIAL, WRITE, pte_pfn
+from xipvm.mmu.rmap import PMD_SHIFT
+from xipvm.mmu.vma import TASK_SIZE
+from xipvm.mmu.zap import unmap_mapping_range
+from xipvm.notifier import RangeEvent
+from xipvm.xip.sparse import need_sparse_page, sparse_page
+
+if TYPE_CHECKING:
+    from xipvm.mmu.frames import HostMemory
+    from xipvm.mmu.vma import Vma
+    from xipvm.trace.funnel import Trace
+    from xipvm.xip.buffer import UserBuffer
+    from xipvm.xip.inode import XipInode
+
+_ALL_PAGES: Final = TASK_SIZE >> PAGE_SHIFT
+
+
+class XipFile(AddressSpace):
+    """``inode`` as a file. ``writable``: it may be written, and shared mappings of it may."""
+
+    kind = "xip"
+    mixed = True
+
+    def __init__(self, host: HostMemory, trace: Trace, inode: XipInode, *, writable: bool = True) -> None:
+        super().__init__(host, trace, inode.name, writable=writable and not inode.read_only)
+        self.inode = inode
+        self.i_rwsem = RwLock(f"i_rwsem of {self.name}", INODE_LOCK)
+        """For writing: who writes to the file, or changes its length (i_mutex)."""
+        self.sparse_mutex = RwLock(f"xip_sparse_mutex of {self.name}", XIP_SPARSE)
+        """For writing: who allocates a block. Of two for one page, the second finds the first one's."""
+        self.invalidate_lock = RwLock(f"invalidate_lock of {self.name}", INVALIDATE_LOCK)
+        """For writing: who makes holes, which a fault must not find blocks in. Truncation has the size for that."""
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return self.inode.size
+
+    def opened_read_only(self) -> XipFile:
+        """The same file, with the same mappings, for who may not write it."""
+        view = copy.copy(self)
+        view.writable = False
+        return view
+
+    # ---- read and write
+
+    def read(self, buffer: UserBuffer, count: int, pos: int) -> int:
+        """Up to ``count`` bytes from ``pos`` into ``buffer``; how many. A hole reads as zeros (xip_file_read).
+
+        Raises MmError: EFAULT, EINVAL, and what the file system has, when there is not even one byte.
+        """
+        self._check("read", pos, count)
+        if not buffer.access_ok(count):
+            raise MmError(errno.EFAULT, f"read of {count} bytes of {self.name}")
+        size, done = self.size, 0
+        while done < min(count, size - pos):
+            at = pos + done
+            offset = at & (PAGE_SIZE - 1)
+            length = self._chunk(count, done, offset, size - at)
+            try:
+                pfn = self.inode.find(at >> PAGE_SHIFT)
+            except MmError:
+                if done:
+                    break
+                raise
+            data = bytes(length) if pfn is None else self.host.read(pfn, offset, length)
+            copied = buffer.put(done, data)
+            done += copied
+            point("mm.xip.read")
+            if copied < length:
+                if done:
+                    break
+                raise MmError(errno.EFAULT, f"read of {count} bytes of {self.name}")
+        self.inode.accessed()
+        return done
+
+    @staticmethod
+    def _chunk(count: int, done: int, offset: int, left: int) -> int:
+        """How many bytes to read from ``offset`` of a page, ``done`` of ``count`` being read; ``left`` to the end."""
+        return min(PAGE_SIZE - offset, count - done, left)
+
+    def write(self, buffer: UserBuffer, count: int, pos: int, *, append: bool = False) -> tuple[int, int]:
+        """``count`` bytes of ``buffer`` to ``pos``, or to the end; (how many, the position behind) (xip_file_write).
+
+        A partial copy counts. Raises MmError: EBADF (not writable), EFAULT, EFBIG, EINVAL, and what the file system
+        has, when there is not even one byte; blocks that were allocated stay then.
+        """
+        self._check("write", pos, count)
+        if not self.writable:
+            raise MmError(errno.EBADF, f"{self.name} is not writable")
+        if not buffer.access_ok(count):
+            raise MmError(errno.EFAULT, f"write of {count} bytes to {self.name}")
+        with self.i_rwsem.write:
+            start = self.size if append else pos
+            if count and start >= self.inode.max_bytes:
+                raise MmError(errno.EFBIG, f"write at {start:#x} of {self.name}")
+            count = min(count, self.inode.max_bytes - start)
+            if count == 0:
+                return 0, start
+            self.inode.modified()
+            if start > self.size:
+                self._zero_tail()
+            done, error = self._write_pages(buffer, count, start)
+            if start + done > self.size:
+                self.inode.set_size(start + done)
+            if error is not None and not done:
+                raise error
+            return done, start + done
+
+    def _write_pages(self, buffer: UserBuffer, count: int, start: int) -> tuple[int, MmError | None]:
+        """__xip_file_write: how many bytes, and why not all of them."""
+        done = 0
+        while done < count:
+            at = start + done
+            offset = at & (PAGE_SIZE - 1)
+            length = min(PAGE_SIZE - offset, count - done)
+            try:
+                pfn = self._block(at >> PAGE_SHIFT)
+            except MmError as error:
+                return done, error
+            point("mm.xip.write")
+            data = buffer.take(done, length)
+            self.host.write(pfn, offset, data)
+            done += len(data)
+            if len(data) < length:
+                return done, MmError(errno.EFAULT, f"write of {count} bytes to {self.name}")
+        return done, None
+
+    def _block(self, pgoff: int) -> int:
+        """The frame of page ``pgoff``, allocated if it is a hole, which nobody maps any more then. Raises MmError."""
+        pfn = self.inode.find(pgoff)
+        if pfn is not None:
+            return pfn
+        with self.sparse_mutex.write:
+            pfn = self.inode.get_xip_mem(pgoff, create=True)
+        if self.trace.on:
+            self.trace.emit("xip_allocate", file=self.name, pgoff=pgoff, pfn=pfn)
+        point("mm.xip.allocated")
+        self.unmap_sparse(pgoff)
+        return pfn
+
+    # ---- mapped
+
+    def mmap(self, area: Vma) -> None:
+        """See the base: the file counts as read (xip_file_mmap)."""
+        self.inode.accessed()
+        if self.trace.on:
+            self.trace.emit(
+                "xip_map", file=self.name, mm=area.mm.name, start=area.start, end=area.end, pgoff=area.pgoff
+            )
+
+    def fault(self, area: Vma, pgoff: int, write: bool) -> FaultResult:
+        """Fills the entry itself, hence never OK (xip_file_fault).
+
+        NOPAGE: it is filled, or was. SIGBUS: behind the end, or the file system has an error or no room. Raises
+        OutOfFrames.
+        """
+        with area.mm.mmap_lock.read, self.invalidate_lock.read:
+            result = self._fault(area, pgoff, write)
+        return 0, result
+
+    def _fault(self, area: Vma, pgoff: int, write: bool) -> VmFault:
+        hva = area.address_of(pgoff)
+        if hva is None or area.mm.find_vma(hva) is not area:
+            return VmFault.NOPAGE
+        if pgoff >= page_up(self.size) >> PAGE_SHIFT:
+            return VmFault.SIGBUS
+        try:
+            pfn = self.inode.find(pgoff)
+            point("mm.xip.looked_up")
+            if pfn is None and self._allocates(area):
+                self._block(pgoff)
+            with self.i_mmap.read:
+                # Now, behind all points: the file may have been cut, or a hole filled, since.
+                if pgoff >= page_up(self.size) >> PAGE_SHIFT:
+                    return VmFault.SIGBUS
+                return self._insert(area, hva, self.inode.find(pgoff), write)
+        except MmError as error:
+            if error.errno == errno.EDEADLK:
+                raise
+            return VmFault.SIGBUS
+
+    def _allocates(self, area: Vma) -> bool:
+        """Whether a fault in ``area`` gives a hole its block, even to read: it may be written and is shared."""
+        return area.shared and self.writable
+
+    def _insert(self, area: Vma, hva: int, pfn: int | None, write: bool) -> VmFault:
+        """Fills the entry of ``hva`` with a block or the sparse page; one that is there stays. Passes no point."""
+        mm = area.mm
+        if mm.pgd.get(hva >> PAGE_SHIFT):
+            return VmFault.NOPAGE
+        if pfn is None:
+            sparse = need_sparse_page(self.host, self.trace)
+            self.host.get(sparse)
+            self.host.add_mapcount(sparse, 1)
+            mm.set_pte(hva, sparse << PFN_SHIFT | area.rights | ACCESSED)
+        else:
+            flags = area.page_prot | SPECIAL | ACCESSED
+            if write and flags & WRITE:
+                flags |= DIRTY | SOFT_DIRTY
+            mm.set_pte(hva, pfn << PFN_SHIFT | flags)
+        return VmFault.NOPAGE
+
+    def page_mkwrite(self, pgoff: int, pfn: int) -> VmFault:
+        """A read-only entry of a shared area is to be written: a block may be, the sparse page never."""
+        if pgoff >= page_up(self.size) >> PAGE_SHIFT:
+            return VmFault.NOPAGE
+        if pfn == sparse_page(self.host):
+            return VmFault.SIGBUS
+        return VmFault.OK
+
+    def unmap_sparse(self, pgoff: int) -> None:
+        """Takes the sparse page out of every mapping of page ``pgoff`` (__xip_unmap)."""
+        sparse = sparse_page(self.host)
+        if sparse is None:
+            return
+        with self.i_mmap.read:
+            for area in tuple(self.areas):
+                hva = area.address_of(pgoff)
+                if hva is not None:
+                    self._unmap_sparse(area, hva, sparse)
+
+    @staticmethod
+    def _unmap_sparse(area: Vma, hva: int, sparse: int) -> None:
+        mm = area.mm
+
+        def shows_it() -> bool:
+            entry = mm.pgd.get(hva >> PAGE_SHIFT)
+            return bool(entry & MAPPED) and pte_pfn(entry) == sparse
+
+        if not shows_it():
+            return
+        with mm.notifiers.around_entry(hva, hva + PAGE_SIZE, RangeEvent.CLEAR), mm.ptl(hva >> PMD_SHIFT):
+            if not shows_it():
+                return
+            mm.ptep_clear_flush_notify(hva)
+            mm.host.add_mapcount(sparse, -1)
+        mm.put_frame(sparse)
+
+    # ---- truncated
+
+    def truncate(self, size: int) -> None:
+        """The file has ``size`` bytes; what is cut off goes from every mapping, private copies included.
+
+        Raises MmError: EINVAL (also: not writable), EFBIG, and what the file system has.
+        """
+        self._check("truncate", size, 0)
+        if not self.writable:
+            raise MmError(errno.EINVAL, f"truncate: {self.name} is not writable")
+        with self.i_rwsem.write:
+            if size > self.size:
+                self._zero_tail()
+            old = self.size
+            self.inode.set_size(size)
+            self.inode.modified()
+            if size < old:
+                first = page_up(size) >> PAGE_SHIFT
+                unmap_mapping_range(self, first, _ALL_PAGES)
+                point("mm.xip.truncate.unmapped")
+                unmap_mapping_range(self, first, _ALL_PAGES)
+                self._zero_tail()
+                self._free(first, _ALL_PAGES)
+
+    def punch_hole(self, pgoff: int, count: int) -> None:
+        """Pages ``[pgoff, pgoff + count)`` are holes from now on; private copies of them stay. Errors as truncate's."""
+        if pgoff < 0 or count <= 0:
+            raise MmError(errno.EINVAL, f"{self.name}: a hole of {count} pages at {pgoff:#x}")
+        if not self.writable:
+            raise MmError(errno.EBADF, f"{self.name} is not writable")
+        with self.i_rwsem.write, self.invalidate_lock.write:
+            unmap_mapping_range(self, pgoff, count, even_cows=False)
+            self._free(pgoff, pgoff + count)
+
+    def _free(self, first: int, end: int) -> None:
+        """Frees blocks, which nobody maps."""
+        if self.inode.free_blocks(first, end) and self.trace.on:
+            self.trace.emit("xip_free", file=self.name, first=first, end=end)
+
+    def _zero_tail(self) -> None:
+        """The bytes of the last block behind the end of the file are zeros (xip_truncate_page)."""
+        used = self.size & (PAGE_SIZE - 1)
+        pfn = self.inode.find(self.size >> PAGE_SHIFT) if used else None
+        if pfn is not None:
+            self.host.write(pfn, used, bytes(PAGE_SIZE - used))
+
+    def fsync(self, pgoff: int = 0, count: int | None = None) -> int:
+        """Has the file system write what it keeps elsewhere; no page is dirty, so 0. Raises MmError."""
+        self.inode.sync()
+        return 0
+
+    def _check(self, call: str, pos: int, count: int) -> None:
+        if min(pos, count) < 0:
+            raise MmError(errno.EINVAL, f"{call}: {count} bytes at {pos:#x} of {self.name}")

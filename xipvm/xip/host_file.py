@@ -1,0 +1,168 @@
+"""An XIP file system with one file: a plain file of the host, whose holes are the host's.
+
+Page ``n`` of the file is page ``n`` of the device. A hole is what SEEK_HOLE says is one; a block is allocated by
+fallocate, so that a full disk is ENOSPC there and then, and not a signal at the first store. The map of blocks is read
+once, when the file is opened, and kept up to date: nobody else may change the file meanwhile (it is locked).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+from typing import TYPE_CHECKING
+
+from xipvm.actors import point
+from xipvm.address import PAGE_SHIFT, PAGE_SIZE, Pfn, page_up
+from xipvm.devices.flash.image import lock, open_regular
+from xipvm.errors import MmError
+from xipvm.xip.inode import XipInode
+from xipvm.xip.memory import XipMemory
+
+if TYPE_CHECKING:
+    from xipvm.mmu.frames import HostMemory
+
+RESERVE = 1 << 30
+"""How much a file can grow beyond what it has when it is opened, bytes."""
+
+_KEEP_SIZE, _PUNCH_HOLE = 1, 2
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+
+
+class HostInode(XipInode):
+    """The file at ``path``. ``snapshot``: what is written is gone with the run. :meth:`close` it.
+
+    Raises FlashImageError when it cannot be opened or locked.
+    """
+
+    def __init__(self, host: HostMemory, path: str, *, read_only: bool = False, snapshot: bool = False) -> None:
+        self.name = os.path.basename(path)
+        self.path = path
+        self.read_only = read_only
+        self._private = read_only or snapshot
+        self._fd = open_regular(path, os.O_RDONLY if self._private else os.O_RDWR)
+        try:
+            lock(self._fd, path, shared=self._private)
+            self.size = os.fstat(self._fd).st_size
+            self._blocks = _data_pages(self._fd, self.size)
+            self._beyond: set[int] = set()  # blocks behind the end, until they are freed or the file grows
+            self.memory = XipMemory(host, self._fd, self.size, reserve=self.size + RESERVE, private=self._private)
+        except BaseException:
+            os.close(self._fd)
+            raise
+        self.max_bytes = self.memory.reserve
+        self._host = host
+
+    def close(self) -> None:
+        """Let go of the file, which nobody maps any more."""
+        self.memory.close()
+        os.close(self._fd)
+
+    def get_xip_mem(self, pgoff: int, *, create: bool) -> Pfn:
+        """See the base."""
+        if pgoff not in self._blocks:
+            if not create:
+                raise MmError(errno.ENODATA, f"page {pgoff:#x} of {self.name}")
+            self._allocate(pgoff)
+        return self.memory.pfn(pgoff)
+
+    def _allocate(self, pgoff: int) -> None:
+        what = f"a block for page {pgoff:#x} of {self.name}"
+        if self.read_only:
+            raise MmError(errno.EROFS, what)
+        start = pgoff << PAGE_SHIFT
+        if start >= self.max_bytes:
+            raise MmError(errno.EFBIG, what)
+        point("xip.allocate")
+        if pgoff in self._blocks:
+            return
+        try:
+            if not self._private:
+                self._fallocate(_KEEP_SIZE, start, PAGE_SIZE)
+            if pgoff >= page_up(self.size) >> PAGE_SHIFT:
+                self._beyond.add(pgoff)
+            self._fit()
+        except OSError as error:
+            self._beyond.discard(pgoff)
+            raise MmError(error.errno or errno.EIO, what) from None
+        self._host.write(self.memory.pfn(pgoff), 0, bytes(PAGE_SIZE))
+        self._blocks.add(pgoff)
+
+    def set_size(self, size: int) -> None:
+        """See the base."""
+        if self.read_only:
+            raise MmError(errno.EROFS, f"truncate of {self.name}")
+        if size > self.max_bytes:
+            raise MmError(errno.EFBIG, f"truncate of {self.name}")
+        end = page_up(size) >> PAGE_SHIFT
+        before = self.size, self._beyond
+        self._beyond = {page for page in (self._blocks if size < self.size else self._beyond) if page >= end}
+        self.size = size
+        try:
+            self._fit()
+        except OSError as error:
+            self.size, self._beyond = before
+            raise MmError(error.errno or errno.EIO, f"truncate of {self.name}") from None
+
+    def _fit(self) -> None:
+        """The host's file has its size, or what the last block behind that needs; all of it is mapped. OSError."""
+        length = (max(self._beyond) + 1) << PAGE_SHIFT if self._beyond else self.size
+        if self._private:
+            return
+        if page_up(length) < self.memory.size:
+            self.memory.resize(length)  # never is a page mapped that the file does not have
+        os.ftruncate(self._fd, length)
+        self.memory.resize(length)
+
+    def free_blocks(self, first: int, end: int) -> int:
+        """See the base."""
+        gone = sorted(page for page in self._blocks if first <= page < end)
+        try:
+            for page in gone:
+                self._host.write(self.memory.pfn(page), 0, bytes(PAGE_SIZE))
+                if not self._private:
+                    self._punch(page)
+                self._blocks.discard(page)
+            self._beyond.difference_update(gone)
+            self._fit()
+        except OSError as error:
+            raise MmError(error.errno or errno.EIO, f"a hole in {self.name}") from None
+        return len(gone)
+
+    def _punch(self, page: int) -> None:
+        try:
+            self._fallocate(_PUNCH_HOLE | _KEEP_SIZE, page << PAGE_SHIFT, PAGE_SIZE)
+        except OSError as error:
+            if error.errno != errno.EOPNOTSUPP:  # there it stays, and is zeros
+                raise
+
+    def sync(self) -> None:
+        """See the base."""
+        try:
+            self.memory.sync()
+            if not self._private:
+                os.fsync(self._fd)
+        except OSError as error:
+            raise MmError(error.errno or errno.EIO, f"fsync of {self.name}") from None
+
+    def _fallocate(self, mode: int, start: int, size: int) -> None:
+        if _libc.fallocate(self._fd, mode, start, size):
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number))
+
+
+def _data_pages(fd: int, size: int) -> set[int]:
+    """The pages of an open file that are not holes."""
+    pages: set[int] = set()
+    at = 0
+    while at < size:
+        try:
+            start = os.lseek(fd, at, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno == errno.ENXIO:
+                break
+            raise
+        at = os.lseek(fd, start, os.SEEK_HOLE)
+        pages.update(range(start >> PAGE_SHIFT, page_up(at) >> PAGE_SHIFT))
+    return pages

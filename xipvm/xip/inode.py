@@ -1,0 +1,62 @@
+"""What a file system gives to a file that is used in place: blocks by page offset, a size, times.
+
+A block is one page: 4 KiB, as ext2 demanded of its own blocks for XIP. It is named by the frame that it is, a device
+frame of the :class:`~xipvm.xip.memory.XipMemory` that the file system lives in.
+
+**Ordering.** A look-up (``create=False``) passes no schedule point: what it says is true until the caller passes one.
+An allocation may sleep; the block is zeroed before anybody can find it. Blocks are freed when nobody maps them any
+more, which is the caller's business.
+"""
+
+from __future__ import annotations
+
+import errno
+from abc import ABC, abstractmethod
+
+from xipvm.address import Pfn
+from xipvm.errors import MmError
+
+
+class XipInode(ABC):
+    """A file of ``size`` bytes, called ``name``."""
+
+    name: str
+    size: int
+    read_only: bool = False
+    """Nothing of its file system may change: no block is allocated, no size or time written."""
+    max_bytes: int = (1 << 63) - 1
+    """How large the file can become (s_maxbytes)."""
+
+    @abstractmethod
+    def get_xip_mem(self, pgoff: int, *, create: bool) -> Pfn:
+        """The frame of page ``pgoff``.
+
+        Raises MmError: ENODATA when the page is a hole, unless ``create``, which gives it a block of zeros; ENOSPC,
+        EROFS, EIO.
+        """
+
+    @abstractmethod
+    def set_size(self, size: int) -> None:
+        """The file has ``size`` bytes from now on. Blocks are not touched. Raises MmError."""
+
+    @abstractmethod
+    def free_blocks(self, first: int, end: int) -> int:
+        """The pages ``[first, end)`` are holes from now on; how many were not. Raises MmError."""
+
+    def accessed(self) -> None:  # noqa: B027
+        """Somebody read the file: its atime. By default it has none; likewise below."""
+
+    def modified(self) -> None:  # noqa: B027
+        """Somebody wrote to it: its mtime and ctime. Raises MmError."""
+
+    def sync(self) -> None:  # noqa: B027
+        """Whatever the file system keeps of the file outside of the device goes there. Raises MmError."""
+
+    def find(self, pgoff: int) -> Pfn | None:
+        """As a look-up; None for a hole. Raises MmError for what is worse than a hole."""
+        try:
+            return self.get_xip_mem(pgoff, create=False)
+        except MmError as error:
+            if error.errno == errno.ENODATA:
+                return None
+            raise
