@@ -24,7 +24,7 @@ from xipvm.devices.flash.cfi01 import PflashCfi01
 from xipvm.mmu.device_file import DeviceFile
 from xipvm.mmu.frames import HostMemory
 from xipvm.mmu.mm import Mm
-from xipvm.mmu.secondary.kvm import KvmBase
+from xipvm.mmu.secondary.guest import GuestMmu
 from xipvm.mmu.secondary.memslot import MEM_ROMD
 from xipvm.mmu.vma import MAP_SHARED, PROT_EXEC, PROT_READ
 
@@ -33,7 +33,7 @@ class FlashMemory:
     """One bank of a machine."""
 
     def __init__(
-        self, bank: FlashBank, device: PflashCfi01, host: HostMemory, mm: Mm, secondary: KvmBase, slot: int
+        self, bank: FlashBank, device: PflashCfi01, host: HostMemory, mm: Mm, secondary: GuestMmu, slot: int
     ) -> None:
         self.bank = bank
         self.device = device

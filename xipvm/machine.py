@@ -46,7 +46,7 @@ from xipvm.mmu.frames import HostMemory
 from xipvm.mmu.huge_pmd import HPAGE_SIZE
 from xipvm.mmu.mm import Mm
 from xipvm.mmu.reclaim import watch_memory
-from xipvm.mmu.secondary.kvm_2008 import kvm_of
+from xipvm.mmu.secondary.choose import check_secondary, make_secondary
 from xipvm.mmu.secondary.memslot import GFN_LIMIT
 from xipvm.mmu.swap import swap_of
 from xipvm.mmu.swap_file import SwapOption, open_swap, parse_swap
@@ -77,7 +77,6 @@ IDLE_NAP = 0.05
 
 CLOCKS = ("instructions", "host")
 _CHUNK = 64 << 10
-SECONDARIES = ("kvm",)
 
 TIMEOUT_STATUS = 124
 
@@ -97,7 +96,8 @@ class Machine:
     nobody does for RAM) or ``never``.
     ``trace``: what everything is told to; sinks may be attached before or after. ``storm``: mm operations that come
     while the guest runs.
-    ``protocol``: how the secondary MMU is told of changes, ``modern`` or ``2008``.
+    ``secondary``: which MMU the guest runs behind (choose.py). ``protocol``: how that is told of changes, ``modern`` or
+    ``2008``.
     Raises BadInput; nothing is left open then.
     """
 
@@ -129,8 +129,7 @@ class Machine:
             raise BadInput(f"no notifier protocol is called {protocol!r}; known are {', '.join(PROTOCOLS)}")
         if thp not in THP_ENABLED:
             raise BadInput(f"transparent huge pages are enabled {', '.join(THP_ENABLED)}, not {thp!r}")
-        if secondary not in SECONDARIES:
-            raise BadInput(f"no secondary MMU is called {secondary!r}; known are {', '.join(SECONDARIES)}")
+        check_secondary(secondary, pin_sptes=pin_sptes)
         if storm is not None and clock != "instructions":
             raise BadInput("a storm needs the instructions clock")
         if storm is not None and pin_sptes:
@@ -159,6 +158,7 @@ class Machine:
         self.dtb_given = None if dtb is None else _read(os.fspath(dtb))
         self.counted = clock == "instructions"
         self.pin_sptes = pin_sptes
+        self._kind = secondary
         self.thp = thp
         self.protocol = protocol
         self.trace = Trace() if trace is None else trace
@@ -211,7 +211,7 @@ class Machine:
             area = open_swap(self._swap)
             undo(area.close)
             swap_of(self.mm).add_area(area)
-        self.secondary = kvm_of(self.mm, self.trace, self.host, pin_sptes=self.pin_sptes)
+        self.secondary = make_secondary(self._kind, self.mm, self.trace, self.host, pin_sptes=self.pin_sptes)
         undo(self.secondary.destroy)
         self.secondary.mmio_lookup = self.bus.covers
         flags = MAP_PRIVATE | MAP_ANONYMOUS
@@ -240,7 +240,8 @@ class Machine:
         undo(self.group.close)
         isa = core.ARM64 if board.isa == "arm64" else core.RISCV64
         self.vcpus = [
-            Vcpu(n, self.group, self.secondary, self.bus, self.trace, isa=isa, counted=self.counted) for n in range(smp)
+            Vcpu(n, self.group, self.secondary.port(n), self.bus, self.trace, isa=isa, counted=self.counted)
+            for n in range(smp)
         ]
         self.secondary.vcpus = list(self.vcpus)
         undo(self.secondary.vcpus.clear)  # engines that are given back are not flushed any more
@@ -701,6 +702,7 @@ def run(
     smp: int = 1,
     flash: Iterable[str | ImageOption] = (),
     clock: str = "instructions",
+    secondary: str = "kvm",
     stdin: bytes = b"",
     trace: Trace | None = None,
     timeout: float | None = None,
@@ -727,6 +729,7 @@ def run(
         smp=smp,
         flash=flash,
         clock=clock,
+        secondary=secondary,
         trace=trace,
         console=Console(output, stdin),
         storm=storm,

@@ -60,7 +60,7 @@ class VcpuActors:
 
     def _missing(self, vcpu: Vcpu) -> Callable[[int, int], int]:
         """A miss that leaves nothing to go on with will not be luckier before somebody else has done something."""
-        miss, secondary = vcpu._miss, self._machine.secondary
+        miss, secondary = vcpu._miss, vcpu.secondary
 
         def on_miss(gva: int, access: int) -> int:
             result = miss(gva, access)

@@ -75,6 +75,17 @@ class SecondaryMmu(ABC):
     def translate(self, page: int) -> tuple[int, bool] | None:
         """Frame and writability of the entry that it has for ``page`` now, None without one. Changes nothing."""
 
+    def port(self, index: int) -> SecondaryMmu:
+        """What user ``index`` of its translations (a vCPU, a device context) faults and walks by; ``vcpus[index]``.
+
+        The same for all, unless each user has a TLB that the secondary MMU fills.
+        """
+        return self
+
+    def ports(self) -> Iterator[SecondaryMmu]:
+        """All that have been given out, each once; for checks when everything is at rest."""
+        yield self
+
     @abstractmethod
     def describe(self, page: int) -> object:
         """What is known of ``page``, for a report: ``str()`` of the result is one line."""

@@ -40,7 +40,6 @@ from __future__ import annotations
 
 import errno
 from collections import Counter
-from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
@@ -54,8 +53,9 @@ from xipvm.locks.lock import RwLock
 from xipvm.locks.order import MMU_LOCK, SLOTS_ARCH_LOCK, SLOTS_LOCK
 from xipvm.mmu.frames import HUGE_PAGES, PG_DEVICE, PG_DIRTY, PG_RESERVED, HostMemory
 from xipvm.mmu.pte import pte_pfn
-from xipvm.mmu.secondary.base import ACCESS_NAMES, FAULT, FETCH, MMIO, RETRY_WALK, WRITE, SecondaryMmu
-from xipvm.mmu.secondary.memslot import GFN_LIMIT, Memslot, Memslots
+from xipvm.mmu.secondary.base import ACCESS_NAMES, FAULT, FETCH, MMIO, RETRY_WALK, WRITE
+from xipvm.mmu.secondary.guest import GuestMmu
+from xipvm.mmu.secondary.memslot import GFN_LIMIT, Memslot
 from xipvm.mmu.secondary.spte import (
     PFN_MASK,
     PFN_SHIFT,
@@ -80,10 +80,6 @@ if TYPE_CHECKING:
     from xipvm.trace.funnel import Trace
 
 
-def _no_devices(gpa: int) -> bool:
-    return False
-
-
 @dataclass(frozen=True, slots=True)
 class GfnInfo:
     """What the secondary MMU knows of one guest frame."""
@@ -104,7 +100,7 @@ class GfnInfo:
         return f"gfn {self.gfn:#x}: spte {describe_spte(self.spte)}; {where}{open}"
 
 
-class KvmBase(SecondaryMmu):
+class KvmBase(GuestMmu):
     """The secondary MMU of one VM, whatever tells it of changes. ``pin_sptes``: nothing does."""
 
     asks_for_write: ClassVar[bool] = False
@@ -113,21 +109,16 @@ class KvmBase(SecondaryMmu):
     """A fault holds the page that it looked up until it has installed it or given up."""
 
     def __init__(self, mm: Mm, trace: Trace, host: HostMemory, *, name: str, pin_sptes: bool) -> None:
-        SecondaryMmu.__init__(self, mm, trace, name)
+        GuestMmu.__init__(self, mm, trace, name)
         self.host = host
         self.pin_sptes = pin_sptes
         self._unpinned: list[tuple[int, int]] = []
         """Runs of frames whose entries are gone; the references go behind the next flush."""
-        self.memslots = Memslots()
-        self.mmio_lookup: Callable[[int], bool] = _no_devices
-        """Whether a device answers in the page at this gpa."""
         self.mmu_invalidate_seq = 0
         self.mmu_invalidate_in_progress = 0
         self.mmu_invalidate_range_start = 0
         self.mmu_invalidate_range_end = 0
         self.mn_active_invalidate_count = 0
-        self.invalidations = 0
-        """Ranges that were announced so far."""
         self.tlbs_dirty = False
         """Entries were removed that a TLB may still have: flush before mmu_lock is dropped."""
         self.max_level = 1
@@ -513,12 +504,6 @@ class KvmBase(SecondaryMmu):
             return None
         pfn = spte_pfn(spte) + (gfn & HUGE_PAGES - 1 if spte & SPTE_HUGE else 0)
         return Pfn(pfn), bool(spte & SPTE_WRITE)
-
-    def backing(self) -> Iterator[tuple[int, Hva]]:
-        """The guest frames of all memslots."""
-        for slot in self.memslots:
-            for gfn in range(slot.gfn, slot.gfn_end):
-                yield gfn, slot.hva_of(Gfn(gfn))
 
     def describe(self, gfn: int) -> GfnInfo:
         """What is known of ``gfn``, for a report."""
