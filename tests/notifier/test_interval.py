@@ -528,7 +528,7 @@ def test_trace(mm: World) -> None:
         ("mmu_interval_notifier_remove", 0),
     ]
     assert events[0].fields == {"mm": "mm0", "notifier": "w", "start": 0x1000, "end": 0x2000}
-    assert events[2].fields == {"mm": "mm0", "notifier": "w", "seq": 3, "range": 1}
+    assert events[2].fields == {"mm": "mm0", "notifier": "w", "seq": 3, "range": 1, "owned": False}
 
 
 SPANS = st.tuples(st.integers(0, 7), st.integers(1, 4)).map(lambda t: (t[0], t[0] + t[1]))

@@ -23,7 +23,7 @@ from collections.abc import Callable, Collection, Iterable
 from typing import Final
 
 from xipvm.address import PAGE_SHIFT
-from xipvm.check import rules
+from xipvm.check import retry, rules
 from xipvm.check.rules import Fields, Handler
 from xipvm.check.violation import INVARIANTS, Violation
 from xipvm.check.world import WRITE, Area, Change, Entry, Range, Vm, World
@@ -73,12 +73,13 @@ class Oracle:
         """In 2008: entries whose notifiers have not been told, or are being told."""
         self._further: dict[str, list[tuple[Handler, bool]]] = {}
         self._last_range = 0
-        self._rules = [make(self) for make in rules.RULES]
+        self._rules = [make(self) for make in (retry.Retries, *rules.RULES)]
 
     def on(self, kind: str, handler: Handler, *, since_range: bool = False) -> None:
         """Call ``handler(event, fields)`` at every event of ``kind``, behind the oracle's own rules for it.
 
-        With ``since_range`` only when a range has started or ended, in any mm, behind the event that caused this one.
+        With ``since_range`` only when a range has started or ended, or in 2008 a page was told of, in any mm, behind
+        the event that caused this one.
         """
         self._further.setdefault(kind, []).append((handler, since_range))
 
@@ -151,6 +152,9 @@ class Oracle:
         elif opened in self._returning:
             self._returning.remove(opened)
 
+    def _on_mmu_notifier_invalidate_page(self, event: Event, fields: Fields) -> None:
+        self._last_range = event.seq
+
     def _see_told(self, event: Event) -> None:
         """In 2008: between the change of an entry and the word about it, its actor may flush TLBs and nothing else."""
         for change in tuple(self._changes):
@@ -193,9 +197,13 @@ class Oracle:
 
     def _on_mmu_interval_notifier_insert(self, event: Event, fields: Fields) -> None:
         self.world.mm(fields["mm"]).intervals.add(fields["notifier"])
+        vm = self.world.vm(fields["notifier"])
+        vm.mm, vm.gone = fields["mm"], False
 
     def _on_mmu_interval_notifier_remove(self, event: Event, fields: Fields) -> None:
         self.world.mm(fields["mm"]).intervals.discard(fields["notifier"])
+        vm = self.world.vm(fields["notifier"])
+        vm.mm, vm.gone = None, True
 
     def _on_mm_exit(self, event: Event, fields: Fields) -> None:
         # Whoever was told of the release has nothing left to be told of; see exit_mmap.
@@ -552,6 +560,10 @@ class Oracle:
             self.world.release_all(tlb)
 
     # ----
+
+    def recall(self, seq: int) -> Event | None:
+        """Event number ``seq``, None when it is not remembered any more."""
+        return next((event for event in reversed(self._history.events) if event.seq == seq), None)
 
     def broken(self, invariant: str, message: str, event: Event, **page: int) -> None:
         """Report that ``event`` breaks ``invariant``; ``page`` names the page by hva (bytes), gfn and pfn."""

@@ -19,12 +19,14 @@ INVARIANTS = {
     "I4": "a translation that is installed is the primary entry's page, with no more rights than it has",
     "I5": "a frame is freed only when no TLB and no secondary MMU translates to it",
     "I6": "every start has its end, and every end its start",
+    "I7": "what is installed was looked up when no invalidation of it was still to end",
     "I8": "what was written to a page is saved before its frame is given away for a swap slot",
     "I9": "who asks whether a page was used is told of every use since the last time, by whomever",
     "I10": "what was removed from a secondary MMU's tables is flushed from its TLBs before anybody relies on it",
     "I11": "once anybody can write the copy of a page, nobody reads the old page at that address",
     "I12": "when a dirty log is handed out, nobody can write unnoticed to a page that it does not name",
     "I13": "after it was unregistered or released, a notifier's MMU installs nothing",
+    "I15": "a lookup in a watched range counts only if no invalidation touched that meanwhile",
 }
 """By name, as in the kernel's own terms; see docs/check.md for how each is judged from events."""
 

@@ -37,7 +37,7 @@ class Fingerprint:
         if event.kind == "memslot_set":
             slot = event.fields["gfn"], event.fields["pages"], event.fields["hva"] >> PAGE_SHIFT
             self._slots.setdefault(event.fields["vm"], {})[event.fields["slot"]] = slot
-        elif event.kind == "mmu_notifier_register":
+        elif event.kind in ("mmu_notifier_register", "mmu_interval_notifier_insert"):
             self._mms[event.fields["notifier"]] = event.fields["mm"]
         keys, spaces = self._resources(event)
         level = self._level

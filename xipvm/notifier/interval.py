@@ -43,6 +43,7 @@ from xipvm.locks.check import might_sleep
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from xipvm.notifier.mm import NotifiedMm
     from xipvm.notifier.range import MmuNotifierRange
 
 ULONG_MAX = (1 << 64) - 1
@@ -102,11 +103,17 @@ class MmuIntervalNotifier:
                 because=f"{self.name} is being invalidated",
                 label="notifier.interval.read_begin",
             )
+        if tree.mm.trace.on:
+            tree.mm.trace.emit("mmu_interval_read_begin", mm=tree.mm.name, notifier=self.name, seq=seq)
         return seq
 
     def read_retry(self, seq: int) -> bool:
         """Whether what was looked up since ``read_begin`` gave ``seq`` is worthless. Under the user's lock."""
-        return self.invalidate_seq != seq
+        retry = self.invalidate_seq != seq
+        tree = self.subscribed_to
+        if tree is not None and tree.mm.trace.on:
+            tree.mm.trace.emit("mmu_interval_read_retry", mm=tree.mm.name, notifier=self.name, seq=seq, retry=retry)
+        return retry
 
     def check_retry(self, seq: int) -> bool:
         """A hint, without the lock: True says that ``read_retry`` will be true. False says nothing."""
@@ -120,9 +127,10 @@ class MmuIntervalNotifier:
 class IntervalTree:
     """The interval notifiers of one mm, by ascending start, and the state of their invalidation."""
 
-    __slots__ = ("_deferred", "_tree", "active", "seq")
+    __slots__ = ("_deferred", "_tree", "active", "mm", "seq")
 
-    def __init__(self) -> None:
+    def __init__(self, mm: NotifiedMm) -> None:
+        self.mm = mm
         self.seq = 2
         """S."""
         self.active = 0

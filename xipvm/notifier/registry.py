@@ -360,7 +360,7 @@ class MmuNotifiers:
             locks = self._all_locks("mmu_interval_notifier_insert")
             with locks:
                 self._has_notifiers = True
-                self._intervals = self._intervals or IntervalTree()
+                self._intervals = self._intervals or IntervalTree(self._mm)
         return self._intervals
 
     def _check_interval(self, notifier: MmuIntervalNotifier) -> None:
@@ -388,7 +388,12 @@ class MmuNotifiers:
         def tell(notifier: MmuIntervalNotifier, seq: int) -> None:
             if trace.on:
                 trace.emit(
-                    "mmu_interval_notifier_invalidate", mm=range.mm, notifier=notifier.name, seq=seq, range=range.id
+                    "mmu_interval_notifier_invalidate",
+                    mm=range.mm,
+                    notifier=notifier.name,
+                    seq=seq,
+                    range=range.id,
+                    owned=range.owner is not None,
                 )
 
         return tell

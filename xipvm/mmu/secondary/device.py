@@ -1,9 +1,12 @@
-"""A base for secondary MMUs of devices: windows onto an mm, and the words by which a driver says what it does.
+"""Bases for secondary MMUs of devices: windows onto an mm, and the words by which a driver says what it does.
 
-A driver derives from it, registers (``mm.notifiers.register(self)``) and implements ``fault``, ``translate`` and the
-callbacks of :class:`~xipvm.notifier.MmuNotifier`. Its tables are its own; the oracle knows of them what it says::
+A driver derives from :class:`DeviceMmu`, registers (``self.register()``) and implements ``fault``, ``translate`` and
+the callbacks of :class:`~xipvm.notifier.MmuNotifier`; in the protocol of 2008 the same callbacks are called, see there.
+One that watches single ranges derives from :class:`IntervalMmu`, watches them (``self.watch(hva, pages)``) and
+implements ``invalidate``. Its tables are its own; the oracle knows of them what it says::
 
     map_window     its pages are these bytes of the mm
+    looking_up     a fault has read its count of invalidations, and looks a page up now
     installed      a page has an entry now, or another one
     protected      entries lost the right to write
     zapped         entries are gone
@@ -19,21 +22,29 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from xipvm.address import Gfn, Hva
+from xipvm.address import PAGE_SHIFT, PAGE_SIZE, Gfn, Hva
 from xipvm.mmu.frames import PG_DIRTY
 from xipvm.mmu.secondary.base import SecondaryMmu
 from xipvm.mmu.secondary.memslot import Memslot, Memslots
-from xipvm.notifier import MmuNotifier
+from xipvm.notifier import (
+    MmuIntervalNotifier,
+    MmuNotifier,
+    MmuNotifier2008,
+    MmuNotifierRange,
+    MmuNotifiers2008,
+    NotifiedMm,
+    RangeEvent,
+)
 
 if TYPE_CHECKING:
     from xipvm.mmu.mm import Mm
 
 
-class DeviceMmu(SecondaryMmu, MmuNotifier):
-    """The secondary MMU ``name`` of a device. Pages are its own numbers; windows say which bytes of ``mm`` they are."""
+class DeviceTables(SecondaryMmu):
+    """What both have: windows, words, DMA. Pages are its own numbers; windows say which bytes of ``mm`` they are."""
 
-    def __init__(self, mm: Mm, *, name: str = "dev0") -> None:
-        SecondaryMmu.__init__(self, mm, mm.trace, name)
+    def __init__(self, mm: Mm, name: str) -> None:
+        super().__init__(mm, mm.trace, name)
         self.windows = Memslots()
         self._said: dict[int, int] = {}
         """Frames by page, as they were said to be installed."""
@@ -82,6 +93,14 @@ class DeviceMmu(SecondaryMmu, MmuNotifier):
 
     # ---- what it says
 
+    def looking_up(self, page: int) -> None:
+        """A fault of ``page`` looks at the mm from now on: what it installs must not rest on anything older.
+
+        To be said right behind what remembers the invalidations so far (the driver's sequence number).
+        """
+        if self.trace.on:
+            self.trace.emit("spte_lookup", vm=self.name, gfn=page)
+
     def installed(self, page: int, pfn: int, *, write: bool) -> None:
         """``page`` translates to frame ``pfn`` now."""
         self._said[page] = pfn
@@ -119,7 +138,87 @@ class DeviceMmu(SecondaryMmu, MmuNotifier):
         entry = "nothing" if seen is None else f"frame {seen[0]:#x} {'rw' if seen[1] else 'r'}"
         return f"page {page:#x} of {self.name}: {entry}; {where}"
 
+
+class DeviceMmu(DeviceTables, MmuNotifier):
+    """The secondary MMU ``name`` of a device that is told of every change of ``mm``.
+
+    In the protocol of 2008 it is called as today: a single page, of which that protocol tells when its entry has
+    changed, is a start and an end at once, of event CLEAR as every range then; callbacks may not sleep.
+    """
+
+    def __init__(self, mm: Mm, *, name: str = "dev0") -> None:
+        super().__init__(mm, name)
+        self._as_in_2008: _In2008 | None = None
+
+    def register(self) -> None:
+        """Have it told from now on, in the protocol of ``mm``. Raises MmError as ``MmuNotifiers.register``."""
+        if self.mm.protocol != MmuNotifiers2008.protocol:
+            self.mm.notifiers.register(self)
+            return
+        translator = _In2008(self)
+        self.mm.notifiers.register(translator)
+        self._as_in_2008 = translator
+
     def destroy(self) -> None:
         """Unregister, which calls ``release``. A second call does nothing."""
+        for notifier in (self, self._as_in_2008):
+            if notifier is not None and notifier.subscribed_to is not None:
+                self.mm.notifiers.unregister(notifier)
+
+
+class _In2008(MmuNotifier2008):
+    """Stands in the list of 2008 for a driver that knows the callbacks of today."""
+
+    def __init__(self, device: DeviceMmu) -> None:
+        self.name = device.name
+        self._device = device
+        self._open: list[MmuNotifierRange] = []
+
+    def invalidate_page(self, mm: NotifiedMm, address: int) -> None:
+        """A range of one page, over at once."""
+        page = MmuNotifierRange(mm.name, address, address + PAGE_SIZE, RangeEvent.CLEAR)
+        self._device.invalidate_range_start(page)
+        self._device.invalidate_range_end(page)
+
+    def invalidate_range_start(self, mm: NotifiedMm, start: int, end: int) -> None:
+        """As today."""
+        range = MmuNotifierRange(mm.name, start, end, RangeEvent.CLEAR)
+        self._device.invalidate_range_start(range)
+        self._open.append(range)
+
+    def invalidate_range_end(self, mm: NotifiedMm, start: int, end: int) -> None:
+        """As today, with the range that the start had."""
+        range = next(range for range in self._open if (range.start, range.end) == (start, end))
+        self._open.remove(range)
+        self._device.invalidate_range_end(range)
+
+    def clear_flush_young(self, mm: NotifiedMm, address: int) -> bool:
+        """As today, for one page."""
+        return self._device.clear_flush_young(address, address + PAGE_SIZE)
+
+    def release(self, mm: NotifiedMm) -> None:
+        """As today."""
+        self._device.release(mm)
+
+
+class IntervalMmu(DeviceTables, MmuIntervalNotifier):
+    """The secondary MMU ``name`` of a device that watches one range of ``mm``: what it has of it is its window.
+
+    The oracle takes ``read_begin`` for the beginning of every lookup.
+    """
+
+    def __init__(self, mm: Mm, *, name: str = "odp0") -> None:
+        super().__init__(mm, name)
+
+    def watch(self, hva: int, pages: int, *, page: int = 0) -> None:
+        """Its pages ``[page, page + pages)`` are the bytes from ``hva`` on, and it is told of changes of those.
+
+        Once. Raises MmError as :meth:`map_window` and ``MmuNotifiers.insert_interval``.
+        """
+        self.mm.notifiers.insert_interval(self, hva, pages << PAGE_SHIFT)
+        self.map_window(hva, pages, page=page)
+
+    def destroy(self) -> None:
+        """Watch nothing any more; what it has is its own to drop. A second call does nothing."""
         if self.subscribed_to is not None:
-            self.mm.notifiers.unregister(self)
+            self.mm.notifiers.remove_interval(self)
