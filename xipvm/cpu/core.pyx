@@ -108,6 +108,7 @@ cdef enum:
     NR_SCANNED = 1024
     MISS_LIMIT = 4096
     MIXED_AFTER = 64            # turns of a frame from executable to writable after which it may be both
+    NR_DROPINS = 32             # entries that one miss may need; a guest's page table has a few levels
     GROW_FIRST = 1024           # fills since a flush after which the TLB is made larger for the first time
     GROW_LAST = 32768
     TCG_BUFFER = 32 << 20
@@ -208,6 +209,7 @@ cdef class Engine:
         self.lengths = <BlockLength *>calloc(NR_LENGTHS, sizeof(BlockLength))
         self.scanned = <Scanned *>calloc(NR_SCANNED, sizeof(Scanned))
         self.dropped = []
+        self.fetched = {}
         self.block_copy = <uint8_t *>calloc(2, 4096)
         if self.lengths == NULL or self.scanned == NULL or self.block_copy == NULL:
             raise MemoryError
@@ -285,8 +287,12 @@ cdef class Engine:
         return _check(api.hook_add(self.uc, &handle, UC_HOOK_INSN, callback, <void *>self, <uint64_t>1, <uint64_t>0, insn),
                       "uc_hook_add")
 
-    def bind(self, EngineGroup group not None, PageTable sptes not None):
-        """Joins a machine and maps its frames. ``release`` undoes it."""
+    def bind(self, EngineGroup group not None, PageTable sptes not None, *, bint keep=True):
+        """Joins a machine and maps its frames. ``release`` undoes it.
+
+        Not ``keep``: ``sptes`` is where the handler of a miss drops its answer in. The walker takes every entry out that
+        it finds, and forgets it when that miss is answered or the TLB is flushed, so that the next one asks again.
+        """
         used = 0
         for other in group.engines:
             used |= (<Engine>other).bit
@@ -298,6 +304,9 @@ cdef class Engine:
         self.group = group
         self.host = group.host
         self.sptes = sptes
+        self.keep = keep
+        self.nr_dropins = 0
+        self.fetched.clear()
         group.engines.append(self)
         self._map(0, self.host.nr_frames << 12, self.host.base)
         cdef int n
@@ -622,6 +631,7 @@ cdef class Engine:
         api.ctl(self.uc, UC_CTL_WRITE(UC_CTL_TLB_FLUSH, 0))
         self.fills = 0
         self.grow_at = GROW_FIRST
+        self.nr_dropins = 0
         self.flushes += 1
         self.flush_generation += 1
         self.hot.generation += 1
@@ -644,6 +654,8 @@ cdef class Engine:
         cdef uint8_t *bytes = self.host.bytes_of(pfn)
         if self.fetching:
             self.dropped.append(pfn)
+        if self.fetched:
+            self.fetched = {page: frame for page, frame in self.fetched.items() if frame != pfn}
         if bytes != NULL and bytes <= self.hot.block_code < bytes + 4096 and self.hot.block_size <= 8192:
             # The instructions of the block that runs may still have to be counted, see `count_block`.
             memcpy(self.block_copy, self.hot.block_code, min(self.hot.block_size, bytes + 4096 - self.hot.block_code))
@@ -709,11 +721,11 @@ cdef class Engine:
             return False
         for tries in range(MISS_LIMIT):
             if gfn < INDEX_LIMIT:
-                entry = self.sptes.load(gfn)
+                entry = self.entry_of(gfn)
                 if entry & SPTE_PRESENT:
                     if entry & (<uint64_t>1 << access):
                         return self.hand_out(vaddr, entry, gfn, access, result)
-                elif entry & SPTE_MMIO and access != C_FETCH:
+                elif entry & SPTE_MMIO and access != C_FETCH and (entry >> 39) & 0x7FFFF == self.sptes.mmio_generation:
                     result.paddr = MMIO_BASE_C + (vaddr & ~<uint64_t>4095)
                     result.perms = UC_PROT_READ | UC_PROT_WRITE
                     return True
@@ -750,6 +762,28 @@ cdef class Engine:
         self.fault_access = access
         return False
 
+    cdef uint64_t entry_of(self, uint64_t gfn) noexcept:
+        """The shadow entry of a guest frame, 0 for none."""
+        cdef uint64_t entry = self.sptes.load(gfn)
+        cdef int n
+        if self.keep:
+            return entry
+        if entry:
+            # Nobody else may find it, and no flush leave it behind.
+            try:
+                self.sptes.store(gfn, 0)
+            except BaseException:
+                self.fail()
+            if self.nr_dropins < NR_DROPINS:
+                self.dropins[self.nr_dropins].gfn = gfn
+                self.dropins[self.nr_dropins].entry = entry
+                self.nr_dropins += 1
+            return entry
+        for n in range(self.nr_dropins - 1, -1, -1):
+            if self.dropins[n].gfn == gfn:
+                return self.dropins[n].entry
+        return 0
+
     cdef bint hand_out(self, uint64_t vaddr, uint64_t entry, uint64_t gfn, int access, uc_tlb_entry *result) noexcept:
         cdef uint64_t pfn = (entry >> 12) & PFN_MASK
         cdef FrameMeta *meta
@@ -765,6 +799,8 @@ cdef class Engine:
         if meta.turns >= MIXED_AFTER and entry & SPTE_WRITE and entry & SPTE_EXEC:
             self.mix(meta, pfn)
             perms = UC_PROT_ALL
+            if access == C_FETCH and not self.keep:
+                self.fetched[vaddr >> 12] = pfn
             if access == C_FETCH and not self.hot.fixed:
                 self.scan(vaddr & ~<uint64_t>4095, pfn)
         elif access == C_FETCH:
@@ -773,6 +809,8 @@ cdef class Engine:
             meta.x_mask |= self.bit
             meta.code_mask |= self.bit
             perms = UC_PROT_READ | UC_PROT_EXEC
+            if not self.keep:
+                self.fetched[vaddr >> 12] = pfn
             if not self.hot.fixed:
                 self.scan(vaddr & ~<uint64_t>4095, pfn)
         elif access == C_WRITE:
@@ -812,6 +850,10 @@ cdef class Engine:
         cdef uint64_t gfn = gva >> 12
         cdef uint64_t entry, pfn
         cdef uint8_t *page
+        if not self.keep:
+            found = self.fetched.get(gfn)
+            page = NULL if found is None else self.host.bytes_of(found)
+            return NULL if page == NULL else page + (gva & 4095)
         if gfn >= INDEX_LIMIT:
             return NULL
         entry = self.sptes.load(gfn)

@@ -8,6 +8,7 @@ cdef class PageTable:
     cdef readonly int levels
     cdef readonly uint64_t present      # leaf entries that are not zero (a huge entry counts one)
     cdef readonly uint64_t tables       # tables allocated, the root included
+    cdef public uint64_t mmio_generation    # MMIO entries (spte.py) of another one say nothing to a walker
     # pointer to the leaf entry of `index`, NULL when no table is there. *level is 1 (4 KiB) or 2 (2 MiB entry).
     # Through the pointer bits may be changed, but zero may not become non-zero nor the reverse: use store().
     cdef uint64_t *lookup(self, uint64_t index, int *level) noexcept

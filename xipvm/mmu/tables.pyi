@@ -16,6 +16,8 @@ class PageTable:
     levels: int
     present: int
     tables: int
+    mmio_generation: int
+    """Of secondary tables: MMIO entries that were made in another generation say nothing to a walker."""
     def __init__(self, levels: int) -> None: ...
     def get(self, index: int) -> int:
         """The entry that maps page ``index``, a huge one included; 0 when empty."""
