@@ -16,6 +16,10 @@ cdef struct Scanned:                # a page that was searched for instructions 
     uint64_t pfn
     uint64_t generation
 
+cdef struct Dropin:             # an entry that is good for the miss in progress
+    uint64_t gfn
+    uint64_t entry
+
 cdef struct Hot:                    # what the block hook touches, away from the Python object
     uc_engine *uc
     uint64_t ticks                  # virtual time, ns: instructions retired (the running block counted whole) and time skipped
@@ -62,6 +66,10 @@ cdef class Engine:
     cdef EngineGroup group
     cdef PageTable handed           # (flush generation, rights) by gfn: what tlb_insert was recorded for
     cdef public uint64_t flushes
+    cdef bint keep                  # entries stay in `sptes`
+    cdef Dropin dropins[32]         # where they do not: those of the miss in progress
+    cdef int nr_dropins
+    cdef dict fetched               # where they do not: frame by page, as last handed out for execution
     cdef uint64_t flush_generation
     cdef uint64_t fills, grow_at    # since the last flush, and how many of them make the TLB grow
     cdef public int64_t time_offset # virtual time of the machine minus ticks
@@ -94,6 +102,7 @@ cdef class Engine:
     cdef uint64_t look(self, uint64_t pc) noexcept
     cdef void drop(self, uint64_t pfn) noexcept
     cdef void drop_stale(self) noexcept
+    cdef uint64_t entry_of(self, uint64_t gfn) noexcept
     cdef bint hand_out(self, uint64_t vaddr, uint64_t entry, uint64_t gfn, int access, uc_tlb_entry *result) noexcept
     cdef bint fill(self, uint64_t vaddr, int access, uc_tlb_entry *result) noexcept
     cdef uint32_t count_block(self, uint64_t pc, uint32_t size) noexcept

@@ -143,8 +143,12 @@ class Engine:
     on_insn: Callable[[int, int], object] | None
     """RISC-V: (pc, size): a CSR instruction that the walker hooked is about to run; may do its work and set the PC."""
 
-    def bind(self, group: EngineGroup, sptes: PageTable) -> None:
-        """Joins a machine and maps its frames. EngineError when 32 engines are in it already."""
+    def bind(self, group: EngineGroup, sptes: PageTable, *, keep: bool = True) -> None:
+        """Joins a machine and maps its frames. EngineError when 32 engines are in it already.
+
+        Not ``keep``: the walker takes every entry out that it finds in ``sptes``. ``on_miss`` drops its answer in there,
+        good for the miss in progress and until the TLB is flushed; each engine must have a table of its own.
+        """
 
     def release(self) -> None:
         """Leaves the machine and goes back to the pool. EngineError while it runs; nothing when it is in none."""

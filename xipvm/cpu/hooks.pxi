@@ -9,12 +9,15 @@ cdef inline void _back_in(Engine engine) noexcept:
 
 cdef bint _tlb_fill(uc_engine *uc, uint64_t vaddr, uc_mem_type kind, uc_tlb_entry *result, void *user) noexcept:
     cdef Engine engine = <Engine><PyObject *>user
+    cdef bint found
     result.paddr = 0
     result.perms = UC_PROT_NONE
     engine.fills += 1
     if engine.fills >= engine.grow_at:
         engine.grow()
-    return engine.fill(vaddr, C_FETCH if kind == UC_MEM_FETCH else (C_WRITE if kind == UC_MEM_WRITE else C_READ), result)
+    found = engine.fill(vaddr, C_FETCH if kind == UC_MEM_FETCH else (C_WRITE if kind == UC_MEM_WRITE else C_READ), result)
+    engine.nr_dropins = 0
+    return found
 
 
 cdef bint _stays(Hot *hot) noexcept:
