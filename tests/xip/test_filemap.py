@@ -16,6 +16,7 @@ from xipvm.mmu.mm import Mm
 from xipvm.mmu.vma import MAP_PRIVATE, MAP_SHARED, PROT_READ, PROT_WRITE
 from xipvm.trace.events import Event
 from xipvm.trace.funnel import Trace
+from xipvm.xip.dax import DaxFile
 from xipvm.xip.filemap import XipFile
 from xipvm.xip.host_file import HostInode
 from xipvm.xip.open_file import OpenFile
@@ -26,7 +27,7 @@ RW = PROT_READ | PROT_WRITE
 class World:
     """A file of five pages, of which the first, in part, and the fourth are not holes."""
 
-    def __init__(self, path: Path, protocol: str) -> None:
+    def __init__(self, path: Path, protocol: str, form: type[XipFile]) -> None:
         self.path = path
         with path.open("wb") as file:
             file.write(b"begin")
@@ -39,7 +40,7 @@ class World:
         self.trace.attach(self.events.append)
         self.mm = Mm(self.host, self.trace, protocol=protocol)
         self.inode = HostInode(self.host, str(path))
-        self.file = XipFile(self.host, self.trace, self.inode)
+        self.file = form(self.host, self.trace, self.inode)
         self.open = OpenFile(self.file)
 
     def map(self, flags: int) -> int:
@@ -49,9 +50,9 @@ class World:
         return [event.kind for event in self.events]
 
 
-@pytest.fixture(params=["2008", "modern"])
+@pytest.fixture(params=[("2008", XipFile), ("modern", XipFile), ("modern", DaxFile)], ids=["2008", "modern", "dax"])
 def world(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[World]:
-    world = World(tmp_path / "file", request.param)
+    world = World(tmp_path / "file", *request.param)
     yield world
     world.mm.exit()
     world.inode.close()

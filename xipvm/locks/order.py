@@ -6,6 +6,7 @@ KVM's the one of Documentation/virt/kvm/locking.rst:
 * from the file's side: i_rwsem, then invalidate_lock, then the page;
 * mmap_lock inside i_rwsem (a write copies from user memory), outside invalidate_lock (a fault takes it);
 * xip_sparse_mutex inside mmap_lock and i_rwsem, outside the locks that find the areas of a file (mm/filemap_xip.c);
+* the lock of a DAX entry likewise: a file without a page cache locks that as others do the page (fs/dax.c);
 * the page lock outside all rmap locks: whoever unmaps a page holds it, and walks the reverse map;
 * i_mmap_rwsem outside anon_vma, that of hugetlbfs outside that of others (mm_take_all_locks, and pmd sharing);
 * page table locks inside rmap locks: a walk looks at entries;
@@ -44,6 +45,7 @@ SLOTS_ARCH_LOCK: Final = LockClass("slots_arch_lock", 11)
 INODE_LOCK: Final = LockClass("i_rwsem", 20, lenient=True)
 MMAP_LOCK: Final = LockClass("mmap_lock", 30)
 INVALIDATE_LOCK: Final = LockClass("invalidate_lock", 40, lenient=True)
+DAX_ENTRY: Final = LockClass("dax entry", 44, lenient=True)
 XIP_SPARSE: Final = LockClass("xip_sparse_mutex", 45, lenient=True)
 PAGE_LOCK: Final = LockClass("page lock", 50, lenient=True)
 HUGETLB_I_MMAP: Final = LockClass("hugetlb i_mmap_rwsem", 60, lenient=True)

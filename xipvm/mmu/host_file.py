@@ -22,17 +22,13 @@ from xipvm.address import PAGE_SHIFT, PAGE_SIZE, page_up
 from xipvm.errors import BadInput, MmError
 from xipvm.mmu.file import VmFault
 from xipvm.mmu.frames import PG_DIRTY
+from xipvm.mmu.mkclean import page_mkclean
 from xipvm.mmu.page_cache import PageCache
-from xipvm.mmu.pte import DIRTY, MAPPED, WRITE, pte_pfn
-from xipvm.mmu.rmap import PMD_SHIFT
 from xipvm.mmu.zap import unmap_mapping_range
-from xipvm.notifier import RangeEvent
 
 if TYPE_CHECKING:
     from xipvm.mmu.frames import HostMemory
-    from xipvm.mmu.vma import Vma
     from xipvm.trace.funnel import Trace
-
 
 _BLOCK: Final = 512
 
@@ -95,7 +91,7 @@ class HostFile(PageCache):
         self.host.get(pfn)  # a truncation does not take it away, but the last one to unmap it may
         try:
             self.host.clear_flags(pfn, PG_DIRTY)
-            self._page_mkclean(pgoff, pfn)
+            page_mkclean(self, pgoff, pfn)
             used = min(self.size - (pgoff << PAGE_SHIFT), PAGE_SIZE)
             if used > 0:
                 os.pwrite(self._fd, self.host.read(pfn, 0, used), pgoff << PAGE_SHIFT)
@@ -104,23 +100,6 @@ class HostFile(PageCache):
             raise
         finally:
             self._put(pfn)
-
-    def _page_mkclean(self, pgoff: int, pfn: int) -> None:
-        with self.i_mmap.read:
-            for area in tuple(self.areas):
-                hva = area.address_of(pgoff)
-                if area.shared and hva is not None:
-                    self._mkclean_one(area, hva, pfn)
-
-    def _mkclean_one(self, area: Vma, hva: int, pfn: int) -> None:
-        mm = area.mm
-        protecting = mm.notifiers.around_entry(hva, hva + PAGE_SIZE, RangeEvent.PROTECTION_PAGE)
-        with protecting, mm.ptl(hva >> PMD_SHIFT):
-            entry = mm.pgd.get(hva >> PAGE_SHIFT)
-            if not entry & MAPPED or not entry & (WRITE | DIRTY) or pte_pfn(entry) != pfn:
-                return
-            mm.ptep_clear_flush_notify(hva)
-            mm.set_pte(hva, entry & ~(WRITE | DIRTY))
 
     def direct_write(self, offset: int, data: bytes) -> None:
         """Writes ``data`` at ``offset``, past the page cache, as O_DIRECT does; mappings read it back in.

@@ -211,6 +211,7 @@ define(
 define("xip_sparse_page", "pfn:pfn", "from now on this page of zeros is what a hole is mapped as")
 define("xip_map", "file:str mm:str start:hva end:hva pgoff:int", "an XIP file is about to be mapped")
 define("xip_allocate", "file:str pgoff:int pfn:pfn", "a hole got a block, of zeros")
+define("dax_entry", "file:str pgoff:int pfn:pfn", "what a page of a DAX file is mapped as: its block, or the zero page")
 define("xip_free", "file:str first:int end:int", "these pages are holes now; their blocks may be another file's")
 
 # Notifiers. `range` pairs an end with its start.

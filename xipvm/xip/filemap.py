@@ -10,7 +10,8 @@ what is stored through one mapping is what all others, reads included, see at on
 
 so whoever faults in between maps the block. The look-up that decides what a fault maps is made with no schedule point
 between it and the entry: of two that race for a page, the later finds what the earlier did. Truncation writes the size
-first, then unmaps, then zeroes the rest of the last block, then frees.
+first, then unmaps, then zeroes the rest of the last block, then frees; no fault comes in between (invalidate_lock, which
+the seed did not have, and needed: its faults looked at the size once, in the beginning).
 
 Deviations from the seed, each of them a bug of its own there: docs/xip.md.
 """
@@ -58,7 +59,7 @@ class XipFile(AddressSpace):
         self.sparse_mutex = RwLock(f"xip_sparse_mutex of {self.name}", XIP_SPARSE)
         """For writing: who allocates a block. Of two for one page, the second finds the first one's."""
         self.invalidate_lock = RwLock(f"invalidate_lock of {self.name}", INVALIDATE_LOCK)
-        """For writing: who makes holes, which a fault must not find blocks in. Truncation has the size for that."""
+        """For writing: who frees blocks, which a fault must not find meanwhile."""
 
     @property
     def size(self) -> int:
@@ -165,7 +166,7 @@ class XipFile(AddressSpace):
         if self.trace.on:
             self.trace.emit("xip_allocate", file=self.name, pgoff=pgoff, pfn=pfn)
         point("mm.xip.allocated")
-        self.unmap_sparse(pgoff)
+        self._filled(pgoff)
         return pfn
 
     # ---- mapped
@@ -238,6 +239,10 @@ class XipFile(AddressSpace):
             return VmFault.SIGBUS
         return VmFault.OK
 
+    def _filled(self, pgoff: int) -> None:
+        """A hole got a block: nobody maps the hole any more when this returns."""
+        self.unmap_sparse(pgoff)
+
     def unmap_sparse(self, pgoff: int) -> None:
         """Takes the sparse page out of every mapping of page ``pgoff`` (__xip_unmap)."""
         sparse = sparse_page(self.host)
@@ -276,7 +281,7 @@ class XipFile(AddressSpace):
         self._check("truncate", size, 0)
         if not self.writable:
             raise MmError(errno.EINVAL, f"truncate: {self.name} is not writable")
-        with self.i_rwsem.write:
+        with self.i_rwsem.write, self.invalidate_lock.write:
             if size > self.size:
                 self._zero_tail()
             old = self.size
@@ -286,7 +291,6 @@ class XipFile(AddressSpace):
                 first = page_up(size) >> PAGE_SHIFT
                 unmap_mapping_range(self, first, _ALL_PAGES)
                 point("mm.xip.truncate.unmapped")
-                unmap_mapping_range(self, first, _ALL_PAGES)
                 self._zero_tail()
                 self._free(first, _ALL_PAGES)
 
