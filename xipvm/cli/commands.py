@@ -47,6 +47,7 @@ def _hexadecimal(text: str) -> int:
 
 SIZE = Converted("size", parse_size)
 SECONDS = Converted("seconds", _seconds)
+_SECONDARY = "The secondary MMU behind which the guest runs: kvm, the default, or gru, which has TLBs only."
 HEX = Converted("hex", _hexadecimal)
 
 
@@ -98,7 +99,7 @@ def cli() -> None:
     metavar="FILE[,bank=N][,snapshot=on][,readonly=on]",
     help="A flash image; stores go to the file, with snapshot=on nowhere. May be repeated.",
 )
-@click.option("--secondary", type=click.Choice(["kvm"]), default="kvm", help="The secondary MMU.")
+@click.option("--secondary", metavar="NAME", default="kvm", help=_SECONDARY)
 @click.option(
     "--clock",
     type=click.Choice(["instructions", "host"]),
@@ -177,6 +178,7 @@ def run(**options: Any) -> int:
 @click.option("--input", "input_file", metavar="FILE", help="Console input, fed as the guest reads it.")
 @click.option("--until", metavar="TEXT", help="End when the input is used up and the guest prints TEXT.")
 @click.option("--max-instructions", type=click.IntRange(min=1), metavar="N", help="End at the block that reaches N.")
+@click.option("--secondary", metavar="NAME", default="kvm", help=_SECONDARY)
 @click.option(
     "--protocol",
     type=click.Choice(["modern", "2008"]),

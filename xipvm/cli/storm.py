@@ -34,6 +34,7 @@ def storm_guest(
     input_file: str | None,
     until: str | None,
     max_instructions: int | None,
+    secondary: str,
     protocol: str,
     thp: str,
     host_memory: int | None,
@@ -64,6 +65,7 @@ def storm_guest(
         thp,
         host_memory,
         swap,
+        secondary,
     )
     calm = run_once(job)
     if calm.reason == "interrupted":
@@ -149,6 +151,7 @@ def _command(setting: str, job: Job, flash: tuple[str, ...], input_file: str | N
         "--until": job.until,
         "--max-instructions": job.max_instructions,
         "--smp": None if job.smp == 1 else job.smp,
+        "--secondary": None if job.secondary == "kvm" else job.secondary,
         "--protocol": None if job.protocol == "modern" else job.protocol,
         "--thp": None if job.thp == "madvise" else job.thp,
         "--host-memory": job.host_memory,

@@ -147,7 +147,7 @@ class Scene:
 
     def vcpu(self, mmu: SecondaryMmu) -> ScriptedVcpu:
         """A vCPU without code: its accesses are calls."""
-        vcpu = ScriptedVcpu(mmu, self.host, self.trace, sum(len(other.vcpus) for other in self.mmus))
+        vcpu = ScriptedVcpu(mmu.port(len(mmu.vcpus)), self.host, self.trace, sum(len(other.vcpus) for other in self.mmus))
         mmu.vcpus.append(vcpu)
         return vcpu
 
@@ -236,13 +236,14 @@ def check_mmu(mmu: SecondaryMmu) -> None:
         counts = mmu.mmu_invalidate_in_progress, mmu.mn_active_invalidate_count
         if counts != (0, 0) and not mmu.mm.dead:  # the release can come between a start and its end
             raise AssertionError(f"{mmu.name} is left with {counts[0]} invalidations in progress, {counts[1]} active")
-    for page, hva in mmu.backing():
-        seen = mmu.translate(page)
-        if seen is None:
-            continue
-        entry = mmu.mm.pgd.pte(hva >> PAGE_SHIFT)
-        if not entry & PRESENT or pte_pfn(entry) != seen[0] or (seen[1] and not entry & WRITE):
-            raise AssertionError(f"{mmu.name} maps guest frame {page:#x} to {seen}, the host has {entry:#x}")
+    for port in mmu.ports():
+        for page, hva in port.backing():
+            seen = port.translate(page)
+            if seen is None:
+                continue
+            entry = port.mm.pgd.pte(hva >> PAGE_SHIFT)
+            if not entry & PRESENT or pte_pfn(entry) != seen[0] or (seen[1] and not entry & WRITE):
+                raise AssertionError(f"{port.name} maps guest frame {page:#x} to {seen}, the host has {entry:#x}")
 
 
 Furnish = Callable[[Scene], object]

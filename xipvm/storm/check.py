@@ -40,6 +40,7 @@ class Job:
     thp: str = "madvise"
     host_memory: int | None = None
     swap: str | None = None
+    secondary: str = "kvm"
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ def run_once(job: Job, storm: Storm | None = None, *, limit: int | None = None) 
         smp=job.smp,
         flash=[option._replace(snapshot=not option.readonly) for option in job.flash],
         console=Console(output, job.stdin),
+        secondary=job.secondary,
         thp=job.thp,
         protocol=job.protocol,
         host_memory=job.host_memory,

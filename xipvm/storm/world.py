@@ -21,6 +21,7 @@ from xipvm.mmu.pte import MAPPED, SPECIAL, pte_pfn
 if TYPE_CHECKING:
     from xipvm.machine import Machine
     from xipvm.mmu.mm import Mm
+    from xipvm.mmu.secondary.guest import GuestMmu
     from xipvm.mmu.secondary.kvm import Kvm
     from xipvm.mmu.userfaultfd import Userfaultfd
     from xipvm.storm.choices import Choices
@@ -58,7 +59,7 @@ class World:
         self.machine = machine
         self.mm = machine.mm
         self.host = machine.host
-        self.kvm = machine.secondary
+        self.kvm: GuestMmu = machine.secondary
         self.choose = choices.choose
         self.children: list[Child] = []
         self.held: list[int] = []
