@@ -493,7 +493,8 @@ class Oracle:
         page = vm.page(gfn)
         if page is not None and vm.mm is not None:
             self._installed(event, vm.mm, page, gfn, pfn, write)
-        self.world.hold(vm.sptes, gfn, Entry(pfn, write, event.seq))
+        asked = vm.mm is None or vm.name not in self.world.mm(vm.mm).intervals  # those are not asked for their use
+        self.world.hold(vm.sptes, gfn, Entry(pfn, write, event.seq, young=asked))
         if write:
             self.world.written[pfn] = event.seq
 

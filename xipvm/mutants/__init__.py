@@ -1,6 +1,7 @@
 """Known faults that can be put into the system by name, to show that they are found."""
 
 from xipvm.mutants import cpu as _cpu
+from xipvm.mutants import intervals as _intervals
 from xipvm.mutants import kvm as _kvm
 from xipvm.mutants import mm as _mm
 from xipvm.mutants import notifier as _notifier
@@ -8,4 +9,4 @@ from xipvm.mutants import protocol_2008 as _protocol_2008
 from xipvm.mutants.mutant import MUTANTS, Mutant, get, planted
 
 __all__ = ["MUTANTS", "Mutant", "get", "planted"]
-del _cpu, _kvm, _mm, _notifier, _protocol_2008
+del _cpu, _intervals, _kvm, _mm, _notifier, _protocol_2008

@@ -9,7 +9,7 @@ from xipvm.actors import point
 from xipvm.address import PAGE_SHIFT, PAGE_SIZE
 from xipvm.errors import InternalError
 from xipvm.mmu.frames import HUGE_PAGES, PG_DIRTY
-from xipvm.mmu.pte import PRESENT, pte_pfn
+from xipvm.mmu.pte import PRESENT, WRITE, pte_pfn
 from xipvm.mmu.secondary.kvm import Kvm, KvmBase
 from xipvm.mmu.secondary.memslot import Memslot, Memslots
 from xipvm.mmu.secondary.spte import PFN_MASK, PFN_SHIFT, SPTE_PRESENT
@@ -59,6 +59,21 @@ def seq_read_after_lookup() -> Iterator[None]:
         install(self, slot, gfn, page, self.mmu_invalidate_seq)  # type: ignore[arg-type]
 
     with replaced(KvmBase, "_install_locked", late):
+        yield
+
+
+@mutant("same-entry-taken-for-no-change", "M8 (entry)", "I7")
+def same_entry_taken_for_no_change() -> Iterator[None]:
+    """A fault that was overtaken installs if the host's entry is the same again; it holds no lock that keeps it so."""
+    install = KvmBase._install_locked
+
+    def same(self: KvmBase, slot: Memslot, gfn: int, page: GupPage, seq: int) -> None:
+        entry = self.mm.pgd.pte((slot.hva >> PAGE_SHIFT) + gfn - slot.gfn)
+        if entry & PRESENT and pte_pfn(entry) == page.pfn and (entry & WRITE or not page.writable):
+            seq = self.mmu_invalidate_seq
+        install(self, slot, gfn, page, seq)
+
+    with replaced(KvmBase, "_install_locked", same):
         yield
 
 

@@ -35,6 +35,7 @@ from xipvm.notifier import (
     NotifiedMm,
     RangeEvent,
 )
+from xipvm.notifier.notifier import implements
 
 if TYPE_CHECKING:
     from xipvm.mmu.mm import Mm
@@ -155,7 +156,7 @@ class DeviceMmu(DeviceTables, MmuNotifier):
         if self.mm.protocol != MmuNotifiers2008.protocol:
             self.mm.notifiers.register(self)
             return
-        translator = _In2008(self)
+        translator = _In2008Young(self) if implements(self, "clear_flush_young") else _In2008(self)
         self.mm.notifiers.register(translator)
         self._as_in_2008 = translator
 
@@ -192,13 +193,17 @@ class _In2008(MmuNotifier2008):
         self._open.remove(range)
         self._device.invalidate_range_end(range)
 
-    def clear_flush_young(self, mm: NotifiedMm, address: int) -> bool:
-        """As today, for one page."""
-        return self._device.clear_flush_young(address, address + PAGE_SIZE)
-
     def release(self, mm: NotifiedMm) -> None:
         """As today."""
         self._device.release(mm)
+
+
+class _In2008Young(_In2008):
+    """For a driver that knows what its device uses."""
+
+    def clear_flush_young(self, mm: NotifiedMm, address: int) -> bool:
+        """As today, for one page."""
+        return self._device.clear_flush_young(address, address + PAGE_SIZE)
 
 
 class IntervalMmu(DeviceTables, MmuIntervalNotifier):
