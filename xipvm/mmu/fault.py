@@ -14,6 +14,7 @@ from xipvm.address import PAGE_MASK, PAGE_SHIFT
 from xipvm.errors import OutOfFrames
 from xipvm.locks import check
 from xipvm.mmu.cow import do_wp_page, map_new_anon
+from xipvm.mmu.device_private import do_device_entry
 from xipvm.mmu.file import FaultResult, VmFault
 from xipvm.mmu.frames import ZERO_PFN
 from xipvm.mmu.huge_fault import do_huge_pmd_anonymous_page, do_huge_pmd_wp_page, map_huge_file_page
@@ -21,6 +22,7 @@ from xipvm.mmu.hugetlb_fault import hugetlb_fault
 from xipvm.mmu.mapping import anon_vma_prepare
 from xipvm.mmu.pte import (
     ACCESSED,
+    DEVICE,
     DIRTY,
     GUARD,
     HUGE,
@@ -145,6 +147,8 @@ def _do_nonpresent(mm: Mm, area: Vma, hva: int, entry: int, write: bool) -> tupl
         return VmFault.SIGSEGV, "guard"
     if entry == POISON:
         return VmFault.SIGBUS, "poison"
+    if entry & SWAP and entry & DEVICE:
+        return do_device_entry(mm, area, hva, entry)
     if entry & SWAP:
         try:
             return _OK, "swapin" if do_swap_page(mm, area, hva & PAGE_MASK, entry, write=write) else "retry"

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from xipvm.actors import point
 from xipvm.address import PAGE_SHIFT
+from xipvm.mmu.device_private import after_fork, before_fork, is_device_slot
 from xipvm.mmu.mapping import insert
 from xipvm.mmu.thp import thp_of
 from xipvm.mmu.uffd_message import UFFD_EVENT_FORK, UffdMsg
@@ -76,8 +77,13 @@ def _copy_entries(mm: Mm, child: Mm, area: Vma) -> None:
     thp_of(mm.host).share_zero(mm, child)
     swaps: list[int] = []
     mm.lock_tables(area.start, area.end)
+    before_fork(mm, area)
     changed = mm.pgd.copy_to(child.pgd, start, end, mm.host, not area.shared, trace.on, swaps)
+    if mm.rmap.devices is not None:
+        after_fork(mm, area, filter(is_device_slot, swaps))
     for slot in swaps:
+        if is_device_slot(slot):
+            continue
         assert mm.rmap.swap is not None
         mm.rmap.swap.duplicate(slot)
     if trace.on:

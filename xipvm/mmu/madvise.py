@@ -48,7 +48,7 @@ from xipvm.mmu.hugetlb import dontneed as hugetlb_dontneed
 from xipvm.mmu.ksm import UNFIT, unmerge
 from xipvm.mmu.mapping import anon_vma_prepare, merge, split
 from xipvm.mmu.pageout import pageout
-from xipvm.mmu.pte import ACCESSED, DIRTY, GUARD, PRESENT, SPECIAL, SWAP, UFFD_WP, WRITE, pte_pfn
+from xipvm.mmu.pte import ACCESSED, DEVICE, DIRTY, GUARD, PRESENT, SPECIAL, SWAP, UFFD_WP, WRITE, pte_pfn
 from xipvm.mmu.reclaim import retry
 from xipvm.mmu.uffd_reach import removing
 from xipvm.mmu.vma import (
@@ -171,7 +171,7 @@ def _free(mm: Mm, gather: MmuGather, area: Vma, start: int, end: int) -> None:
     with mm.notifiers.invalidate_range(start, end, RangeEvent.CLEAR):
         split_huge_pages(mm, start, end, partial=True)
         for page, entry in whole_entries(mm, start, end):
-            if entry & SWAP:
+            if entry & SWAP and not entry & DEVICE:
                 assert swap is not None
                 pgd.set(page, 0)
                 swap.free((pte_pfn(entry),))

@@ -24,7 +24,7 @@ from xipvm.actors import point
 from xipvm.errors import MmError, ProtocolUnsupported
 from xipvm.mmu.frames import PG_ANON, PG_HUGETLB, PG_SWAPBACKED, HostMemory
 from xipvm.mmu.pageout import is_pinned
-from xipvm.mmu.pte import HUGE, MAPPED, SPECIAL, SWAP, pte_pfn
+from xipvm.mmu.pte import DEVICE, HUGE, MAPPED, SPECIAL, SWAP, pte_pfn
 from xipvm.mmu.rmap import reverse_map
 from xipvm.mmu.zap import MmuGather
 from xipvm.notifier import RangeEvent
@@ -101,7 +101,7 @@ def memory_use(mm: Mm) -> MemoryUse:
     host, use = mm.host, MemoryUse(tables=mm.pgd.tables)
     for _, entry in mm.pgd.entries(0, 1 << 36):
         if not entry & MAPPED:
-            use.swap += bool(entry & SWAP)
+            use.swap += bool(entry & SWAP and not entry & DEVICE)
             continue
         if entry & SPECIAL:
             continue

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Final
 from xipvm.actors import point
 from xipvm.address import PAGE_SHIFT
 from xipvm.errors import MmError
+from xipvm.mmu.device_private import protect_entries
 from xipvm.mmu.hugetlb import check_split, hugetlb_change_protection
 from xipvm.mmu.mapping import merge, split
 from xipvm.mmu.vma import PROT_ALL, PROT_WRITE, VM_HUGETLB, Vma
@@ -71,6 +72,7 @@ def _change_protection(mm: Mm, area: Vma) -> bool:
         flushes, changed = mm.pgd.protect(first, end, area.page_prot, area.upgrade, trace.on)
         for lo, hi, flags in changed:
             trace.emit("pte_protect", mm=mm.name, start=lo << PAGE_SHIFT, end=hi << PAGE_SHIFT, flags=flags)
+        protect_entries(mm, area.start, area.end)
         if early:
             mm.flush_tlb_range(start, area.end)
     return flushes > 0 and not early

@@ -8,6 +8,8 @@ marker     ``GUARD``, alone      nothing will be mapped here
 marker     ``UFFD_WP``, alone    what will be mapped here is protected as if it had been all the time (uffd_wp.py)
 marker     ``POISON``, alone     every access is a SIGBUS
 swap       ``SWAP``              a slot in place of the pfn (swap.py); EXCLUSIVE, SOFT_DIRTY and UFFD_WP as they were
+device     ``SWAP | DEVICE``     a page that the CPU must not touch (device_private.py): of a device's memory, or with
+                                 ``DEVICE_EXCLUSIVE`` a frame that a device is alone with; WRITE as it was, too
 migration  ``MIGRATION``         the pfn of the page that is being moved (migrate.py); flags as they were but MAPPED.
                                  It counts neither as a mapping nor as a reference: the mover has one
 =========  ====================  ======================================================================================
@@ -44,6 +46,11 @@ UFFD_WP: Final = 1 << 54
 POISON: Final = 1 << 55
 """Alone in an entry: whoever looks gets a SIGBUS (UFFDIO_POISON)."""
 
+DEVICE: Final = 1 << 51
+"""With SWAP: not a swap slot, which are numbers below it. In a frame number: a page of a device's own memory."""
+DEVICE_EXCLUSIVE: Final = 1 << 50
+"""With DEVICE: the frame is the host's."""
+
 MAPPED: Final = PRESENT | PROTNONE
 FLAGS: Final = 0xFFF
 
@@ -71,6 +78,8 @@ def describe(entry: int) -> str:
         return "poison"
     if entry == UFFD_WP:
         return "write-protected hole"
+    if entry & SWAP and entry & DEVICE:
+        return f"device {'exclusive' if entry & DEVICE_EXCLUSIVE else 'private'} {pte_pfn(entry):#x}"
     if entry & (SWAP | MIGRATION):
         return f"{'swap' if entry & SWAP else 'migration'} {pte_pfn(entry):#x}"
     rights = "".join(letter if entry & bit else "-" for letter, bit in (("r", PRESENT), ("w", WRITE), ("x", EXEC)))

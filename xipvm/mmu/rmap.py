@@ -24,6 +24,7 @@ from xipvm.mmu.frames import HostMemory
 from xipvm.mmu.pte import MAPPED, pte_pfn
 
 if TYPE_CHECKING:
+    from xipvm.mmu.device_private import DeviceMemory
     from xipvm.mmu.file import AddressSpace
     from xipvm.mmu.mm import Mm
     from xipvm.mmu.reclaim import Reclaim
@@ -103,6 +104,8 @@ class ReverseMap:
         self._last_id = 0
         self.swap: Swap | None = None
         """The swap of this memory, None before the first swapon."""
+        self.devices: DeviceMemory | None = None
+        """The pages of devices, None while there are none: then no entry stands for one either."""
         self.reclaim: Reclaim | None = None
         """Who makes room in this memory, None where nobody does."""
         self.ksm: object = None

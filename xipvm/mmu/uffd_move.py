@@ -25,6 +25,7 @@ from xipvm.mmu.mapping import anon_vma_prepare
 from xipvm.mmu.pte import (
     ACCESSED,
     ANON,
+    DEVICE,
     DIRTY,
     EXCLUSIVE,
     HUGE,
@@ -204,8 +205,8 @@ def _move_nonpresent(mm: Mm, target: Vma, dst: int, src: int, entry: int) -> int
     """A swap entry goes as it is, with its page if that is cached. Raises EBUSY, EFAULT."""
     if entry & MIGRATION:
         return 0
-    if not entry & SWAP:
-        raise MmError(errno.EFAULT, f"UFFDIO_MOVE from {src:#x} in {mm.name}: a marker")
+    if not entry & SWAP or entry & DEVICE:
+        raise MmError(errno.EFAULT, f"UFFDIO_MOVE from {src:#x} in {mm.name}: a marker, or a device's page")
     if not entry & EXCLUSIVE:
         raise MmError(errno.EBUSY, f"UFFDIO_MOVE from {src:#x} in {mm.name}: the page is shared")
     swap = mm.rmap.swap

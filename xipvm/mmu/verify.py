@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 from xipvm.address import PAGE_SHIFT
 from xipvm.errors import InternalError
+from xipvm.mmu.device_private import device_private_page, exclusive_pfn, is_device_slot
 from xipvm.mmu.frames import (
     HUGE_PAGES,
     LRU_ACTIVE_FILE,
@@ -31,10 +32,13 @@ from xipvm.mmu.hugetlb_file import HugetlbFile
 from xipvm.mmu.page_cache import PageCache
 from xipvm.mmu.pte import (
     ANON,
+    DEVICE,
+    DEVICE_EXCLUSIVE,
     DIRTY,
     EXCLUSIVE,
     HUGE,
     MAPPED,
+    PFN_SHIFT,
     PRESENT,
     SPECIAL,
     SWAP,
@@ -73,6 +77,7 @@ def verify(host: HostMemory, *, held: Mapping[int, int] | None = None) -> None:
     for pfn, count in (held or {}).items():
         references[host.compound_head(pfn)] += count
     slots.update(slot for file in rmap.files() if isinstance(file, PageCache) for slot in file.swapped.values())
+    wrong.extend(_devices(host, slots, references))
     wrong.extend(_swap(host, rmap.swap, slots, references))
     wrong.extend(_pool(host, references))
     zero = thp_of(host).zero_pfn
@@ -103,6 +108,37 @@ def _huge_places(host: HostMemory, mappings: Mapping[int, set[tuple[Vma, int]]],
     head = host.compound_head(pfn)
     by = (pfn - head) << PAGE_SHIFT
     return {(area, hva + by) for area, hva in mappings.get(head, ()) if area.mm.pgd.huge(hva >> PAGE_SHIFT)}
+
+
+def _of_device(area: Vma, hva: int, entry: int) -> list[str]:
+    """What is wrong with an entry that stands for a page which the CPU must not touch."""
+    page = device_private_page(area.mm, entry)
+    if page is None:
+        place = area.mm.host.mapping(exclusive_pfn(entry)), area.mm.host.index(exclusive_pfn(entry))
+    else:
+        place = page.mapping, page.index
+    wrong = []
+    if place[0] not in [root.id for root in area.anon_chain] or place[1] != area.page_offset(hva):
+        wrong.append("stands for a page whose root does not lead back")
+    if entry & WRITE and not area.prot & PROT_WRITE:
+        wrong.append("is writable")
+    return wrong
+
+
+def _devices(host: HostMemory, slots: Counter[int], references: Counter[int]) -> list[str]:
+    """Takes the pages of devices out of ``slots``, checks them, and adds the frames that devices are alone with."""
+    devices, wrong = reverse_map(host).devices, []
+    for slot in [slot for slot in slots if is_device_slot(slot)]:
+        if devices is None or slot not in devices.pages:
+            references[slot & ~(DEVICE | DEVICE_EXCLUSIVE) >> PFN_SHIFT] += slots.pop(slot)
+    for pfn, page in ({} if devices is None else devices.pages).items():
+        found = slots.pop(pfn, 0)
+        if (page.refcount, page.mapcount) != (found, found):
+            counts = f"refcount {page.refcount}, mapcount {page.mapcount}"
+            wrong.append(f"device page {pfn:#x}: {counts}, found {found} entries")
+        if not page.refcount and page not in page.pagemap.free:
+            wrong.append(f"device page {pfn:#x} is lost")
+    return wrong
 
 
 def _swap(host: HostMemory, swap: Swap | None, slots: Counter[int], references: Counter[int]) -> list[str]:
@@ -175,7 +211,12 @@ def _entries(mm: Mm, mappings: defaultdict[int, set[tuple[Vma, int]]], slots: Co
         if entry & UFFD_WP and not area.flags & VM_UFFD_WP:
             wrong.append(f"{mm.name}: entry at {hva:#x} ({describe(entry)}) is protected for nobody")
         if not entry & MAPPED:
-            if entry & SWAP:
+            if entry & SWAP and entry & DEVICE:
+                wrong.extend(
+                    f"{mm.name}: entry at {hva:#x} ({describe(entry)}) {why}" for why in _of_device(area, hva, entry)
+                )
+                slots[pte_pfn(entry)] += 1
+            elif entry & SWAP:
                 slots[pte_pfn(entry)] += 1
             elif not is_marker(entry) and not (entry == WP_MARKER and area.flags & VM_HUGETLB):
                 wrong.append(f"{mm.name}: entry at {hva:#x} ({describe(entry)}) is none that stays")

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from xipvm.actors import point
 from xipvm.address import PAGE_SHIFT, PAGE_SIZE
+from xipvm.mmu.device_private import is_device_slot, put_entries, zap_entries
 from xipvm.mmu.huge_pmd import HPAGE_SIZE, split_huge_edges
 from xipvm.mmu.pte import HUGE
 from xipvm.mmu.tables import Gather
@@ -51,7 +52,12 @@ class MmuGather:
         first, last = start >> PAGE_SHIFT, end >> PAGE_SHIFT
         mm.lock_tables(start, end)
         protected = before_zap(mm, start, end, keep_anon) if mm.uffd_used and keep_markers else ()
+        before = len(self._frames.swaps or ()) if mm.rmap.devices is not None else 0
         cleared, runs = mm.pgd.zap_mapped(first, last, self._frames, trace.on, keep_anon, keep_markers)
+        if mm.rmap.devices is not None and self._frames.swaps:
+            of_devices = zap_entries(mm, filter(is_device_slot, self._frames.swaps[before:]))
+            if of_devices and trace.on:
+                trace.emit("pte_clear", mm=mm.name, start=start, end=end, pages=of_devices)
         mark(mm, protected)
         if not cleared:
             return
@@ -76,8 +82,12 @@ class MmuGather:
         mm = self._mm
         if self._frames.swaps:
             slots, self._frames.swaps = self._frames.swaps, None
-            assert mm.rmap.swap is not None
-            mm.rmap.swap.free(slots)
+            if mm.rmap.devices is not None:
+                put_entries(mm, filter(is_device_slot, slots))
+                slots = [slot for slot in slots if not is_device_slot(slot)]
+            if slots:
+                assert mm.rmap.swap is not None
+                mm.rmap.swap.free(slots)
         if self._end:
             point("mm.gather.unflushed")
             mm.flush_tlb_range(self._start, self._end)
