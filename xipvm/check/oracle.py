@@ -333,8 +333,10 @@ class Oracle:
         self.checks["I3"] += 1
         for vm in world.watchers(mm):
             for gfn in vm.gfns(page):
-                spte = vm.sptes.get(gfn)
-                if spte is not None and _stale(spte, before, pfn, flags):
+                for table in vm.tables():
+                    spte = table.get(gfn)
+                    if spte is None or not _stale(spte, before, pfn, flags):
+                        continue
                     late = next((opened for opened in told if opened.returned and spte.seq > opened.seq), None)
                     if late is None:
                         name, how = "I3", "was not removed"
@@ -486,15 +488,28 @@ class Oracle:
         for offset in range(fields["pages"]):
             self._install(event, vm, fields["gfn"] + offset, fields["pfn"] + offset, "w" in fields["rights"])
 
+    def _on_tlb_dropin(self, event: Event, fields: Fields) -> None:
+        vm = self.world.vm(fields["vm"])
+        self._may_install(event, vm, fields["gfn"], fields["pfn"], "w" in fields["rights"])
+        tlb = vm.chiplets.setdefault(fields["chiplet"], {})
+        self.world.hold(tlb, fields["gfn"], Entry(fields["pfn"], "w" in fields["rights"], event.seq))
+
+    def _on_tlb_invalidate(self, event: Event, fields: Fields) -> None:
+        tlb = self.world.vm(fields["vm"]).chiplets.get(fields["chiplet"], {})
+        self.world.release_range(tlb, fields["start"], fields["end"])
+
     def _install(self, event: Event, vm: Vm, gfn: int, pfn: int, write: bool) -> None:
+        self._may_install(event, vm, gfn, pfn, write)
+        asked = vm.mm is None or vm.name not in self.world.mm(vm.mm).intervals  # those are not asked for their use
+        self.world.hold(vm.sptes, gfn, Entry(pfn, write, event.seq, young=asked))
+
+    def _may_install(self, event: Event, vm: Vm, gfn: int, pfn: int, write: bool) -> None:
         self.checks["I13"] += 1
         if vm.gone:
             self.broken("I13", f"{vm.name} installs an entry, but it is no notifier any more", event, gfn=gfn, pfn=pfn)
         page = vm.page(gfn)
         if page is not None and vm.mm is not None:
             self._installed(event, vm.mm, page, gfn, pfn, write)
-        asked = vm.mm is None or vm.name not in self.world.mm(vm.mm).intervals  # those are not asked for their use
-        self.world.hold(vm.sptes, gfn, Entry(pfn, write, event.seq, young=asked))
         if write:
             self.world.written[pfn] = event.seq
 
@@ -546,7 +561,7 @@ class Oracle:
         gfn, pfn, write = fields["gfn"], fields["pfn"], "w" in fields["rights"]
         tlb = world.tlbs.setdefault(fields["vcpu"], {})
         self.checks["I10"] += 1
-        sptes = [vm.sptes[gfn] for vm in world.vms.values() if gfn in vm.sptes]
+        sptes = [table[gfn] for vm in world.vms.values() for table in vm.tables() if gfn in table]
         if not any(spte.pfn == pfn and (spte.write or not write) for spte in sptes):
             what = "no shadow entry says so"
             self.broken("I10", f"guest frame {gfn:#x} gets frame {pfn:#x}, but {what}", event, gfn=gfn, pfn=pfn)

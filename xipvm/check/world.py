@@ -79,8 +79,14 @@ class Vm:
     """It was, and is not any more."""
     slots: dict[int, Area] = field(default_factory=dict)
     sptes: dict[int, Entry] = field(default_factory=dict)
+    chiplets: dict[int, dict[int, Entry]] = field(default_factory=dict)
+    """What its TLBs have that are filled by drop-ins, by number: for such a one, all there is."""
     huge: dict[int, int] = field(default_factory=dict)
     """First guest frame and length of its entries that map many."""
+
+    def tables(self) -> tuple[dict[int, Entry], ...]:
+        """All of its entries by guest frame: the shadow entries, and those of each of its TLBs."""
+        return self.sptes, *self.chiplets.values()
 
     def zapped(self, start: int, end: int) -> tuple[int, int]:
         """What goes when ``[start, end)`` is removed: huge entries go as a whole."""
@@ -212,7 +218,8 @@ class World:
         found = [
             f"{vm.name} maps guest frame {gfn:#x} to it since #{entry.seq}"
             for vm in self.vms.values()
-            for gfn, entry in vm.sptes.items()
+            for table in vm.tables()
+            for gfn, entry in table.items()
             if entry.pfn == pfn
         ]
         found += [

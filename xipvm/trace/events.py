@@ -249,6 +249,12 @@ define(
 define("spte_zap", "vm:str start:gfn end:gfn pages:pfns", "shadow entries were removed; pages are what they mapped")
 define("spte_protect", "vm:str start:gfn end:gfn", "shadow entries of the range lost the right to write")
 define("spte_age", "vm:str start:gfn end:gfn", "shadow entries of the range lost all rights until the next access")
+define(
+    "tlb_miss", "vm:str gfn:gfn access:str", "an access missed where there are TLBs only; access: read, write, fetch"
+)
+define("tlb_dropin", "vm:str chiplet:int gfn:gfn pfn:pfn rights:str", "a chiplet's TLB was given an entry")
+define("tlb_retry", "vm:str gfn:gfn reason:str", "it was not: a range is open, or an invalidation came between")
+define("tlb_invalidate", "vm:str chiplet:int start:gfn end:gfn pages:pfns", "a chiplet's TLB has forgotten the range")
 define("tlb_insert", "vcpu:int gfn:gfn pfn:pfn rights:str", "a vCPU got a translation, the first time since its flush")
 define("tlb_flush", "vcpu:int reason:str", "a vCPU lost all its translations")
 define("kvm_kick", "vcpu:int reason:str", "a vCPU was made to leave the guest")
