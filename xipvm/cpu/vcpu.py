@@ -18,7 +18,7 @@ from xipvm.cpu import core
 from xipvm.devices.bus import Bus, BusError
 from xipvm.errors import GuestError
 from xipvm.locks import check
-from xipvm.mmu.secondary.base import FAULT, MMIO
+from xipvm.mmu.secondary.base import FAULT, MMIO, RETRY_WALK
 from xipvm.trace.funnel import Trace
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ class Vcpu:
         it likes, and asks again; how often must be seen neither in a trace nor in ``faults``."""
         self.isa: Isa
         self.engine = core.take_engine(isa, counted)
-        self.engine.bind(group, secondary.sptes)
+        self.engine.bind(group, secondary.sptes, keep=secondary.keeps_entries)
         self.engine.on_miss = self._miss
         self.engine.on_read = bus.read
         self.engine.on_write = bus.write
@@ -267,6 +267,8 @@ class Vcpu:
         page = (gva >> 12, access)
         if page in self._mmio:
             return MMIO
+        if not self.secondary.keeps_entries and self.secondary.again(*page):
+            return RETRY_WALK  # the engine's TLB is smaller than the one that it stands for
         self.faults += 1
         self.missed = page[0]
         found = self.secondary.fault(page[0], access)

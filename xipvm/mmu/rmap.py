@@ -114,6 +114,8 @@ class ReverseMap:
         """What thp.py knows of it."""
         self.thp_always = False
         """Faults make huge pages where nobody asked for them."""
+        self.gru: object = None
+        """The chiplets of this host, None where nobody uses any."""
         self.page_lock = KeyedLocks("page lock of frame {:#x}", PAGE_LOCK)
         """The locks of its frames."""
 

@@ -250,7 +250,7 @@ define("spte_zap", "vm:str start:gfn end:gfn pages:pfns", "shadow entries were r
 define("spte_protect", "vm:str start:gfn end:gfn", "shadow entries of the range lost the right to write")
 define("spte_age", "vm:str start:gfn end:gfn", "shadow entries of the range lost all rights until the next access")
 define(
-    "tlb_miss", "vm:str gfn:gfn access:str", "an access missed where there are TLBs only; access: read, write, fetch"
+    "tlb_miss", "vm:str gfn:gfn access:str", "an access missed where there is only a TLB; access: read, write, fetch"
 )
 define("tlb_dropin", "vm:str chiplet:int gfn:gfn pfn:pfn rights:str", "a chiplet's TLB was given an entry")
 define("tlb_retry", "vm:str gfn:gfn reason:str", "it was not: a range is open, or an invalidation came between")

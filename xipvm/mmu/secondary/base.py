@@ -51,6 +51,9 @@ class TlbOwner(Protocol):
 class SecondaryMmu(ABC):
     """Base of secondary MMUs. ``vcpus`` is filled by whoever builds the machine; a flush reaches all of them."""
 
+    keeps_entries: bool = True
+    """Walkers find in ``sptes`` what a fault has put there, until it is removed; otherwise once, see :meth:`again`."""
+
     def __init__(self, mm: Mm, trace: Trace, name: str) -> None:
         self.mm = mm
         self.trace = trace
@@ -85,6 +88,13 @@ class SecondaryMmu(ABC):
     def ports(self) -> Iterator[SecondaryMmu]:
         """All that have been given out, each once; for checks when everything is at rest."""
         yield self
+
+    def again(self, page: int, access: int) -> bool:
+        """Where entries are not kept: put the one that was given for ``page`` back, which an engine has evicted.
+
+        False when there is none any more, or none that allows ``access``: then it is a fault.
+        """
+        return False
 
     @abstractmethod
     def describe(self, page: int) -> object:

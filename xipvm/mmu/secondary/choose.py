@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from xipvm.errors import BadInput
+from xipvm.mmu.secondary.gru_2008 import gru_of
 from xipvm.mmu.secondary.kvm_2008 import kvm_of
 
 if TYPE_CHECKING:
@@ -19,9 +20,10 @@ Maker = Callable[["Mm", "Trace", "HostMemory"], "GuestMmu"]
 
 _MAKERS: Final[dict[str, Maker]] = {
     "kvm": kvm_of,
+    "gru": gru_of,
 }
 SECONDARIES: Final = tuple(_MAKERS)
-"""``kvm``: shadow entries by guest frame, and TLBs."""
+"""``kvm``: shadow entries by guest frame, and TLBs. ``gru``: TLBs only, every miss of which is a fault."""
 PINNING: Final = "kvm"
 """The one that can do without notifiers."""
 
