@@ -23,7 +23,7 @@ from xipvm.mmu.host_thread import HostAccessError, HostThread
 from xipvm.mmu.madvise import MADV_DONTNEED, MADV_FREE, MADV_PAGEOUT
 from xipvm.mmu.mm import Mm
 from xipvm.mmu.secondary.base import FAULT, FETCH, MMIO, READ, RETRY_WALK, WRITE, SecondaryMmu
-from xipvm.mmu.secondary.device import DeviceMmu
+from xipvm.mmu.secondary.device import DeviceMmu, IntervalMmu
 from xipvm.mmu.vma import PROT_EXEC, PROT_NONE, PROT_READ, PROT_WRITE
 from xipvm.notifier import MmuIntervalNotifier, MmuNotifier, MmuNotifierRange, RangeEvent
 from xipvm.trace import Event, Trace
@@ -54,6 +54,7 @@ __all__ = [
     "GuestAccessError",
     "HostAccessError",
     "HostThread",
+    "IntervalMmu",
     "LockClass",
     "Mm",
     "MmError",
