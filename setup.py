@@ -9,7 +9,14 @@ from setuptools import Extension, setup
 # The engine's headers come with its wheel; its functions are looked up at run time, so there is nothing to link.
 unicorn = Path(importlib.util.find_spec("unicorn").origin).parent
 
-MODULES = ["xipvm.trace.emit", "xipvm.mmu.frames", "xipvm.mmu.tables", "xipvm.cpu.core"]
+MODULES = [
+    "xipvm.trace.table",
+    "xipvm.trace.emit",
+    "xipvm.trace.history",
+    "xipvm.mmu.frames",
+    "xipvm.mmu.tables",
+    "xipvm.cpu.core",
+]
 
 setup(
     ext_modules=cythonize(
