@@ -23,7 +23,7 @@ from collections.abc import Callable, Collection, Iterable
 from typing import Final
 
 from xipvm.address import PAGE_SHIFT
-from xipvm.check import retry, rules
+from xipvm.check import pins, retry, rules
 from xipvm.check.rules import Fields, Handler
 from xipvm.check.violation import INVARIANTS, Violation
 from xipvm.check.world import WRITE, Area, Change, Entry, Range, Vm, World
@@ -73,7 +73,7 @@ class Oracle:
         """In 2008: entries whose notifiers have not been told, or are being told."""
         self._further: dict[str, list[tuple[Handler, bool]]] = {}
         self._last_range = 0
-        self._rules = [make(self) for make in (retry.Retries, *rules.RULES)]
+        self._rules = [make(self) for make in (retry.Retries, pins.Pins, *rules.RULES)]
 
     def on(self, kind: str, handler: Handler, *, since_range: bool = False) -> None:
         """Call ``handler(event, fields)`` at every event of ``kind``, behind the oracle's own rules for it.
@@ -98,6 +98,11 @@ class Oracle:
             if not since_range or event.cause < self._last_range:
                 further(event, event.fields)
 
+    @property
+    def returning(self) -> tuple[Range, ...]:
+        """Ranges whose start, or whose end if something is owed, may still be telling somebody."""
+        return tuple(self._returning)
+
     def finish(self) -> None:
         """No more events come: every range must have ended, every page must have been told of."""
         for change in self._changes:
@@ -107,6 +112,8 @@ class Oracle:
             self.checks["I6"] += 1
             last = self._history.events[-1]
             self.broken("I6", f"range {opened.id} of {opened.mm}, begun at #{opened.seq}, never ended", last)
+        for opened in self._returning:
+            self._paid(opened, self._history.events[-1])
         for rule in self._rules:
             finish = getattr(rule, "finish", None)
             if finish is not None:
@@ -131,6 +138,7 @@ class Oracle:
             else:
                 opened.returned = True
                 self._returning.remove(opened)
+                self._paid(opened, event)
 
     def _on_mmu_notifier_invalidate_range_start(self, event: Event, fields: Fields) -> None:
         start, end = fields["start"] >> PAGE_SHIFT, -(-fields["end"] >> PAGE_SHIFT)
@@ -151,6 +159,17 @@ class Oracle:
             self.broken("I6", f"range {fields['range']} ends, but never began", event, hva=fields["start"])
         elif opened in self._returning:
             self._returning.remove(opened)
+        if opened is not None and opened.owed:
+            opened.actor, opened.inside = event.actor, {event.seq}
+            self._returning.append(opened)  # its end may still be telling somebody
+
+    def _paid(self, opened: Range, event: Event) -> None:
+        """The start of ``opened`` has returned, or its end, until which entries of pinned pages may stay."""
+        if opened.owed and (opened.mm, opened.id) not in self.world.open:
+            for vm, gfn, entry in opened.owed:
+                if vm.sptes.get(gfn) is entry:
+                    what = f"{vm.name}'s entry of guest frame {gfn:#x} (frame {entry.pfn:#x}, since #{entry.seq})"
+                    self.broken("I3", f"range {opened.id} has ended, but {what} is still there", event, pfn=entry.pfn)
 
     def _on_mmu_notifier_invalidate_page(self, event: Event, fields: Fields) -> None:
         self._last_range = event.seq
@@ -337,6 +356,10 @@ class Oracle:
                     spte = table.get(gfn)
                     if spte is None or not _stale(spte, before, pfn, flags):
                         continue
+                    if told and vm.pins.get(gfn) == spte.pfn:
+                        for opened in told:
+                            opened.owed.append((vm, gfn, spte))
+                        continue
                     late = next((opened for opened in told if opened.returned and spte.seq > opened.seq), None)
                     if late is None:
                         name, how = "I3", "was not removed"
@@ -409,6 +432,11 @@ class Oracle:
 
     def _on_mmu_notifier_arch_invalidate_secondary_tlbs(self, event: Event, fields: Fields) -> None:
         for tlb in self.world.mm(fields["mm"]).devices.values():
+            self.world.release_range(tlb, fields["start"] >> PAGE_SHIFT, -(-fields["end"] >> PAGE_SHIFT))
+
+    def _on_device_tlb_drop(self, event: Event, fields: Fields) -> None:
+        tlb = self.world.mm(fields["mm"]).devices.get(fields["device"])
+        if tlb:
             self.world.release_range(tlb, fields["start"] >> PAGE_SHIFT, -(-fields["end"] >> PAGE_SHIFT))
 
     # ---- who used what
@@ -500,7 +528,9 @@ class Oracle:
 
     def _install(self, event: Event, vm: Vm, gfn: int, pfn: int, write: bool) -> None:
         self._may_install(event, vm, gfn, pfn, write)
-        asked = vm.mm is None or vm.name not in self.world.mm(vm.mm).intervals  # those are not asked for their use
+        # Those who watch intervals, or hold their pages, are not asked for their use.
+        asked = vm.mm is None or vm.name not in self.world.mm(vm.mm).intervals
+        asked = asked and vm.pins.get(gfn) != pfn
         self.world.hold(vm.sptes, gfn, Entry(pfn, write, event.seq, young=asked))
 
     def _may_install(self, event: Event, vm: Vm, gfn: int, pfn: int, write: bool) -> None:
@@ -509,15 +539,15 @@ class Oracle:
             self.broken("I13", f"{vm.name} installs an entry, but it is no notifier any more", event, gfn=gfn, pfn=pfn)
         page = vm.page(gfn)
         if page is not None and vm.mm is not None:
-            self._installed(event, vm.mm, page, gfn, pfn, write)
+            self._installed(event, vm.mm, page, gfn, pfn, write, pinned=vm.pins.get(gfn) == pfn)
         if write:
             self.world.written[pfn] = event.seq
 
-    def _installed(self, event: Event, mm: str, page: int, gfn: int, pfn: int, write: bool) -> None:
+    def _installed(self, event: Event, mm: str, page: int, gfn: int, pfn: int, write: bool, *, pinned: bool) -> None:
         hva = page << PAGE_SHIFT
         self.checks["I2"] += 1
         for opened in self.world.covering(mm, page):
-            if opened.returned:
+            if opened.returned and not pinned:
                 what = f"range {opened.id}, begun at #{opened.seq}, is open"
                 self.broken("I2", f"guest frame {gfn:#x} gets frame {pfn:#x}, but {what}", event, hva=hva, pfn=pfn)
         self.checks["I4"] += 1

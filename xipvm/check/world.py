@@ -41,6 +41,8 @@ class Range:
     """Until then: what its start has caused, by way of others too, its own event first."""
     young: set[int] = field(default_factory=set)
     """Pages whose shadow entries, used since somebody last asked, its start has removed."""
+    owed: list[tuple[Vm, int, Entry]] = field(default_factory=list)
+    """Entries of pinned pages that changed in it, with their guest frames: they may stay until its end has returned."""
 
 
 @dataclass(slots=True)
@@ -83,6 +85,8 @@ class Vm:
     """What its TLBs have that are filled by drop-ins, by number: for such a one, all there is."""
     huge: dict[int, int] = field(default_factory=dict)
     """First guest frame and length of its entries that map many."""
+    pins: dict[int, int] = field(default_factory=dict)
+    """Frames that it holds references to, by guest frame; see pins.py."""
 
     def tables(self) -> tuple[dict[int, Entry], ...]:
         """All of its entries by guest frame: the shadow entries, and those of each of its TLBs."""

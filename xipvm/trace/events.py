@@ -213,6 +213,7 @@ define("xip_map", "file:str mm:str start:hva end:hva pgoff:int", "an XIP file is
 define("xip_allocate", "file:str pgoff:int pfn:pfn", "a hole got a block, of zeros")
 define("dax_entry", "file:str pgoff:int pfn:pfn", "what a page of a DAX file is mapped as: its block, or the zero page")
 define("xip_free", "file:str first:int end:int", "these pages are holes now; their blocks may be another file's")
+define("device_tlb_drop", "mm:str start:hva end:hva device:str", "a device forgot its translations of the range")
 
 # Notifiers. `range` pairs an end with its start.
 define("mmu_notifier_register", "mm:str notifier:str protocol:str", "a notifier joined the mm's list")
@@ -246,6 +247,11 @@ define(
     "vm:str gfn:gfn pages:npages pfn:pfn rights:str",
     "a shadow entry was installed that maps so many guest frames",
 )
+define(
+    "spte_restore",
+    "vm:str gfn:gfn pages:npages pfn:pfn rights:str",
+    "a shadow entry got rights back that dirty logging or ageing had taken; nothing was looked up for it",
+)
 define("spte_zap", "vm:str start:gfn end:gfn pages:pfns", "shadow entries were removed; pages are what they mapped")
 define("spte_protect", "vm:str start:gfn end:gfn", "shadow entries of the range lost the right to write")
 define("spte_age", "vm:str start:gfn end:gfn", "shadow entries of the range lost all rights until the next access")
@@ -262,6 +268,14 @@ define("memslot_set", "vm:str slot:int gfn:gfn pages:npages hva:hva flags:hex", 
 define("memslot_delete", "vm:str slot:int", "a memslot went away")
 define("dirty_log", "vm:str slot:int", "a memslot's dirty log was handed out; what it does not name was not written")
 define("code_drop", "pfn:pfn vcpus:hex", "translated code of a frame was dropped; vcpus is the mask of who had it")
+define("page_pin", "vm:str gfn:gfn pfn:pfn", "a secondary MMU holds a reference to the frame behind a page of its")
+define("page_unpin", "vm:str gfn:gfn pfn:pfn", "it gave that back; the frame may be freed next")
+define(
+    "xpmem_recall",
+    "vm:str start:gfn end:gfn node:str wait:bool",
+    "a remote node is asked to drop pages; wait: whoever needs that waits for the answer",
+)
+define("xpmem_fence", "vm:str node:str reason:str", "a remote node was cut off; it reaches nothing any more")
 
 # Flash.
 define("flash_mode", "bank:int chip:int mode:str array:bool", "a chip changed mode; array: reads give its cells")
