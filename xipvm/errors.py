@@ -41,6 +41,15 @@ class FlashImageError(BadInput):
         self.reason = reason
 
 
+class XipImageError(BadInput):
+    """The image is not one whose files can be used in place (format, size, lock, permissions). ``path`` names it."""
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(f"{path}: {reason}")
+        self.path = path
+        self.reason = reason
+
+
 class TraceFileError(BadInput):
     """The trace file cannot be read or written. ``path`` names it."""
 

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 
 from xipvm import actors
 from xipvm.actors import point
-from xipvm.address import PAGE_SHIFT, PAGE_SIZE, page_up
+from xipvm.address import PAGE_SHIFT, page_up
 from xipvm.errors import MmError
 from xipvm.locks.lock import KeyedLocks
 from xipvm.locks.order import DAX_ENTRY

@@ -10,8 +10,8 @@ what is stored through one mapping is what all others, reads included, see at on
 
 so whoever faults in between maps the block. The look-up that decides what a fault maps is made with no schedule point
 between it and the entry: of two that race for a page, the later finds what the earlier did. Truncation writes the size
-first, then unmaps, then zeroes the rest of the last block, then frees; no fault comes in between (invalidate_lock, which
-the seed did not have, and needed: its faults looked at the size once, in the beginning).
+first, then unmaps, then zeroes the rest of the last block, then frees; no fault comes in between (invalidate_lock:
+the seed had none, and looked at the size only once, when a fault began).
 
 Deviations from the seed, each of them a bug of its own there: docs/xip.md.
 """
@@ -113,7 +113,7 @@ class XipFile(AddressSpace):
         """``count`` bytes of ``buffer`` to ``pos``, or to the end; (how many, the position behind) (xip_file_write).
 
         A partial copy counts. Raises MmError: EBADF (not writable), EFAULT, EFBIG, EINVAL, and what the file system
-        has, when there is not even one byte; blocks that were allocated stay then.
+        has, when there is not even one byte.
         """
         self._check("write", pos, count)
         if not self.writable:
@@ -133,6 +133,9 @@ class XipFile(AddressSpace):
             done, error = self._write_pages(buffer, count, start)
             if start + done > self.size:
                 self.inode.set_size(start + done)
+            if error is not None:  # blocks behind the end, which nobody can have mapped
+                with self.invalidate_lock.write:
+                    self._free(page_up(self.size) >> PAGE_SHIFT, _ALL_PAGES)
             if error is not None and not done:
                 raise error
             return done, start + done

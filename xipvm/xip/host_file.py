@@ -44,7 +44,7 @@ class HostInode(XipInode):
         self._fd = open_regular(path, os.O_RDONLY if self._private else os.O_RDWR)
         try:
             lock(self._fd, path, shared=self._private)
-            self.size = os.fstat(self._fd).st_size
+            self._size = os.fstat(self._fd).st_size
             self._blocks = _data_pages(self._fd, self.size)
             self._beyond: set[int] = set()  # blocks behind the end, until they are freed or the file grows
             self.memory = XipMemory(host, self._fd, self.size, reserve=self.size + RESERVE, private=self._private)
@@ -53,6 +53,11 @@ class HostInode(XipInode):
             raise
         self.max_bytes = self.memory.reserve
         self._host = host
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return self._size
 
     def close(self) -> None:
         """Let go of the file, which nobody maps any more."""
@@ -98,11 +103,11 @@ class HostInode(XipInode):
         end = page_up(size) >> PAGE_SHIFT
         before = self.size, self._beyond
         self._beyond = {page for page in (self._blocks if size < self.size else self._beyond) if page >= end}
-        self.size = size
+        self._size = size
         try:
             self._fit()
         except OSError as error:
-            self.size, self._beyond = before
+            self._size, self._beyond = before
             raise MmError(error.errno or errno.EIO, f"truncate of {self.name}") from None
 
     def _fit(self) -> None:

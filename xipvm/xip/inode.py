@@ -21,11 +21,15 @@ class XipInode(ABC):
     """A file of ``size`` bytes, called ``name``."""
 
     name: str
-    size: int
     read_only: bool = False
     """Nothing of its file system may change: no block is allocated, no size or time written."""
     max_bytes: int = (1 << 63) - 1
     """How large the file can become (s_maxbytes)."""
+
+    @property
+    @abstractmethod
+    def size(self) -> int:
+        """Bytes."""
 
     @abstractmethod
     def get_xip_mem(self, pgoff: int, *, create: bool) -> Pfn:

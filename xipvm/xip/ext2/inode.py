@@ -1,0 +1,286 @@
+"""A file of an ext2 volume: its blocks by page, its size and times.
+
+Blocks 0 to 11 of a file are named in its inode, others by indirect blocks, up to three of them one after another. A
+block number 0 is a hole. A branch is allocated whole, filled in from its end, and then linked at one place.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Final
+
+from xipvm.actors import point
+from xipvm.address import Pfn
+from xipvm.errors import MmError
+from xipvm.xip.ext2 import layout
+from xipvm.xip.ext2.layout import BLOCK, PER_BLOCK
+from xipvm.xip.ext2.volume import corrupt
+from xipvm.xip.inode import XipInode
+
+if TYPE_CHECKING:
+    from xipvm.xip.ext2.volume import Ext2Image
+
+_ROOTS: Final = tuple(
+    (slot, PER_BLOCK**depth, depth)
+    for slot, depth in [
+        *((n, 0) for n in range(layout.NDIR_BLOCKS)),
+        (layout.IND_BLOCK, 1),
+        (layout.DIND_BLOCK, 2),
+        (layout.TIND_BLOCK, 3),
+    ]
+)
+"""Of each block number in the inode: its slot, how many pages it stands for, and behind how many indirect blocks."""
+_SECTORS: Final = BLOCK // 512
+MAX_BYTES: Final = min((12 + PER_BLOCK + PER_BLOCK**2 + PER_BLOCK**3) * BLOCK, ((1 << 32) - 1) * 512)
+"""How large a file can be: i_blocks counts sectors of 512 bytes."""
+
+
+class Ext2Inode(XipInode):
+    """Inode ``number`` of ``image``, whose 128 or more bytes begin at byte ``at`` of it."""
+
+    max_bytes = MAX_BYTES
+
+    def __init__(self, image: Ext2Image, number: int, at: int) -> None:
+        self.image = image
+        self.number = number
+        self.at = at
+        self.name = f"inode {number}"
+
+    @property
+    def read_only(self) -> bool:  # type: ignore[override]
+        """See the base."""
+        return self.image.read_only
+
+    @property
+    def mode(self) -> int:
+        """Type and rights, as ``st_mode`` has them."""
+        return self.image.get16(self.at + layout.I_MODE)
+
+    @property
+    def is_dir(self) -> bool:
+        """It is a directory."""
+        return self.mode & layout.S_IFMT == layout.S_IFDIR
+
+    @property
+    def is_file(self) -> bool:
+        """It is a regular file."""
+        return self.mode & layout.S_IFMT == layout.S_IFREG
+
+    @property
+    def is_symlink(self) -> bool:
+        """It is a symbolic link."""
+        return self.mode & layout.S_IFMT == layout.S_IFLNK
+
+    @property
+    def links(self) -> int:
+        """How many names it has."""
+        return self.image.get16(self.at + layout.I_LINKS)
+
+    @links.setter
+    def links(self, count: int) -> None:
+        self.image.put16(self.at + layout.I_LINKS, count)
+
+    @property
+    def mtime(self) -> int:
+        """When it was last written, seconds since 1970."""
+        return self.image.get32(self.at + layout.I_MTIME)
+
+    @property
+    def blocks(self) -> int:
+        """How many sectors of 512 bytes it has, indirect blocks included."""
+        return self.image.get32(self.at + layout.I_BLOCKS)
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        low = self.image.get32(self.at + layout.I_SIZE)
+        return low | self.image.get32(self.at + layout.I_SIZE_HIGH) << 32 if self.is_file else low
+
+    def set_size(self, size: int) -> None:
+        """See the base."""
+        if size > self.max_bytes:
+            raise MmError(errno.EFBIG, f"{self.name} with {size} bytes")
+        self.image.put32(self.at + layout.I_SIZE, size & 0xFFFF_FFFF)
+        if self.is_file:
+            self.image.put32(self.at + layout.I_SIZE_HIGH, size >> 32)
+            if size >> 31:
+                self.image.note_large_file()
+
+    def accessed(self) -> None:
+        """See the base."""
+        if not self.read_only:
+            self.image.put32(self.at + layout.I_ATIME, self.image.now() & 0xFFFF_FFFF)
+
+    def modified(self) -> None:
+        """See the base."""
+        now = self.image.now() & 0xFFFF_FFFF
+        self.image.put32(self.at + layout.I_MTIME, now)
+        self.image.put32(self.at + layout.I_CTIME, now)
+
+    def sync(self) -> None:
+        """See the base."""
+        self.image.sync()
+
+    # ---- blocks
+
+    def get_xip_mem(self, pgoff: int, *, create: bool) -> Pfn:
+        """See the base. EUCLEAN when the image names a block that cannot be."""
+        path = _path(pgoff)
+        block = self._find(path)
+        if not block and create:
+            point("xip.allocate")
+            block = self._find(path) or self._allocate(path, pgoff)
+        if not block:
+            raise MmError(errno.ENODATA, f"page {pgoff:#x} of {self.name}")
+        return self.image.pfn(block)
+
+    def _slot(self, index: int) -> int:
+        """The byte at which block number ``index`` of the inode is."""
+        return self.at + layout.I_BLOCK + 4 * index
+
+    def _find(self, path: tuple[int, ...]) -> int:
+        """The block at the end of ``path``, 0 for a hole."""
+        image = self.image
+        block = image.get32(self._slot(path[0]))
+        for index in path[1:]:
+            if not block:
+                return 0
+            block = image.get32(image.check_block(block, f"an indirect block of {self.name}") * BLOCK + 4 * index)
+        return image.check_block(block, f"a block of {self.name}") if block else 0
+
+    def _allocate(self, path: tuple[int, ...], pgoff: int) -> int:
+        """Gives a hole a block, with the indirect blocks on the way. Raises MmError ENOSPC, EROFS."""
+        image = self.image
+        link, rest = self._slot(path[0]), path[1:]
+        while rest and image.get32(link):
+            link, rest = image.get32(link) * BLOCK + 4 * rest[0], rest[1:]
+        branch: list[int] = []
+        goal = self._goal(pgoff)
+        try:
+            for _ in range(len(rest) + 1):
+                branch.append(image.allocate_block(goal))
+                goal = branch[-1] + 1
+        except MmError:
+            for block in branch:
+                image.release_block(block)
+            raise
+        for above, index, below in zip(branch, rest, branch[1:], strict=False):
+            image.put32(above * BLOCK + 4 * index, below)
+        image.put32(self.at + layout.I_BLOCKS, self.blocks + _SECTORS * len(branch))
+        image.put32(link, branch[0])
+        return branch[-1]
+
+    def _goal(self, pgoff: int) -> int:
+        """Where a block for page ``pgoff`` would best be: behind that of the page before it."""
+        before = self._find(_path(pgoff - 1)) if pgoff else 0
+        if before:
+            return before + 1
+        group = (self.number - 1) // self.image.sb.inodes_per_group
+        return group * self.image.sb.blocks_per_group
+
+    def free_blocks(self, first: int, end: int) -> int:
+        """See the base. EUCLEAN when an indirect block is met twice."""
+        self.image.may_write()
+        seen: set[int] = set()
+        freed = 0
+        start = 0
+        for slot, pages, depth in _ROOTS:
+            if start < end and first < start + pages:
+                freed += self._free_below(self._slot(slot), depth, start, first, end, seen)
+            start += pages
+        return freed
+
+    def _free_below(self, link: int, depth: int, start: int, first: int, end: int, seen: set[int]) -> int:
+        """Frees what lies in ``[first, end)`` of the pages from ``start`` on behind the number at byte ``link``."""
+        image = self.image
+        block = image.get32(link)
+        if not block:
+            return 0
+        image.check_block(block, f"a block of {self.name}")
+        if depth == 0:
+            self._unlink(link, block)
+            return 1
+        if block in seen:
+            raise corrupt(f"{image.path}: block {block:#x} of {self.name} is met twice")
+        seen.add(block)
+        freed, pages = 0, PER_BLOCK ** (depth - 1)
+        for index in _used(image.block(block)):
+            at = start + index * pages
+            if at < end and first < at + pages:
+                freed += self._free_below(block * BLOCK + 4 * index, depth - 1, at, first, end, seen)
+        if not any(image.block(block)):
+            self._unlink(link, block)
+        return freed
+
+    def _unlink(self, link: int, block: int) -> None:
+        self.image.put32(link, 0)
+        self.image.put32(self.at + layout.I_BLOCKS, max(self.blocks - _SECTORS, 0))
+        self.image.release_block(block)
+
+    def extents(self) -> Iterator[tuple[int, int, int]]:
+        """Its blocks as runs of (first page, first block, count), ascending. Raises MmError EUCLEAN."""
+        run: tuple[int, int, int] | None = None
+        for page, block in self._walk():
+            if run is not None and run[0] + run[2] == page and run[1] + run[2] == block:
+                run = (run[0], run[1], run[2] + 1)
+                continue
+            if run is not None:
+                yield run
+            run = (page, block, 1)
+        if run is not None:
+            yield run
+
+    def _walk(self) -> Iterator[tuple[int, int]]:
+        seen: set[int] = set()
+        start = 0
+        for slot, pages, depth in _ROOTS:
+            yield from self._walk_below(self.image.get32(self._slot(slot)), depth, start, seen)
+            start += pages
+
+    def _walk_below(self, block: int, depth: int, start: int, seen: set[int]) -> Iterator[tuple[int, int]]:
+        image = self.image
+        if not block:
+            return
+        image.check_block(block, f"a block of {self.name}")
+        if depth == 0:
+            yield start, block
+            return
+        if block in seen:
+            raise corrupt(f"{image.path}: block {block:#x} of {self.name} is met twice")
+        seen.add(block)
+        for index in _used(image.block(block)):
+            below = image.get32(block * BLOCK + 4 * index)
+            yield from self._walk_below(below, depth - 1, start + index * PER_BLOCK ** (depth - 1), seen)
+
+    def link_target(self) -> bytes:
+        """Where a symbolic link leads. Raises MmError."""
+        size = self.size
+        if size < 60 and not self.blocks:
+            return bytes(self.image.bytes[self._slot(0) : self._slot(0) + size])
+        if size > BLOCK:
+            raise corrupt(f"{self.image.path}: {self.name} is a link of {size} bytes")
+        block = self._find((0,))
+        return bytes(self.image.block(block)[:size]) if block else b""
+
+
+def _path(pgoff: int) -> tuple[int, ...]:
+    """Which block number in the inode leads to page ``pgoff``, and which in each indirect block. Raises EFBIG."""
+    if pgoff < layout.NDIR_BLOCKS:
+        return (pgoff,)
+    rest = pgoff - layout.NDIR_BLOCKS
+    if rest < PER_BLOCK:
+        return layout.IND_BLOCK, rest
+    rest -= PER_BLOCK
+    if rest < PER_BLOCK**2:
+        return (layout.DIND_BLOCK, *divmod(rest, PER_BLOCK))
+    rest -= PER_BLOCK**2
+    if rest < PER_BLOCK**3:
+        high, rest = divmod(rest, PER_BLOCK**2)
+        return (layout.TIND_BLOCK, high, *divmod(rest, PER_BLOCK))
+    raise MmError(errno.EFBIG, f"page {pgoff:#x} of an ext2 file")
+
+
+def _used(block: memoryview) -> list[int]:
+    """The indices of block numbers that are not 0."""
+    return [index for index, number in enumerate(block.cast("I")) if number]
