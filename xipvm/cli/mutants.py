@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from xipvm.check import INVARIANTS
 from xipvm.explore.find import KNOWN
+from xipvm.mutants import ablation
 from xipvm.mutants.hunt import Catch, Hunt, hunt
 from xipvm.mutants.mutant import MUTANTS, Mutant, get
 
@@ -66,26 +67,27 @@ def control(*, runs: int, seed: int, as_json: bool, quiet: bool) -> int:
 def ablate(names: Sequence[str], *, runs: int, seed: int, as_json: bool, quiet: bool) -> int:
     """Each invariant switched off in turn: which mutants escape then. 1 when an invariant is missed by nobody."""
     chosen = [get(name) for name in names] or list(MUTANTS.values())
-    unmissed = 0
-    with _bar(len(INVARIANTS), quiet) as (bar, task):
-        for invariant in INVARIANTS:
+    concerned = [name for name in INVARIANTS if any(name in mutant.caught_by for mutant in chosen)]
+    dead = []
+    if not as_json:
+        print("without  escape  seen nevertheless")
+    with _bar(len(concerned), quiet) as (bar, task):
+        for invariant in concerned:
             bar.update(task, description=f"without {invariant}")
-            others = [name for name in INVARIANTS if name != invariant]
-            concerned = [mutant for mutant in chosen if invariant in mutant.caught_by]
-            gone = [mutant.name for mutant in concerned if not _seen(mutant, others, runs, seed)]
-            unmissed += not gone
+            found = ablation.ablate(invariant, chosen, KNOWN, runs=runs, seed=seed)
+            if found.dead:
+                dead.append(invariant)
             if as_json:
-                print(json.dumps({"without": invariant, "hunted": len(concerned), "escape": gone}))
+                print(json.dumps({"without": invariant, "escape": found.escapes, "seen": found.seen}), flush=True)
             else:
-                print(f"without {invariant:4} {len(gone):2} of {len(concerned):2} escape: {', '.join(gone) or 'none'}")
+                by = ", ".join(f"{count} by {what}" for what, count in found.instead.items())
+                print(f"{invariant:8} {len(found.escapes):6}  {by or 'none'}")
+                for name in found.escapes:
+                    print(f"{'':17}{name}", flush=True)
             bar.advance(task)
-    return 1 if unmissed else 0
-
-
-def _seen(mutant: Mutant, invariants: Sequence[str], runs: int, seed: int) -> bool:
-    """Whether one of ``invariants`` sees it, and not only what is wrong in the end."""
-    found = hunt(mutant, KNOWN, ("pct", "random"), runs=runs, seed=seed, enough=1, invariants=invariants)
-    return any(catch.what in INVARIANTS for catch in found.caught)
+    if not as_json:
+        print(f"{len(concerned)} invariants, {len(dead)} missed by nobody{': ' if dead else ''}{', '.join(dead)}")
+    return 1 if dead else 0
 
 
 def _described(mutant: Mutant) -> dict[str, Any]:

@@ -20,14 +20,14 @@ if TYPE_CHECKING:
     from xipvm.mmu.tables import GupPage
 
 
-@mutant("no-retry-check", "M7", "I4", "I2")
+@mutant("no-retry-check", "M7", "I7", "I4", "I2")
 def no_retry_check() -> Iterator[None]:
     """A fault installs what it looked up without asking whether an invalidation came between."""
     with replaced(KvmBase, "mmu_invalidate_retry", lambda self, seq, gfn: ""):
         yield
 
 
-@mutant("check-only-count", "M8", "I4")
+@mutant("check-only-count", "M8", "I7", "I4")
 def check_only_count() -> Iterator[None]:
     """A fault asks whether an invalidation is open, not whether one has come and gone."""
 
@@ -38,7 +38,7 @@ def check_only_count() -> Iterator[None]:
         yield
 
 
-@mutant("check-only-seq", "M9", "I2", "I4")
+@mutant("check-only-seq", "M9", "I7", "I2", "I4")
 def check_only_seq() -> Iterator[None]:
     """A fault asks whether an invalidation has ended, not whether one is open."""
 
@@ -49,7 +49,7 @@ def check_only_seq() -> Iterator[None]:
         yield
 
 
-@mutant("seq-read-after-lookup", "M10", "I4")
+@mutant("seq-read-after-lookup", "M10", "I7", "I4")
 def seq_read_after_lookup() -> Iterator[None]:
     """The sequence number is read when the page has been looked up, so nothing before that counts."""
 
@@ -77,7 +77,7 @@ def same_entry_taken_for_no_change() -> Iterator[None]:
         yield
 
 
-@mutant("seq-after-count", "M11", "I4", protocol="modern")
+@mutant("seq-after-count", "M11", "I7", "I4", protocol="modern")
 def seq_after_count() -> Iterator[None]:
     """At the end the count is lowered first, and the sequence number raised later, without the lock."""
 
@@ -92,7 +92,7 @@ def seq_after_count() -> Iterator[None]:
         yield
 
 
-@mutant("count-only-what-is-mapped", "M12", "I2", "I4", protocol="modern")
+@mutant("count-only-what-is-mapped", "M12", "I7", "I2", "I4", protocol="modern")
 def count_only_what_is_mapped() -> Iterator[None]:
     """A range in which the guest has no entry yet is not counted, as if a fault could not be on its way."""
     start, end = Kvm.invalidate_range_start, Kvm.invalidate_range_end
@@ -115,7 +115,7 @@ def count_only_what_is_mapped() -> Iterator[None]:
         yield
 
 
-@mutant("nested-starts-are-one", "M14", "I2", "I4", protocol="modern")
+@mutant("nested-starts-are-one", "M14", "I7", "I2", "I4", protocol="modern")
 def nested_starts_are_one() -> Iterator[None]:
     """That an invalidation is open is a flag: the first end of two clears it."""
 
@@ -132,7 +132,7 @@ def nested_starts_are_one() -> Iterator[None]:
         yield
 
 
-@mutant("inner-start-shrinks-the-hull", "M15", "I2", "I4", protocol="modern")
+@mutant("inner-start-shrinks-the-hull", "M15", "I7", "I2", "I4", protocol="modern")
 def inner_start_shrinks_the_hull() -> Iterator[None]:
     """Of several open ranges only the last one's guest frames are guarded."""
 
@@ -253,7 +253,7 @@ def slot_goes_without_a_second_look() -> Iterator[None]:
         yield
 
 
-@mutant("reloaded-inside-the-range", "2", "I2", "I4", protocol="modern")
+@mutant("reloaded-inside-the-range", "2", "I7", "I2", "I4", protocol="modern")
 def reloaded_inside_the_range() -> Iterator[None]:
     """What the start took from a vCPU it is asked to look up again, and does at once, without the retry check."""
     zap, retry = KvmBase._zap, KvmBase.mmu_invalidate_retry
@@ -275,7 +275,7 @@ def reloaded_inside_the_range() -> Iterator[None]:
             yield
 
 
-@mutant("count-read-after-seq", "29", "I4")
+@mutant("count-read-after-seq", "29", "I7", "I4")
 def count_read_after_seq() -> Iterator[None]:
     """The retry check reads seq, and the count only later: a range can end between the two."""
     install = KvmBase._install

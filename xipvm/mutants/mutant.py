@@ -62,7 +62,7 @@ Inside = Callable[[], bool]
 @contextmanager
 def inside(owner: Any, attribute: str, when: Callable[..., bool] = lambda *_, **__: True) -> Iterator[Inside]:
     """Watches calls of ``owner.attribute``, those whose arguments ``when`` accepts."""
-    original = owner.__dict__[attribute]
+    original = getattr(owner, attribute)
     within: Counter[Actor] = Counter()
 
     def watched(*arguments: Any, **named: Any) -> Any:
@@ -81,13 +81,17 @@ def inside(owner: Any, attribute: str, when: Callable[..., bool] = lambda *_, **
 
 @contextmanager
 def replaced(owner: Any, attribute: str, replacement: Any) -> Iterator[None]:
-    """``owner.attribute`` is ``replacement`` meanwhile."""
-    original = owner.__dict__[attribute]
+    """``owner.attribute``, which may be inherited, is ``replacement`` meanwhile."""
+    getattr(owner, attribute)
+    own, original = attribute in vars(owner), vars(owner).get(attribute)
     setattr(owner, attribute, replacement)
     try:
         yield
     finally:
-        setattr(owner, attribute, original)
+        if own:
+            setattr(owner, attribute, original)
+        else:
+            delattr(owner, attribute)
 
 
 def get(name: str) -> Mutant:

@@ -36,7 +36,7 @@ def page_told_of_when_it_is_put() -> Iterator[None]:
             yield
 
 
-@mutant("seq-after-count-2008", "M11 (2008)", "I4", protocol="2008")
+@mutant("seq-after-count-2008", "M11 (2008)", "I7", "I4", protocol="2008")
 def seq_after_count_2008() -> Iterator[None]:
     """At the end of a range the count is lowered first, and the sequence number raised later, without the lock."""
 
