@@ -56,6 +56,7 @@ from xipvm.notifier import PROTOCOLS
 from xipvm.oom_report import OOM_STATUS, oom_report
 from xipvm.report import crash_report
 from xipvm.result import RunResult, Summary
+from xipvm.trace.emit import VirtualTime
 from xipvm.trace.funnel import Trace
 from xipvm.trace.history import History
 
@@ -167,10 +168,8 @@ class Machine:
         self.clock = EventClock(self._now)
         self.clock.on_earlier = self._earlier
         self.clock.on_look = self._look
-        self.trace.clock = self._time
-        self._base = 0
-        self._start = 0
-        self._floor = 0
+        self._virtual = VirtualTime()
+        self.trace.clock = self._virtual if self.counted else self._host_time
         self._began = 0.0
         self._running: Vcpu | None = None
         self._first = 0
@@ -356,29 +355,24 @@ class Machine:
 
     # Time
 
-    def _time(self) -> int:
-        """Virtual time, for who is no part of the machine: that it is asked for must not be seen in it."""
-        if not self.counted:
-            return self._base + (int((time.monotonic() - self._began) * 1e9) if self._began else 0)
-        now = self._base
-        vcpu = self._running
-        if vcpu is not None:
-            now += vcpu.engine.ticks - self._start
-        # A fault takes the rest of its block back: time stands still until it is made up for.
-        return max(now, self._floor)
+    def _host_time(self) -> int:
+        """Time on the ``host`` clock."""
+        return self._virtual.base + (int((time.monotonic() - self._began) * 1e9) if self._began else 0)
 
     def _now(self) -> int:
         """Virtual time, for devices."""
-        now = self._time()
-        if self.counted:
-            self._floor = now
+        if not self.counted:
+            return self._host_time()
+        # A fault takes the rest of its block back: time stands still until it is made up for. Who is no part of the
+        # machine asks ``_virtual`` itself: that it was asked must not be seen.
+        self._virtual.floor = now = self._virtual()
         return now
 
     def now_at(self, ticks: int) -> int:
         """Virtual time at which the running vCPU's engine stands at ``ticks``."""
         if not self.counted or self._running is None:
             return self._now()
-        return max(self._base + ticks - self._start, self._floor)
+        return max(self._virtual.base + ticks - self._virtual.start, self._virtual.floor)
 
     def _earlier(self, ns: int) -> None:
         """An event was made that comes before all others: the slice in progress must not pass it."""
@@ -386,7 +380,7 @@ class Machine:
         if vcpu is None:
             return
         if self.counted:
-            vcpu.shorten(max(self._start + ns - self._base, self._start + 1))
+            vcpu.shorten(max(self._virtual.start + ns - self._virtual.base, self._virtual.start + 1))
         else:
             core.tick_in(max(ns - self._now(), 0) / 1e9)
 
@@ -438,7 +432,7 @@ class Machine:
             if until is not None:
                 self.console.unwatch()
             if not self.counted:
-                self._base += int(elapsed * 1e9)
+                self._virtual.base += int(elapsed * 1e9)
             self.console.flush()
         self._ended = result.reason in ("exit", "crash", "oom")
         result.summary = self.summary()
@@ -509,20 +503,21 @@ class Machine:
         """One slice: up to the next event, the vCPU's quantum or the limit; signals do not end it."""
         engine = vcpu.engine
         self._running = vcpu
-        self._start = engine.ticks
-        engine.time_offset = self._base - self._start
+        self._virtual.enter(engine)
         if self.counted:
-            ends = [] if limit is None else [self._base + limit - self._instructions()]
+            ends = [] if limit is None else [self._virtual.base + limit - self._instructions()]
             due = self.clock.next_deadline()
             if due is not None:
                 ends.append(due)
             if len(self.vcpus) > 1:
                 if self._quantum_end is None:
-                    self._quantum_end = self._base + QUANTUM
+                    self._quantum_end = self._virtual.base + QUANTUM
                 ends.append(self._quantum_end)
-            vcpu.stop_at = self._start + max(min(ends) - self._base, 1) if ends else None
+            vcpu.stop_at = self._virtual.start + max(min(ends) - self._virtual.base, 1) if ends else None
             if self._storm is not None:
-                vcpu.pause_at = max(self._start + self._storm.next - self._base, 0)  # it may be long due
+                vcpu.pause_at = max(
+                    self._virtual.start + self._storm.next - self._virtual.base, 0
+                )  # it may be long due
         else:
             due = self.clock.next_deadline()
             if due is not None and due - self._now() < TICK * 1e9:
@@ -544,21 +539,21 @@ class Machine:
         """The storm's turn in the middle of a slice. Returns at which of the running vCPU's ticks it wants another."""
         assert self._storm is not None
         assert self._running is not None
-        self._storm.run_due(self._base + self._running.engine.ticks - self._start)
-        return self._start + self._storm.next - self._base
+        self._storm.run_due(self._virtual.base + self._running.engine.ticks - self._virtual.start)
+        return self._virtual.start + self._storm.next - self._virtual.base
 
     def _cut_short(self, limit: int | None) -> bool:
         """Whether only the instruction limit ended the slice: the next run goes on as this one would have."""
         if limit is None or self._quantum_end is None or self._instructions() < limit:
             return False
         due = self.clock.next_deadline()
-        return self._base < self._quantum_end and (due is None or self._base < due)
+        return self._virtual.base < self._quantum_end and (due is None or self._virtual.base < due)
 
     def _settle(self) -> None:
         """Account the slice in progress to the machine's time."""
         vcpu, self._running = self._running, None
-        if vcpu is not None and self.counted:
-            self._base += vcpu.engine.ticks - self._start
+        if vcpu is not None:
+            self._virtual.leave(self.counted)
 
     def _wanted(self) -> bool:
         return self._exit is not None or self._reset
@@ -589,7 +584,7 @@ class Machine:
         due = self.clock.next_deadline()
         live = self.console.live
         if due is not None and self.counted and not live:
-            self._base = max(self._base, due)
+            self._virtual.base = max(self._virtual.base, due)
             return self._signals(deadline)
         if due is None and not live:
             error = GuestError("every vCPU waits for an interrupt and nothing is left that could send one")
@@ -599,7 +594,7 @@ class Machine:
             time.sleep(nap)
         self.console.poll()
         if due is not None and self.counted:
-            self._base = min(max(self._base, due), self._base + int(nap * 1e9))
+            self._virtual.base = min(max(self._virtual.base, due), self._virtual.base + int(nap * 1e9))
         return self._signals(deadline)
 
     def _restart(self) -> None:

@@ -53,8 +53,7 @@ class VcpuActors:
 
         def enter() -> None:
             machine._running = vcpu
-            machine._start = vcpu.engine.ticks
-            vcpu.engine.time_offset = machine._base - machine._start
+            machine._virtual.enter(vcpu.engine)
 
         return enter
 
@@ -62,9 +61,9 @@ class VcpuActors:
         """A miss that leaves nothing to go on with will not be luckier before somebody else has done something."""
         miss, secondary = vcpu._miss, vcpu.secondary
 
-        def on_miss(gva: int, access: int) -> int:
-            result = miss(gva, access)
-            if result == RETRY_WALK and secondary.translate(gva >> PAGE_SHIFT) is None:
+        def on_miss(gpa: int, access: int) -> int:
+            result = miss(gpa, access)
+            if result == RETRY_WALK and secondary.translate(gpa >> PAGE_SHIFT) is None:
                 give_way("vcpu.retry")
             return result
 
@@ -82,8 +81,8 @@ class VcpuActors:
                 wait(f"something to do for {vcpu.name}", lambda: self.exit is not None or self._runnable(vcpu))
                 continue
             due = machine.clock.next_deadline()
-            length = SLICE if due is None else min(SLICE, max(due - machine._base, 1))
-            vcpu.stop_at = machine._start + length
+            length = SLICE if due is None else min(SLICE, max(due - machine._virtual.base, 1))
+            vcpu.stop_at = machine._virtual.start + length
             vcpu.run_slice(machine._wanted)
             if machine._exit is not None:
                 self.exit, machine._exit = machine._exit, None
@@ -97,7 +96,7 @@ class VcpuActors:
         machine = self._machine
         due = machine.clock.next_deadline()
         if due is not None and not any(map(self._runnable, machine.vcpus)):
-            machine._base = max(machine._base, due)
+            machine._virtual.base = max(machine._virtual.base, due)
 
     @staticmethod
     def _runnable(vcpu: Vcpu) -> bool:

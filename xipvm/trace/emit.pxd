@@ -42,6 +42,16 @@ cdef class Listener:
     """A sink that takes events without an :class:`Event` being made. Attach it as any other, or call it with events."""
     cdef int hear(self, Said *said) except -1
 
+cdef class Clock:
+    """A clock that is asked without a call of a Python function."""
+    cdef object time(self)
+
+cdef class VirtualTime(Clock):
+    cdef public int64_t base
+    cdef public int64_t start
+    cdef public int64_t floor
+    cdef object _engine
+
 cdef Layout layout_of(object kind)
 cdef object event_of(Said *said)
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 from xipvm.trace.events import Event
 
@@ -11,6 +11,31 @@ class Listener:
 
     def __call__(self, event: Event) -> None:
         """Take an event that comes from somewhere else, a file for instance. Raises BadInput if it lacks a field."""
+
+class Ticking(Protocol):
+    """What makes time go on."""
+
+    @property
+    def ticks(self) -> int: ...
+    @property
+    def time_offset(self) -> int: ...
+    @time_offset.setter
+    def time_offset(self, value: int) -> None: ...
+
+class VirtualTime:
+    """Time that an engine makes go on while it runs: ``base``, and what it has ticked since ``start``; ns.
+
+    ``floor``: no earlier time is told. Calling it gives the time.
+    """
+
+    base: int
+    start: int
+    floor: int
+    def __call__(self) -> int: ...
+    def enter(self, engine: Ticking) -> None:
+        """From here on ``engine`` runs: an object with ``ticks`` and ``time_offset``, which is time less ticks."""
+    def leave(self, counts: bool) -> None:
+        """It runs no longer. What it has ticked is added to ``base`` if it ``counts``."""
 
 class Because:
     """What :meth:`Emitter.because` returns."""

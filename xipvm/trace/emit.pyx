@@ -10,7 +10,7 @@ values (vectorcall) and no dictionary is built. The attributes that whoever swit
 
 from cpython.object cimport PyObject
 from cpython.ref cimport Py_INCREF, Py_XDECREF
-from libc.stdint cimport uint64_t
+from libc.stdint cimport int64_t, uint64_t
 
 from xipvm.errors import BadInput, InternalError
 from xipvm.trace.events import KINDS, RUN_TYPES, Event
@@ -157,6 +157,44 @@ cdef object _event(Said *said, object kind, PyObject **given, PyObject *names):
     return _make_event(Event, (said.seq, <object>said.time, <object>said.actor, said.cause, kind, fields))
 
 
+cdef class Clock:
+    cdef object time(self):
+        """Virtual time, ns."""
+        raise NotImplementedError
+
+    def __call__(self):
+        """Virtual time, ns."""
+        return self.time()
+
+
+cdef class VirtualTime(Clock):
+    """Time that an engine makes go on while it runs: ``base``, and what it has ticked since ``start``; ns.
+
+    ``floor``: no earlier time is told.
+    """
+
+    def __init__(self):
+        self.base = self.start = self.floor = 0
+
+    cdef object time(self):
+        cdef int64_t now = self.base
+        if self._engine is not None:
+            now += <int64_t>self._engine.ticks - self.start
+        return now if now > self.floor else self.floor
+
+    def enter(self, engine):
+        """From here on ``engine`` runs: an object with ``ticks`` and ``time_offset``, which is time less ticks."""
+        self._engine = engine
+        self.start = engine.ticks
+        engine.time_offset = self.base - self.start
+
+    def leave(self, bint counts):
+        """It runs no longer. What it has ticked is added to ``base`` if it ``counts``."""
+        if counts and self._engine is not None:
+            self.base += <int64_t>self._engine.ticks - self.start
+        self._engine = None
+
+
 cdef Py_ssize_t _actor, _cause, _clock      # where the slots are, see bind()
 cdef object _still = None                   # the clock that says 0
 cdef object _zero = 0
@@ -179,7 +217,10 @@ cdef object _emit(PyObject *self, PyObject **args, Py_ssize_t nargs, PyObject *n
     kind = <object>args[0]
     actor = <object>_slot(trace, _actor)[0]
     clock = <object>_slot(trace, _clock)[0]
-    time = _zero if clock is _still else PyObject_CallNoArgs(clock)
+    if isinstance(clock, Clock):
+        time = (<Clock>clock).time()
+    else:
+        time = _zero if clock is _still else PyObject_CallNoArgs(clock)
     trace._seq += 1
     said.layout = NULL
     said.seq = trace._seq
