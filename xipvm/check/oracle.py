@@ -206,6 +206,7 @@ class Oracle:
         process = self.world.mm(fields["mm"])
         process.notifiers.discard(fields["notifier"])
         self.world.release_all(process.devices.pop(fields["notifier"], {}))
+        self.world.release_all(process.iotlbs.pop(fields["notifier"], {}))
         vm = self.world.vm(fields["notifier"])
         vm.mm, vm.gone = None, True
 
@@ -247,7 +248,8 @@ class Oracle:
     def _on_mm_cow(self, event: Event, fields: Fields) -> None:
         page, old, new = fields["hva"] >> PAGE_SHIFT, fields["old"], fields["new"]
         self.checks["I11"] += 1
-        for thread, tlb in self.world.mm(fields["mm"]).tlbs.items():
+        process = self.world.mm(fields["mm"])
+        for thread, tlb in (*process.tlbs.items(), *process.iotlbs.items()):
             seen = tlb.get(page)
             if seen is not None and seen.pfn == old:
                 what = f"{thread} still reads frame {old:#x} at {fields['hva']:#x}"
@@ -430,6 +432,21 @@ class Oracle:
         entry = Entry(fields["pfn"], fields["rights"] == "rw", event.seq)
         self.world.hold(tlb, fields["hva"] >> PAGE_SHIFT, entry)
 
+    def _on_iotlb_insert(self, event: Event, fields: Fields) -> None:
+        process, page, pfn = self.world.mm(fields["mm"]), fields["hva"] >> PAGE_SHIFT, fields["pfn"]
+        write = fields["rights"] == "rw"
+        self.checks["I4"] += 1
+        entry = process.entries.get(page)
+        if entry is None or entry[0] != pfn or (write and not entry[1] & WRITE):
+            has = "maps nothing" if entry is None else f"maps frame {entry[0]:#x}"
+            what = f"{fields['device']} gets frame {pfn:#x} at {fields['hva']:#x}, which {has}"
+            self.broken("I4", f"{what}, {'writable' if entry and entry[1] & WRITE else 'not writable'}", event, pfn=pfn)
+        self.world.hold(process.iotlbs.setdefault(fields["device"], {}), page, Entry(pfn, write, event.seq))
+
+    def _on_iotlb_drop(self, event: Event, fields: Fields) -> None:
+        tlb = self.world.mm(fields["mm"]).iotlbs.get(fields["device"], {})
+        self.world.release_range(tlb, fields["start"] >> PAGE_SHIFT, -(-fields["end"] >> PAGE_SHIFT))
+
     def _on_mmu_notifier_arch_invalidate_secondary_tlbs(self, event: Event, fields: Fields) -> None:
         for tlb in self.world.mm(fields["mm"]).devices.values():
             self.world.release_range(tlb, fields["start"] >> PAGE_SHIFT, -(-fields["end"] >> PAGE_SHIFT))
@@ -513,6 +530,11 @@ class Oracle:
     def _on_spte_set_huge(self, event: Event, fields: Fields) -> None:
         vm = self.world.vm(fields["vm"])
         vm.huge[fields["gfn"]] = fields["pages"]
+        for offset in range(fields["pages"]):
+            self._install(event, vm, fields["gfn"] + offset, fields["pfn"] + offset, "w" in fields["rights"])
+
+    def _on_spte_restore(self, event: Event, fields: Fields) -> None:
+        vm = self.world.vm(fields["vm"])
         for offset in range(fields["pages"]):
             self._install(event, vm, fields["gfn"] + offset, fields["pfn"] + offset, "w" in fields["rights"])
 

@@ -127,6 +127,8 @@ class Process:
     """By thread, by page."""
     devices: dict[str, dict[int, Entry]] = field(default_factory=dict)
     """The TLBs of devices that follow the host's: by device, by page."""
+    iotlbs: dict[str, dict[int, Entry]] = field(default_factory=dict)
+    """Likewise of those that say themselves what they have forgotten."""
     aged: set[int] = field(default_factory=set)
     """Pages that a secondary MMU has used, and was made to forget: whoever did that has to say so."""
     cleared: tuple[int, int] = (-1, 0)
@@ -235,7 +237,7 @@ class World:
         found += [
             f"{device} on {process.name} has {page << 12:#x} in its TLB since #{entry.seq}"
             for process in self.mms.values()
-            for device, tlb in process.devices.items()
+            for device, tlb in (*process.devices.items(), *process.iotlbs.items())
             for page, entry in tlb.items()
             if entry.pfn == pfn
         ]

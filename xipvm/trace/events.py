@@ -214,6 +214,9 @@ define("xip_allocate", "file:str pgoff:int pfn:pfn", "a hole got a block, of zer
 define("dax_entry", "file:str pgoff:int pfn:pfn", "what a page of a DAX file is mapped as: its block, or the zero page")
 define("xip_free", "file:str first:int end:int", "these pages are holes now; their blocks may be another file's")
 define("device_tlb_drop", "mm:str start:hva end:hva device:str", "a device forgot its translations of the range")
+define("iotlb_insert", "mm:str hva:hva pfn:pfn rights:str device:str", "an IOMMU walked the host's table for a device")
+define("iotlb_drop", "mm:str start:hva end:hva device:str", "its TLB has forgotten what the device had of the range")
+define("page_request", "mm:str hva:hva access:str device:str", "it asks the host for a page; access: read, write")
 
 # Notifiers. `range` pairs an end with its start.
 define("mmu_notifier_register", "mm:str notifier:str protocol:str", "a notifier joined the mm's list")

@@ -6,7 +6,6 @@ from contextlib import suppress
 
 from xipvm.address import PAGE_SHIFT, PAGE_SIZE
 from xipvm.errors import MmError
-from xipvm.explore.device import FollowingDevice
 from xipvm.explore.scenarios.faults import GFN, NEW, OLD, RW, expect, furnish
 from xipvm.explore.scene import Scene, scenario
 from xipvm.mmu.host_thread import HostThread
@@ -15,6 +14,7 @@ from xipvm.mmu.mremap import MREMAP_MAYMOVE
 from xipvm.mmu.page_cache import ShmemFile
 from xipvm.mmu.pageout import pageout
 from xipvm.mmu.pte import PRESENT
+from xipvm.mmu.secondary.sva import Sva
 from xipvm.mmu.vma import MAP_PRIVATE, MAP_SHARED
 
 
@@ -120,8 +120,7 @@ def a_device_that_follows_the_host_s_tlbs(scene: Scene) -> None:
     scene.undo(file.close)
     mm = scene.mm()
     hva = mm.mmap(2 * PAGE_SIZE, RW, MAP_SHARED, file=file)
-    device = FollowingDevice(mm, "sva0")
-    scene.undo(device.close)
+    device = scene.watch(Sva(mm, "sva0"))
     device.store(hva, OLD)
 
     def use() -> None:
