@@ -14,7 +14,7 @@ An actor that waits for something that nobody can bring about is an error: Deadl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Final
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 PointHook = Callable[[str], None]
 WaitHook = Callable[[str, Callable[[], bool]], None]
+AccessHook = Callable[[object, Hashable, bool], None]
+RangeHook = Callable[[object, int, int, bool], None]
 
 PATIENCE: Final = 1000
 """How often a wait calls a point hook, where there is no scheduler, before it concludes that nothing comes of it."""
@@ -48,6 +50,7 @@ class Actor:
     __slots__ = (
         "after",
         "atomic",
+        "body",
         "cause",
         "error",
         "gives_way",
@@ -68,6 +71,8 @@ class Actor:
         self.state = State.READY
         self.greenlet: greenlet | None = None
         """Its stack, None without a scheduler."""
+        self.body: tuple[object, ...] | None = None
+        """What it calls, and with what, if that was told."""
         self.waits_for = ""
         """While it waits: what for, in words."""
         self.ready: Callable[[], bool] | None = None
@@ -100,12 +105,19 @@ current: Actor = Actor("host")
 
 _point_hook: PointHook | None = None
 _wait_hook: WaitHook | None = None
+_access_hook: AccessHook | None = None
+_range_hook: RangeHook | None = None
 
 
 def point(label: str) -> None:
     """A place where another actor may run. ``label`` names it, dotted, module first."""
     if _point_hook is not None:
         _point_hook(label)
+
+
+def hooked() -> bool:
+    """Somebody looks at points: what another actor does can come between."""
+    return _point_hook is not None
 
 
 def give_way(label: str) -> None:
@@ -136,6 +148,27 @@ def wait(what: str, ready: Callable[[], bool], *, because: str = "", label: str 
             if ready():
                 return
     raise DeadlockError(f"{what}: {because or 'nobody can go on'}")
+
+
+def access(owner: object, what: Hashable = "", *, write: bool) -> None:
+    """For searches that leave out what is the same: the current step reads, or writes to, ``what`` of ``owner``.
+
+    Nothing is done when nobody listens. What xipvm's own model touches is known without (explore/footprint.py).
+    """
+    if _access_hook is not None:
+        _access_hook(owner, what, write)
+
+
+def access_range(owner: object, first: int, end: int, *, write: bool) -> None:
+    """As :func:`access`, for all numbers of ``[first, end)``."""
+    if _range_hook is not None:
+        _range_hook(owner, first, end, write)
+
+
+def on_access(single: AccessHook | None, ranges: RangeHook | None) -> None:
+    """Who listens to :func:`access` and :func:`access_range` from now on, if anybody does. For searches."""
+    global _access_hook, _range_hook
+    _access_hook, _range_hook = single, ranges
 
 
 def can_wait() -> bool:

@@ -8,7 +8,7 @@ import pytest
 
 from tests.conform.scenarios import fields, recorded, run, scenario, vm
 from xipvm.conform.report import DIFFERS, PASS, UNSUPPORTED, VARIES
-from xipvm.mmu.secondary import kvm
+from xipvm.mmu.secondary import kvm_fault
 
 
 def cut(number: int) -> dict[str, Any]:
@@ -339,7 +339,7 @@ def test_a_scenario_that_depends_on_timing_varies() -> None:
 
 def test_a_defect_of_the_model_is_a_difference(monkeypatch: pytest.MonkeyPatch) -> None:
     """Here the zero page is handed out for writing."""
-    monkeypatch.setattr(kvm, "SPTE_READ_ONLY", kvm.SPTE_WRITABLE)
+    monkeypatch.setattr(kvm_fault, "SPTE_READ_ONLY", kvm_fault.SPTE_WRITABLE)
     content = recorded("zero_read_host_write")
     content["steps"].append({"op": "guest_write", "gfn": 9, "value": "0x1", "expect": {"exit": "mmio"}})
     content["steps"][-1:-1] = [{"op": "guest_read", "gfn": 9, "expect": {"exit": "ok"}}]

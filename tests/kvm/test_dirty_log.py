@@ -167,9 +167,9 @@ def test_errors(world: Any) -> None:
 
 def test_the_trace_tells_of_the_protection(world: Any) -> None:
     start(world)
-    with world.watching("spte_protect", "spte_set"):
+    with world.watching("spte_protect", "spte_restore"):
         world.write(0x103, b"new")
         world.kvm.get_dirty_log(0)
-        assert world.log == ["spte_set", "spte_protect", "vcpu0 flush dirty_log"]
+        assert world.log == ["spte_restore", "spte_protect", "vcpu0 flush dirty_log"]
     (told,) = [event for event in world.events if event.kind == "spte_protect"]
     assert told.fields == {"vm": "vm0", "start": 0x103, "end": 0x104}

@@ -47,9 +47,9 @@ def test_the_next_access_faults_and_makes_it_young(world: Any, access: int) -> N
     pfn, _ = world.kvm.translate(0)
     world.mm.notifiers.clear_flush_young(hva, hva + PAGE)
     assert world.kvm.translate(0) is None
-    with world.watching("kvm_page_fault", "spte_set", "spte_zap") as log:
+    with world.watching("kvm_page_fault", "spte_set", "spte_restore", "spte_zap") as log:
         assert world.access(0, access) == pfn
-    assert log == ["kvm_page_fault", "spte_set"]
+    assert log == ["kvm_page_fault", "spte_restore"]
     assert world.mm.notifiers.test_young(hva)
     assert world.read(0, 4) == b"kept"
 

@@ -96,6 +96,7 @@ _TOKENS: Final = {
     "kvm_page_fault": "fault",
     "spte_set": "spte",
     "spte_set_huge": "spte",
+    "spte_restore": "spte",
     "uffd_pagefault": "uffd",
     "mmu_notifier_clear_flush_young": "cfy",
     "mmu_notifier_release": "release",

@@ -1,5 +1,9 @@
 """Memslots: which guest frames are backed by which host virtual addresses.
 
+Every change of the memslots begins a new *generation*; while one is under way, the number carries
+``UPDATE_IN_PROGRESS``. What somebody has cached under another generation (MMIO entries, gfn_to_pfn caches) says nothing
+any more.
+
 A slot maps guest frames ``[gfn, gfn_end)`` to the bytes ``[hva, hva_end)`` of the VM's mm. Slots never overlap in guest
 frames; two may show the same bytes. Host mappings behind a slot may be smaller than it, or missing: that shows only
 when a guest access faults. Errors are those of KVM_SET_USER_MEMORY_REGION.
@@ -29,12 +33,15 @@ MAX_SLOTS = 32764
 GFN_LIMIT = 1 << 27
 """Guest physical addresses have 39 bits, which is what three levels of sptes map."""
 HVA_LIMIT = 1 << 47
+UPDATE_IN_PROGRESS = 1 << 63
+"""KVM_MEMSLOT_GEN_UPDATE_IN_PROGRESS: in a generation, that readers may still see the memslots of the one before."""
 
 
 class Memslot:
     """One slot. ``invalid``: it is being deleted or moved, and faults in it have to be retried.
 
-    ``dirty_bitmap`` is what the dirty log has: bit n (of byte n // 8) for the slot's n-th page; None without logging.
+    ``logged``: what the guest writes is kept track of. ``dirty_bitmap`` is where: bit n (of byte n // 8) for the slot's
+    n-th page; None without logging, and where dirty rings have it alone.
     """
 
     __slots__ = (
@@ -46,6 +53,7 @@ class Memslot:
         "hva_end",
         "id",
         "invalid",
+        "logged",
         "pages",
         "readonly",
         "romd",
@@ -61,6 +69,7 @@ class Memslot:
         self.hva_end = hva + (pages << PAGE_SHIFT)
         self.readonly = bool(flags & (MEM_READONLY | MEM_ROMD))
         self.romd = bool(flags & MEM_ROMD)
+        self.logged = bool(flags & MEM_LOG_DIRTY_PAGES)
         self.invalid = False
         self.dirty_bitmap: bytearray | None = None
 
@@ -71,11 +80,17 @@ class Memslot:
         """Host virtual address of the first byte of ``gfn``, which lies in the slot."""
         return Hva(self.hva + ((gfn - self.gfn) << PAGE_SHIFT))
 
-    def start_log(self, old: Memslot | None) -> None:
-        """Give a slot whose flags ask for one its dirty bitmap: that of ``old``, which it replaces, or a clean one."""
-        if self.flags & MEM_LOG_DIRTY_PAGES:
+    def start_log(self, old: Memslot | None, *, initially_set: bool = False) -> None:
+        """Give a logged slot its dirty bitmap: that of ``old``, which it replaces, or a new one.
+
+        A new one is clean, or with ``initially_set`` names every page.
+        """
+        if self.logged:
             kept = old.dirty_bitmap if old is not None else None
-            self.dirty_bitmap = bytearray(self.pages + 7 >> 3) if kept is None else kept
+            if kept is None:
+                every = (1 << self.pages) - 1 if initially_set else 0
+                kept = bytearray(every.to_bytes(self.pages + 7 >> 3, "little"))
+            self.dirty_bitmap = kept
 
     def mark_dirty(self, gfn: int) -> None:
         """``gfn``, which lies in the slot, may be written from now on. The slot is logged."""
@@ -90,9 +105,10 @@ _NOWHERE = Memslot(-1, Gfn(0), 0, Hva(0), 0)
 class Memslots:
     """The slots of a VM, by guest frame. Changed by the VM only, under its rules for open invalidations."""
 
-    __slots__ = ("_bases", "_by_gfn", "_by_id", "_last")
+    __slots__ = ("_bases", "_by_gfn", "_by_id", "_last", "generation")
 
     def __init__(self) -> None:
+        self.generation = 0
         self._by_id: dict[int, Memslot] = {}
         self._by_gfn: list[Memslot] = []
         self._bases: list[int] = []
