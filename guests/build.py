@@ -87,6 +87,7 @@ GUESTS = (
     Guest("paging", "paging.c"),
     Guest("clocks", "clocks.c"),
     Guest("pages", "pages.c"),
+    Guest("dma", "dma.c"),
     Guest("token", "token.c"),
     Guest("store", "kernels/store.c"),
     Guest("sort", "kernels/sort.c"),

@@ -37,6 +37,7 @@ from xipvm.devices.bus import Bus
 from xipvm.devices.flash.cfi01 import PflashCfi01
 from xipvm.devices.flash.files import BankBytes, ImageOption, open_banks, parse_option
 from xipvm.devices.htif import Htif
+from xipvm.devices.rdma import DmaSpace
 from xipvm.errors import BadInput, GuestError, HostMemoryError, MmError, XipvmError
 from xipvm.firmware import Firmware
 from xipvm.flash_memory import FlashMemory
@@ -48,6 +49,7 @@ from xipvm.mmu.mm import Mm
 from xipvm.mmu.reclaim import watch_memory
 from xipvm.mmu.secondary.choose import check_secondary, make_secondary
 from xipvm.mmu.secondary.memslot import GFN_LIMIT
+from xipvm.mmu.secondary.odp import OdpContext
 from xipvm.mmu.swap import swap_of
 from xipvm.mmu.swap_file import SwapOption, open_swap, parse_swap
 from xipvm.mmu.thp import ENABLED as THP_ENABLED
@@ -81,6 +83,8 @@ _CHUNK = 64 << 10
 
 TIMEOUT_STATUS = 124
 
+DEVICES = ("odp",)
+
 
 class Machine:
     """A machine, ready to run. Use it as a context manager, or ``close`` it: it holds images and engines.
@@ -99,6 +103,7 @@ class Machine:
     while the guest runs.
     ``secondary``: which MMU the guest runs behind (choose.py). ``protocol``: how that is told of changes, ``modern`` or
     ``2008``.
+    ``devices``: what the machine has beside its board's devices: ``odp``, the DMA engine.
     Raises BadInput; nothing is left open then.
     """
 
@@ -123,6 +128,7 @@ class Machine:
         storm: Storm | None = None,
         host_memory: int | None = None,
         swap: str | SwapOption | None = None,
+        devices: Iterable[str] = (),
     ) -> None:
         if clock not in CLOCKS:
             raise BadInput(f"no clock is called {clock!r}; known are {', '.join(CLOCKS)}")
@@ -135,6 +141,12 @@ class Machine:
             raise BadInput("a storm needs the instructions clock")
         if storm is not None and pin_sptes:
             raise BadInput("a storm has the host copy pages, which a guest with pinned ones does not see")
+        self.devices = frozenset(devices)
+        if self.devices - frozenset(DEVICES):
+            unknown, known = min(self.devices - frozenset(DEVICES)), ", ".join(DEVICES)
+            raise BadInput(f"no device is called {unknown!r}; known are {known}")
+        if self.devices and protocol == "2008":
+            raise BadInput("on-demand paging needs the modern protocol")
         image = None if guest is None else ElfImage.open(guest)
         if board is None:
             if image is None:
@@ -249,6 +261,10 @@ class Machine:
         self.firmware = Firmware(self)
         for vcpu in self.vcpus:
             vcpu.attach(Arm64(vcpu, self.firmware) if isa == core.ARM64 else Riscv64(vcpu, self.firmware))
+        self.dma: DmaSpace | None = None
+        if "odp" in self.devices:
+            self.dma = OdpContext(self.mm, self.ram_hva)
+            undo(self.dma.close)
         self.platform = board.build(self)
         power.map_htif(self)
         power.map_ram(self)
@@ -318,6 +334,11 @@ class Machine:
         # A write holds its pages until all are there, and the host may have fewer than there are.
         for at in range(0, len(data), _CHUNK):
             self.mm.write(self.ram + offset + at, data[at : at + _CHUNK])
+
+    def ram_hva(self, gpa: int, size: int) -> int | None:
+        """Where the host process has bytes of RAM, None when they are not all RAM."""
+        offset = gpa - self.board.ram_base
+        return self.ram + offset if offset >= 0 and offset + size <= self.memory_size else None
 
     def read_physical(self, gpa: int, size: int) -> bytes | None:
         """Bytes of RAM or flash as the guest would read them, None where neither is."""
@@ -637,6 +658,7 @@ def _check_alias(base: int, board: Board, size: int) -> int:
     if base < 0 or base % PAGE_SIZE or base + size > limit:
         raise BadInput(f"RAM cannot appear at {base:#x}: an alias begins on a page and ends below {limit:#x}")
     taken = [row for row in board.memory_map() if row[2] != "ram"]
+    taken += [(region.base, region.end, region.name) for region in board.optional]
     for first, end, what in [*taken, (board.ram_base, board.ram_base + size, "ram")]:
         if base < end and first < base + size:
             raise BadInput(f"RAM cannot appear at {base:#x}: {what} is at {first:#x} to {end:#x}")
@@ -710,6 +732,7 @@ def run(
     hugetlb: bool = False,
     thp: str = "madvise",
     protocol: str = "modern",
+    devices: Iterable[str] = (),
 ) -> tuple[RunResult, bytes]:
     """Run a guest to its end; returns how that was and what the guest printed.
 
@@ -734,6 +757,7 @@ def run(
         hugetlb=hugetlb,
         thp=thp,
         protocol=protocol,
+        devices=devices,
     ) as machine:
         result = machine.run(timeout=timeout, max_instructions=max_instructions, until=until)
     return result, output.getvalue()

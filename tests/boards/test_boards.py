@@ -48,6 +48,7 @@ class FakeMachine:
         self.memory_size = memory_size
         self.vcpus = [Vcpu() for _ in range(cpus)]
         self.current_vcpu = 0
+        self.dma = None
         self.log: list[Any] = []
 
     def request_exit(self, reason: str, status: int) -> None:

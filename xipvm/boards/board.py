@@ -24,6 +24,7 @@ from xipvm.devices.device import Device
 from xipvm.devices.gic import Gic
 from xipvm.devices.plic import Plic
 from xipvm.devices.psci import CpuPower, Psci
+from xipvm.devices.rdma import DmaSpace
 from xipvm.errors import BoardError
 
 
@@ -51,6 +52,8 @@ class Machine(CpuPower, Protocol):
     bus: Bus
     clock: EventClock
     console: Console
+    dma: DmaSpace | None
+    """What the DMA engine reaches, None on a machine without one."""
 
     @property
     def memory_size(self) -> int:
@@ -152,6 +155,8 @@ class Board:
     flash: tuple[FlashBank, ...]
     regions: tuple[Region, ...]
     builder: Callable[[Board, Machine], Platform]
+    optional: tuple[Region, ...] = ()
+    """Devices that a machine has only when it is asked to: what QEMU's board has not."""
 
     def check(self, memory_size: int, cpus: int) -> None:
         """Raises BoardError when the board does not come with so much RAM (bytes) or so many vCPUs."""

@@ -14,15 +14,18 @@ from xipvm.devices.gic import Gic
 from xipvm.devices.pl011 import Pl011
 from xipvm.devices.pl031 import Pl031
 from xipvm.devices.psci import CPU_OFF, CPU_ON, CPU_SUSPEND, SMC64, Psci
+from xipvm.devices.rdma import Rdma
 
 UART = Region("pl011", 0x0900_0000, 0x1000)
 RTC = Region("pl031", 0x0901_0000, 0x1000)
 GIC_DIST = Region("gic-dist", 0x0800_0000, 0x1_0000)
 GIC_CPU = Region("gic-cpu", 0x0801_0000, 0x1_0000)
+RDMA = Region("rdma", 0x0B10_0000, 0x1000)
+"""Where QEMU's board has nothing."""
 RAM_BASE = 0x4000_0000
 
 SPIS = 256
-UART_SPI, RTC_SPI = 1, 2
+UART_SPI, RTC_SPI, RDMA_SPI = 1, 2, 200
 PPI_SECURE_TIMER, PPI_PHYSICAL_TIMER, PPI_VIRTUAL_TIMER, PPI_HYP_TIMER = 29, 30, 27, 26
 _APB_CLOCK_HZ = 24_000_000
 _SPI, _PPI = 0, 1
@@ -40,7 +43,7 @@ def build(board: Board, machine: Machine) -> Platform:
         for cpu in range(cpus)
     )
     platform = Platform(
-        dtb=device_tree(board, machine.memory_size, cpus),
+        dtb=device_tree(board, machine.memory_size, cpus, rdma=machine.dma is not None),
         dtb_address=RAM_BASE,
         timers=timers,
         psci=Psci(cpus, machine, machine.request_exit, machine.request_reset),
@@ -49,11 +52,15 @@ def build(board: Board, machine: Machine) -> Platform:
     )
     for region, device in ((GIC_DIST, gic.distributor), (GIC_CPU, gic.cpu_interface), (UART, uart), (RTC, rtc)):
         platform.map(machine.bus, region, device)
+    if machine.dma is not None:
+        rdma = Rdma(machine.dma, machine.clock, gic.spi(RDMA_SPI))
+        platform.map(machine.bus, RDMA, rdma)
+        platform.resets.append(rdma.reset)
     return platform
 
 
-def device_tree(board: Board, memory_size: int, cpus: int) -> bytes:
-    """The DTB of a board with ``memory_size`` bytes of RAM and ``cpus`` vCPUs."""
+def device_tree(board: Board, memory_size: int, cpus: int, *, rdma: bool = False) -> bytes:
+    """The DTB of a board with ``memory_size`` bytes of RAM and ``cpus`` vCPUs; ``rdma``: and the DMA engine."""
     fdt = Fdt()
     root = fdt.root
     root.strings("compatible", "linux,dummy-virt").strings("model", "linux,dummy-virt")
@@ -97,6 +104,9 @@ def device_tree(board: Board, memory_size: int, cpus: int) -> bytes:
         node = root.child(f"{region.name}@{region.base:x}").strings("compatible", compatible, "arm,primecell")
         node.quads("reg", region.base, region.size).cells("interrupts", _SPI, spi, _LEVEL_HIGH)
         node.cells("clocks", *[clock.phandle()] * len(clocks)).strings("clock-names", *clocks)
+    if rdma:
+        node = root.child(f"{RDMA.name}@{RDMA.base:x}").strings("compatible", "xipvm,rdma")
+        node.quads("reg", RDMA.base, RDMA.size).cells("interrupts", _SPI, RDMA_SPI, _LEVEL_HIGH)
     return fdt.to_bytes()
 
 
@@ -112,4 +122,5 @@ BOARD = Board(
     flash=(FlashBank("flash0", 0x0000_0000, 64 << 20), FlashBank("flash1", 0x0400_0000, 64 << 20)),
     regions=(GIC_DIST, GIC_CPU, UART, RTC),
     builder=build,
+    optional=(RDMA,),
 )

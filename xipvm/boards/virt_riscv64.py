@@ -17,17 +17,20 @@ from xipvm.devices.finisher import PASS, RESET, Finisher
 from xipvm.devices.goldfish_rtc import GoldfishRtc
 from xipvm.devices.ns16550 import Ns16550
 from xipvm.devices.plic import Plic
+from xipvm.devices.rdma import Rdma
 
 FINISHER = Region("finisher", 0x0010_0000, 0x1000)
 RTC = Region("goldfish-rtc", 0x0010_1000, 0x1000)
 CLINT = Region("clint", 0x0200_0000, 0x1_0000)
 PLIC = Region("plic", 0x0C00_0000, 0x60_0000)
 UART = Region("ns16550", 0x1000_0000, 0x100)
+RDMA = Region("rdma", 0x0B10_0000, 0x1000)
+"""Where QEMU's board has nothing."""
 RAM_BASE = 0x8000_0000
 
 MSIP, MTIP, SEIP, MEIP = 3, 7, 9, 11
 PLIC_SOURCES = 96
-UART_SOURCE, RTC_SOURCE = 10, 11
+UART_SOURCE, RTC_SOURCE, RDMA_SOURCE = 10, 11, 12
 ISA_STRING = "rv64imafdc_zicsr_zifencei"
 _UART_CLOCK_HZ = 3_686_400
 _DTB_LIMIT = 0xC000_0000
@@ -42,7 +45,7 @@ def build(board: Board, machine: Machine) -> Platform:
     finisher = Finisher(machine.request_exit, machine.request_reset)
     uart = Ns16550(machine.console, plic.source(UART_SOURCE))
     rtc = GoldfishRtc(machine.clock, plic.source(RTC_SOURCE))
-    dtb = device_tree(board, machine.memory_size, len(harts))
+    dtb = device_tree(board, machine.memory_size, len(harts), rdma=machine.dma is not None)
     platform = Platform(
         dtb=dtb,
         dtb_address=dtb_address(machine.memory_size, len(dtb)),
@@ -52,6 +55,10 @@ def build(board: Board, machine: Machine) -> Platform:
     )
     for region, device in ((FINISHER, finisher), (RTC, rtc), (CLINT, clint), (PLIC, plic), (UART, uart)):
         platform.map(machine.bus, region, device)
+    if machine.dma is not None:
+        rdma = Rdma(machine.dma, machine.clock, plic.source(RDMA_SOURCE))
+        platform.map(machine.bus, RDMA, rdma)
+        platform.resets.append(rdma.reset)
     return platform
 
 
@@ -69,8 +76,8 @@ def dtb_address(memory_size: int, dtb_size: int) -> int:
     return (min(RAM_BASE + memory_size, _DTB_LIMIT) - dtb_size) // align * align
 
 
-def device_tree(board: Board, memory_size: int, cpus: int) -> bytes:
-    """The DTB of a board with ``memory_size`` bytes of RAM and ``cpus`` harts."""
+def device_tree(board: Board, memory_size: int, cpus: int, *, rdma: bool = False) -> bytes:
+    """The DTB of a board with ``memory_size`` bytes of RAM and ``cpus`` harts; ``rdma``: and the DMA engine."""
     fdt = Fdt()
     root = fdt.root
     root.strings("compatible", "riscv-virtio").strings("model", "riscv-virtio,qemu")
@@ -108,6 +115,10 @@ def device_tree(board: Board, memory_size: int, cpus: int) -> bytes:
     rtc = soc.child(f"rtc@{RTC.base:x}").strings("compatible", "google,goldfish-rtc").quads("reg", RTC.base, RTC.size)
     for node, source in ((serial, UART_SOURCE), (rtc, RTC_SOURCE)):
         node.cells("interrupts", source).cells("interrupt-parent", plic.phandle())
+    if rdma:
+        node = soc.child(f"{RDMA.name}@{RDMA.base:x}").strings("compatible", "xipvm,rdma")
+        node.quads("reg", RDMA.base, RDMA.size)
+        node.cells("interrupts", RDMA_SOURCE).cells("interrupt-parent", plic.phandle())
 
     test = soc.child(f"test@{FINISHER.base:x}").strings("compatible", "sifive,test1", "sifive,test0", "syscon")
     test.quads("reg", FINISHER.base, FINISHER.size)
@@ -129,4 +140,5 @@ BOARD = Board(
     flash=(FlashBank("flash0", 0x2000_0000, 32 << 20), FlashBank("flash1", 0x2200_0000, 32 << 20)),
     regions=(FINISHER, RTC, CLINT, PLIC, UART),
     builder=build,
+    optional=(RDMA,),
 )

@@ -48,6 +48,7 @@ def _hexadecimal(text: str) -> int:
 SIZE = Converted("size", parse_size)
 SECONDS = Converted("seconds", _seconds)
 _SECONDARY = "The secondary MMU behind which the guest runs: kvm, the default, or gru, which has TLBs only."
+_DEVICE = "A device beside the board's own: odp, a DMA engine that pins nothing. May be repeated."
 HEX = Converted("hex", _hexadecimal)
 
 
@@ -100,6 +101,7 @@ def cli() -> None:
     help="A flash image; stores go to the file, with snapshot=on nowhere. May be repeated.",
 )
 @click.option("--secondary", metavar="NAME", default="kvm", help=_SECONDARY)
+@click.option("--device", "devices", multiple=True, metavar="NAME", help=_DEVICE)
 @click.option(
     "--clock",
     type=click.Choice(["instructions", "host"]),
@@ -179,6 +181,7 @@ def run(**options: Any) -> int:
 @click.option("--until", metavar="TEXT", help="End when the input is used up and the guest prints TEXT.")
 @click.option("--max-instructions", type=click.IntRange(min=1), metavar="N", help="End at the block that reaches N.")
 @click.option("--secondary", metavar="NAME", default="kvm", help=_SECONDARY)
+@click.option("--device", "devices", multiple=True, metavar="NAME", help=_DEVICE)
 @click.option(
     "--protocol",
     type=click.Choice(["modern", "2008"]),

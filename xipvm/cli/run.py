@@ -27,6 +27,7 @@ def run_guest(
     smp: int,
     flash: tuple[str, ...],
     secondary: str,
+    devices: tuple[str, ...],
     clock: str,
     trace: str | None,
     check: bool,
@@ -84,6 +85,8 @@ def run_guest(
 
             info = _machine_info(guest, board, memory, smp, secondary=secondary, clock=clock)
             info |= {"protocol": protocol, "pin_sptes": pin_sptes, "hugetlb": hugetlb, "thp": thp}
+            if devices:
+                info["devices"] = sorted(devices)
             if storm is not None:
                 info["storm"] = storm
             recorder = Recorder(trace, machine=info, deferred=True, on_error=trace_failed)
@@ -97,6 +100,7 @@ def run_guest(
                 flash=options,
                 clock=clock,
                 secondary=secondary,
+                devices=devices,
                 trace=funnel,
                 console=console,
                 dtb=dtb,

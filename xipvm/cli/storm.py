@@ -35,6 +35,7 @@ def storm_guest(
     until: str | None,
     max_instructions: int | None,
     secondary: str,
+    devices: tuple[str, ...],
     protocol: str,
     thp: str,
     host_memory: int | None,
@@ -66,6 +67,7 @@ def storm_guest(
         host_memory,
         swap,
         secondary,
+        devices,
     )
     calm = run_once(job)
     if calm.reason == "interrupted":

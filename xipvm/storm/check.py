@@ -41,6 +41,7 @@ class Job:
     host_memory: int | None = None
     swap: str | None = None
     secondary: str = "kvm"
+    devices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,7 @@ def run_once(job: Job, storm: Storm | None = None, *, limit: int | None = None) 
         flash=[option._replace(snapshot=not option.readonly) for option in job.flash],
         console=Console(output, job.stdin),
         secondary=job.secondary,
+        devices=job.devices,
         thp=job.thp,
         protocol=job.protocol,
         host_memory=job.host_memory,
