@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from xipvm.address import parse_size
+from xipvm.cli.xip import xip
 
 
 class Converted(click.ParamType):  # type: ignore[type-arg] # generic only since click 8.2
@@ -365,6 +366,9 @@ def mutants(names: tuple[str, ...], how: str | None, runs: int, seed: int, as_js
     if how == "control":
         return control(runs=runs, seed=seed, as_json=as_json, quiet=quiet)
     return list_mutants(as_json=as_json)
+
+
+cli.add_command(xip)
 
 
 @cli.group(no_args_is_help=False)

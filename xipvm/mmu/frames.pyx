@@ -141,11 +141,14 @@ cdef class HostMemory:
 
     cdef FrameMeta *meta_of(self, uint64_t pfn) noexcept:
         cdef int i
+        cdef FrameMeta *meta
         if pfn < self.nr_frames:
             return &self.meta[pfn]
         for i in range(self.nr_regions):
             if pfn - self.regions[i].first < self.regions[i].count:
-                return &self.regions[i].meta[pfn - self.regions[i].first]
+                meta = &self.regions[i].meta[pfn - self.regions[i].first]
+                meta.flags |= DEVICE    # here, so that a large region takes memory only for what is used of it
+                return meta
         return NULL
 
     cdef uint8_t *bytes_of(self, uint64_t pfn) noexcept:
@@ -659,7 +662,6 @@ cdef class HostMemory:
         if self.nr_regions == MAX_REGIONS:
             raise HostMemoryError(size, f"no more than {MAX_REGIONS} device regions")
         cdef uint64_t first = FIRST_DEVICE
-        cdef uint64_t i
         cdef DeviceRegion *region
         if self.nr_regions:
             region = &self.regions[self.nr_regions - 1]
@@ -671,8 +673,6 @@ cdef class HostMemory:
         region.meta = <FrameMeta *>calloc(region.count, sizeof(FrameMeta))
         if region.meta == NULL:
             raise MemoryError
-        for i in range(region.count):
-            region.meta[i].flags = DEVICE
         self._keep[first] = keep
         self.nr_regions += 1
         return first

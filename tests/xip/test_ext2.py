@@ -1,0 +1,153 @@
+"""ext2 images as the command line shows and changes them; e2fsck has the last word."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from xipvm.cli.commands import cli
+from xipvm.errors import BadInput, MmError
+from xipvm.mmu.frames import HostMemory
+from xipvm.trace.funnel import Trace
+from xipvm.xip.open_file import OpenFile
+from xipvm.xip.volume import Volume, open_volume
+
+MakeImage = Callable[..., Path]
+Fsck = Callable[[Path], str]
+
+
+def xip(*words: str | Path, data: bytes = b"") -> bytes:
+    result = CliRunner().invoke(cli, ["xip", *map(str, words)], input=data, catch_exceptions=False)
+    assert result.exit_code == 0
+    return result.stdout_bytes
+
+
+class Mounted:
+    def __init__(self, image: Path) -> None:
+        self.host = HostMemory(1 << 20)
+        self.trace = Trace()
+        self.volume: Volume = open_volume(self.host, str(image))
+
+    def __enter__(self) -> Mounted:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.volume.close()
+        self.host.close()
+
+    def open(self, path: str, *, create: bool = False) -> OpenFile:
+        inode = self.volume.create(path) if create else self.volume.lookup(path)
+        return OpenFile(self.volume.file(self.host, self.trace, inode))
+
+
+def test_what_was_put_comes_out_again(make_image: MakeImage, fsck: Fsck) -> None:
+    image = make_image({"/boot/a": b"alpha"})
+    data = random.Random(1).randbytes(3_000_001)
+    xip("put", image, "-", "/boot/b", data=data)
+    assert xip("cat", image, "/boot/b") == data
+    assert xip("cat", image, "/boot/a") == b"alpha"
+    listed = json.loads(xip("ls", image, "/boot", "--json"))
+    assert {entry["name"]: entry["size"] for entry in listed} == {"a": 5, "b": 3_000_001}
+    assert fsck(image) == ""
+
+
+def test_a_full_image_is_an_error_and_stays_whole(make_image: MakeImage, fsck: Fsck) -> None:
+    image = make_image(size="1M")
+    with pytest.raises(BadInput, match="ENOSPC"):
+        xip("put", image, "-", "/big", data=random.Random(2).randbytes(2 << 20))
+    assert b"big" not in xip("ls", image)
+    assert fsck(image) == ""
+
+
+def test_zeros_become_holes_and_truncation_frees(make_image: MakeImage, fsck: Fsck) -> None:
+    image = make_image()
+    xip("put", image, "-", "/sparse", data=bytes(1 << 20) + b"end")
+    with Mounted(image) as mounted:
+        inode = mounted.volume.lookup("/sparse")
+        assert [(page, count) for page, _, count in mounted.volume.extents(inode)] == [(256, 1)]
+    xip("truncate", image, "/sparse", "3")
+    assert xip("cat", image, "/sparse") == bytes(3)
+    with Mounted(image) as mounted:
+        assert mounted.volume.status(mounted.volume.lookup("/sparse")).sectors == 0
+    assert fsck(image) == ""
+
+
+@pytest.mark.parametrize("page", [11, 12, 12 + 1023, 12 + 1024, 12 + 1024 + 1024**2 - 1, 12 + 1024 + 1024**2])
+def test_each_depth_of_indirect_blocks(make_image: MakeImage, fsck: Fsck, page: int) -> None:
+    image = make_image()
+    with Mounted(image) as mounted:
+        file = mounted.open("/deep", create=True)
+        file.lseek(page << 12)
+        file.put(b"here")
+        file.lseek(page << 12)
+        assert file.get(4) == b"here"
+    assert fsck(image) == ""
+    with Mounted(image) as mounted:
+        mounted.open("/deep").file.truncate(0)
+        assert mounted.volume.status(mounted.volume.lookup("/deep")).sectors == 0
+    assert fsck(image) == ""
+
+
+def test_directories_grow_and_shrink(make_image: MakeImage, fsck: Fsck) -> None:
+    image = make_image()
+    with Mounted(image) as mounted:
+        volume = mounted.volume
+        volume.mkdir("/many")
+        names = {f"{'long-' * 20}{n}" for n in range(120)}
+        for name in sorted(names):
+            volume.create(f"/many/{name}")
+        assert {name for name, _ in volume.names(volume.lookup("/many"))} == names
+        with pytest.raises(MmError, match="ENOTEMPTY"):
+            volume.unlink("/many")
+        with pytest.raises(MmError, match="EEXIST"):
+            volume.mkdir("/many")
+        for name in sorted(names)[::2]:
+            volume.unlink(f"/many/{name}")
+    assert fsck(image) == ""
+    with Mounted(image) as mounted:
+        for name, _ in list(mounted.volume.names(mounted.volume.lookup("/many"))):
+            mounted.volume.unlink(f"/many/{name}")
+        mounted.volume.unlink("/many")
+    assert fsck(image) == ""
+
+
+def test_a_large_image_takes_memory_only_for_what_is_touched(make_image: MakeImage, fsck: Fsck) -> None:
+    image = make_image({"/small": b"x"}, "64G", "-N", "1024")
+    with Mounted(image) as mounted:
+        file = mounted.open("/far", create=True)
+        file.lseek(40 << 30)
+        file.put(b"far away")
+        file.lseek(40 << 30)
+        assert file.get(8) == b"far away"
+    assert image.stat().st_blocks * 512 < 64 << 20
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [(("-b", "1024"), "mke2fs -b 4096"), (("-O", "extents"), "extents")],
+)
+def test_other_file_systems_are_named(make_image: MakeImage, options: tuple[str, ...], complaint: str) -> None:
+    with pytest.raises(BadInput, match=complaint):
+        xip("ls", make_image({}, "8M", *options))
+
+
+def test_what_is_no_image(tmp_path: Path) -> None:
+    path = tmp_path / "not"
+    path.write_bytes(b"\x7fELF" * 1000)
+    with pytest.raises(BadInput, match="is no ext2 image"):
+        xip("ls", path)
+    with pytest.raises(BadInput, match="no such file"):
+        xip("ls", tmp_path / "missing")
+
+
+def test_a_cut_image(make_image: MakeImage) -> None:
+    image = make_image()
+    with image.open("r+b") as file:
+        file.truncate(1 << 20)
+    with pytest.raises(BadInput, match="cut short"):
+        xip("ls", image)

@@ -1,0 +1,187 @@
+"""``xipvm xip``: looking into images whose files can be used in place, and changing them."""
+
+from __future__ import annotations
+
+import os
+import stat
+import sys
+import time
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from xipvm.mmu.frames import HostMemory
+    from xipvm.trace.funnel import Trace
+    from xipvm.xip.filemap import XipFile
+    from xipvm.xip.volume import Status, Volume
+
+_CHUNK = 1 << 20
+
+
+@click.group(no_args_is_help=False)
+def xip() -> None:
+    """Look into images of files that are used in place (ext2), and change them."""
+
+
+@xip.command()
+@click.argument("image")
+@click.argument("path", default="/")
+@click.option("--json", "as_json", is_flag=True, help="As a JSON list.")
+def ls(image: str, path: str, as_json: bool) -> None:
+    """List a directory of IMAGE, or one file."""
+    from xipvm.cli.output import print_json, print_table
+
+    with _volume(image, read_only=True) as (volume, _, _):
+        inode = volume.lookup(path)
+        found = list(volume.names(inode)) if volume.status(inode).letter == "d" else [(path, inode)]
+        rows = []
+        for name, member in sorted(found, key=lambda pair: pair[0]):
+            status = volume.status(member)
+            rows.append((status, f"{name} -> {status.target}" if status.target else name))
+    if as_json:
+        print_json(
+            [{"name": name, "mode": _mode(s), "links": s.links, "size": s.size, "mtime": s.mtime} for s, name in rows]
+        )
+        return
+    print_table(
+        ("mode", "links", "size", "used", "modified", "name"),
+        [(_mode(s), str(s.links), str(s.size), str(s.sectors * 512), _when(s.mtime), name) for s, name in rows],
+    )
+
+
+@xip.command()
+@click.argument("image")
+@click.argument("path")
+def cat(image: str, path: str) -> None:
+    """Print a file of IMAGE."""
+    from xipvm.xip.open_file import OpenFile
+
+    with _volume(image, read_only=True) as (volume, host, trace):
+        file = OpenFile(volume.file(host, trace, volume.lookup(path)), os.O_RDONLY)
+        while data := file.get(_CHUNK):
+            sys.stdout.buffer.write(data)
+        sys.stdout.buffer.flush()
+
+
+@xip.command()
+@click.argument("image")
+@click.argument("source")
+@click.argument("path")
+@click.option("--force", is_flag=True, help="Replace an existing file.")
+def put(image: str, source: str, path: str, force: bool) -> None:
+    """Copy the file SOURCE (- for standard input) to PATH in IMAGE; runs of zeros become holes."""
+    from xipvm.errors import BadInput, MmError
+
+    with _volume(image) as (volume, host, trace):
+        try:
+            inode = volume.lookup(path)
+            if volume.status(inode).letter == "d":
+                path = f"{path.rstrip('/')}/{os.path.basename(source)}"
+                inode = volume.lookup(path)
+        except MmError as error:
+            if error.errno != 2:
+                raise
+            inode, new = volume.create(path), True
+        else:
+            new = False
+            if not force:
+                raise BadInput(f"{image}: {path} exists; --force replaces it")
+        file = volume.file(host, trace, inode)
+        try:
+            file.truncate(0)
+            with sys.stdin.buffer if source == "-" else _source(source) as data:
+                _copy(data, file)
+        except BaseException:
+            if new:
+                volume.unlink(path)
+            raise
+        print(f"{path}: {file.size} bytes, {volume.status(inode).sectors * 512} used")
+
+
+def _source(path: str) -> Any:
+    from xipvm.errors import BadInput
+
+    try:
+        return open(path, "rb")
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def _copy(source: Any, file: XipFile) -> None:
+    from xipvm.address import PAGE_SIZE
+    from xipvm.xip.open_file import OpenFile
+
+    target, zeros = OpenFile(file), bytes(PAGE_SIZE)
+    while data := source.read(PAGE_SIZE):
+        if data == zeros[: len(data)]:
+            target.lseek(len(data), os.SEEK_CUR)
+        else:
+            target.put(data)
+    if target.pos > file.size:
+        file.truncate(target.pos)
+
+
+@xip.command()
+@click.argument("image")
+@click.argument("path")
+@click.argument("size")
+def truncate(image: str, path: str, size: str) -> None:
+    """Make a file of IMAGE so long, such as 64K; what it gains is a hole."""
+    from xipvm.address import parse_size
+    from xipvm.errors import BadInput
+
+    try:
+        wanted = 0 if size == "0" else parse_size(size)
+    except ValueError as error:
+        raise BadInput(str(error)) from None
+    with _volume(image) as (volume, host, trace):
+        volume.file(host, trace, volume.lookup(path)).truncate(wanted)
+
+
+@xip.command()
+@click.argument("image")
+@click.argument("path")
+def mkdir(image: str, path: str) -> None:
+    """Make a directory in IMAGE."""
+    with _volume(image) as (volume, _, _):
+        volume.mkdir(path)
+
+
+@xip.command()
+@click.argument("image")
+@click.argument("path")
+def rm(image: str, path: str) -> None:
+    """Remove a file, or an empty directory, of IMAGE."""
+    with _volume(image) as (volume, _, _):
+        volume.unlink(path)
+
+
+@contextmanager
+def _volume(image: str, *, read_only: bool = False) -> Iterator[tuple[Volume, HostMemory, Trace]]:
+    from xipvm.errors import BadInput, MmError
+    from xipvm.mmu.frames import HostMemory
+    from xipvm.trace.funnel import Trace
+    from xipvm.xip.volume import open_volume
+
+    host = HostMemory(1 << 20)
+    try:
+        with open_volume(host, image, read_only=read_only) as volume:
+            if not volume.clean:
+                print(f"xipvm: {image}: was not put away properly; e2fsck -f repairs it", file=sys.stderr)
+            yield volume, host, Trace()
+    except MmError as error:
+        raise BadInput(f"{image}: {error}") from None
+    finally:
+        host.close()
+
+
+def _mode(status: Status) -> str:
+    return status.letter + stat.filemode(status.rights)[1:]
+
+
+def _when(seconds: int) -> str:
+    return time.strftime("%Y-%m-%d %H:%M", time.gmtime(seconds))

@@ -1,0 +1,132 @@
+"""A file system in an image: names, and one XIP file for each inode that is open.
+
+:func:`open_volume` finds out what an image is by its magic number.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, NamedTuple, Self
+
+from xipvm.errors import MmError, XipImageError
+from xipvm.xip.dax import DaxFile
+from xipvm.xip.filemap import XipFile
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from xipvm.mmu.frames import HostMemory
+    from xipvm.trace.funnel import Trace
+    from xipvm.xip.inode import XipInode
+
+FORMS: dict[str, type[XipFile]] = {"2008": XipFile, "modern": DaxFile}
+"""What a file is under each notifier protocol."""
+
+
+class Status(NamedTuple):
+    """What ``ls -l`` shows of a file."""
+
+    letter: str
+    """``d``, ``-``, ``l``, or ``?``."""
+    rights: int
+    links: int
+    size: int
+    sectors: int
+    """Of 512 bytes, those of the file system's own included."""
+    mtime: int
+    """Seconds since 1970."""
+    target: str = ""
+    """Where a symbolic link leads."""
+
+
+class Volume(ABC):
+    """A file system, in the image at ``path``. Paths of files are absolute, as text."""
+
+    kind: str
+    path: str
+    read_only: bool
+    clean = True
+    """It was put away properly the last time."""
+
+    def __init__(self) -> None:
+        self._files: dict[XipInode, XipFile] = {}
+
+    @abstractmethod
+    def lookup(self, path: str, *, follow: bool = True) -> XipInode:
+        """What ``path`` names. Raises MmError ENOENT, ENOTDIR, ELOOP, EUCLEAN."""
+
+    @abstractmethod
+    def names(self, directory: XipInode) -> Iterator[tuple[str, XipInode]]:
+        """What is in a directory, without ``.`` and ``..``. Raises MmError ENOTDIR, EUCLEAN."""
+
+    @abstractmethod
+    def status(self, inode: XipInode) -> Status:
+        """What is known of a file."""
+
+    @abstractmethod
+    def extents(self, inode: XipInode) -> Iterator[tuple[int, int, int]]:
+        """A file's blocks as runs of (first page, first block of the device, count), ascending. Raises MmError."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Puts the image away; none of its files is mapped any more. A second call does nothing."""
+
+    def create(self, path: str) -> XipInode:
+        """A new empty file. Raises MmError EROFS, EEXIST, ENOENT, ENOSPC."""
+        raise MmError(errno.EROFS, self.path)
+
+    def mkdir(self, path: str) -> XipInode:
+        """A new empty directory. Raises MmError as :meth:`create` does."""
+        raise MmError(errno.EROFS, self.path)
+
+    def unlink(self, path: str) -> None:
+        """Takes a file's name away, and an empty directory. Raises MmError EBUSY (mapped), EROFS, ENOENT, ENOTEMPTY."""
+        raise MmError(errno.EROFS, self.path)
+
+    def file(self, host: HostMemory, trace: Trace, inode: XipInode, protocol: str = "modern") -> XipFile:
+        """``inode`` as a file to read, write and map; the same one for everybody. Raises MmError EISDIR, EINVAL."""
+        letter = self.status(inode).letter
+        if letter != "-":
+            raise MmError(errno.EISDIR if letter == "d" else errno.EINVAL, inode.name)
+        if inode not in self._files:
+            self._files[inode] = FORMS[protocol](host, trace, inode)
+        return self._files[inode]
+
+    def forget(self, inode: XipInode) -> None:
+        """``inode`` is about to go away. Raises MmError EBUSY while it is mapped."""
+        file = self._files.get(inode)
+        if file is not None and file.areas:
+            raise MmError(errno.EBUSY, inode.name)
+        self._files.pop(inode, None)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+
+def open_volume(
+    host: HostMemory,
+    path: str,
+    *,
+    read_only: bool = False,
+    snapshot: bool = False,
+    now: Callable[[], int] | None = None,
+) -> Volume:
+    """The file system in the image at ``path``. Raises XipImageError."""
+    from xipvm.xip.ext2.layout import MAGIC, SUPERBLOCK_AT
+    from xipvm.xip.ext2.tree import Ext2Volume
+
+    try:
+        with open(path, "rb") as file:
+            head = file.read(SUPERBLOCK_AT + 64)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise XipImageError(path, str(reason).lower()) from None
+    if int.from_bytes(head[SUPERBLOCK_AT + 56 : SUPERBLOCK_AT + 58], "little") == MAGIC:
+        return Ext2Volume(host, path, read_only=read_only, snapshot=snapshot, now=now)
+    raise XipImageError(path, f"is no ext2 image{'' if os.path.getsize(path) else ': it is empty'}")
