@@ -6,7 +6,8 @@ from xipvm.mutants import kvm as _kvm
 from xipvm.mutants import mm as _mm
 from xipvm.mutants import notifier as _notifier
 from xipvm.mutants import protocol_2008 as _protocol_2008
+from xipvm.mutants import xpmem as _xpmem
 from xipvm.mutants.mutant import MUTANTS, Mutant, get, planted
 
 __all__ = ["MUTANTS", "Mutant", "get", "planted"]
-del _cpu, _intervals, _kvm, _mm, _notifier, _protocol_2008
+del _cpu, _intervals, _kvm, _mm, _notifier, _protocol_2008, _xpmem

@@ -590,7 +590,11 @@ class MmuNotifiers:
         return errors
 
     def _end(self, notifier: Any, range: MmuNotifierRange) -> None:
-        notifier.invalidate_range_end(range)
+        if range.blockable:
+            notifier.invalidate_range_end(range)
+            return
+        with atomic("a range that may not block"):
+            notifier.invalidate_range_end(range)
 
     def _emit(self, kind: str, range: MmuNotifierRange) -> int:
         return self._mm.trace.emit(

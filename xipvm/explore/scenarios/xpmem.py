@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, Final
 
-from xipvm.actors import point, wait
+from xipvm.actors import wait
 from xipvm.address import PAGE_SIZE
 from xipvm.errors import MmError
 from xipvm.explore.scenarios.faults import NEW, OLD, RW
@@ -23,6 +23,7 @@ from xipvm.mmu.page_cache import ShmemFile
 from xipvm.mmu.pageout import pageout
 from xipvm.mmu.secondary.xpmem import Xpmem
 from xipvm.mmu.vma import MAP_SHARED, PROT_READ
+from xipvm.mmu.zap import MmuGather
 from xipvm.notifier import RangeEvent
 from xipvm.xpmem.link import ActorLink
 from xipvm.xpmem.node import NodeAttachment, OwnerGoneError, XpmemNode
@@ -259,6 +260,40 @@ def remote_that_is_silent(scene: Scene) -> None:
     there.run(answering=False)
 
 
+@scenario(protocols=("modern",))
+def remote_that_is_silent_to_the_reaper(scene: Scene) -> None:
+    """Nobody waits for a node when the reaper takes a page; later somebody does, in vain, and it is cut off."""
+    there = furnish(scene)
+    mm, hva = there.mm, there.hva
+    there.node_end.serve = None
+
+    def remote() -> None:
+        with suppress(OwnerGoneError):
+            there.sees(OLD, page=1)
+            there.sees(OLD, page=1)
+
+    def host() -> None:
+        reap(mm, hva + PAGE_SIZE, hva + 2 * PAGE_SIZE)
+        mm.madvise(hva, PAGE_SIZE, MADV_DONTNEED)
+
+    there.actor("host", host)
+    there.actor("node0", remote)
+    there.actor("patience", there.owner_end.lose_patience)
+    scene.afterwards(lambda: check_fenced(there))
+    there.run(answering=False)
+
+
+def reap(mm: Mm, start: int, end: int) -> None:
+    """Takes pages away as the OOM reaper does, who may not block."""
+    gather = MmuGather(mm)
+    range = mm.notifiers.invalidate_range_start(start, end, RangeEvent.UNMAP, blockable=False)
+    try:
+        gather.zap(start, end)
+    finally:
+        mm.notifiers.invalidate_range_end(range)
+    gather.finish()
+
+
 def check_fenced(there: Partition) -> None:
     """Raises AssertionError unless the node was cut off."""
     assert there.remote.fenced, "the node was not cut off"
@@ -295,12 +330,7 @@ def remote_and_a_range_that_may_not_block(scene: Scene) -> None:
     there = furnish(scene)
     mm, hva = there.mm, there.hva
 
-    def reaper() -> None:
-        range = mm.notifiers.invalidate_range_start(hva, hva + PAGE_SIZE, RangeEvent.UNMAP, blockable=False)
-        point("reaper.started")
-        mm.notifiers.invalidate_range_end(range)
-
-    there.actor("oom_reaper", reaper)
+    there.actor("oom_reaper", reap, mm, hva, hva + PAGE_SIZE)
     there.actor("host", mm.madvise, hva, PAGES * PAGE_SIZE, MADV_DONTNEED)
     there.actor("node0", there.sees, OLD, GONE)
     there.run()
