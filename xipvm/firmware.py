@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from xipvm.cpu.services import read_virtual
 from xipvm.devices.semihosting import Semihosting
 from xipvm.errors import BadInput, GuestError
 
@@ -20,7 +21,8 @@ class Firmware:
 
     def __init__(self, machine: Machine) -> None:
         self._machine = machine
-        self._semihosting = Semihosting(machine.read_physical, machine.console, machine.request_exit)
+        self._semihosting = Semihosting(self._read_argument, machine.console, machine.request_exit)
+        self._caller: Vcpu
 
     def firmware_call(self, vcpu: Vcpu, arguments: list[int]) -> int | None:
         """PSCI."""
@@ -30,7 +32,12 @@ class Firmware:
 
     def semihosting_call(self, vcpu: Vcpu, operation: int, argument: int) -> int:
         """A call to the debugger."""
+        self._caller = vcpu
         return self._semihosting.call(operation, argument)
+
+    def _read_argument(self, gva: int, size: int) -> bytes | None:
+        """What the semihosting call that is made points to."""
+        return read_virtual(self._caller.engine, self._machine.read_physical, gva, size)
 
     def read_timer(self, vcpu: Vcpu, name: str, ticks: int) -> int:
         """A timer register; on RISC-V ``time``."""
@@ -66,12 +73,12 @@ class Firmware:
             return False
         return True
 
-    def check_fetch(self, vcpu: Vcpu, gva: int) -> None:
+    def check_fetch(self, vcpu: Vcpu, gpa: int) -> None:
         """A fetch from flash that is not in read-array mode is an error of its own."""
         for memory in self._machine.flash:
-            if memory.contains(gva) and not memory.device.array_mode:
+            if memory.contains(gpa) and not memory.device.array_mode:
                 raise GuestError(
-                    f"fetch from {gva:#x} in {memory.device.name}, which is not in read-array mode: "
+                    f"fetch from {gpa:#x} in {memory.device.name}, which is not in read-array mode: "
                     f"{memory.device.describe()}"
                 )
 

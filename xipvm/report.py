@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from xipvm.address import PAGE_SHIFT
+from xipvm.cpu import core
+from xipvm.cpu.services import read_virtual
 from xipvm.cpu.vcpu import ACCESS_NAMES
 from xipvm.errors import GuestError
 
@@ -77,7 +79,7 @@ def crash_report(machine: Machine, vcpu: Vcpu, error: GuestError) -> CrashReport
         pc=pc,
         where=_symbol(machine, pc),
         registers=vcpu.isa.registers(),
-        code=_disassemble(machine, pc),
+        code=_disassemble(machine, vcpu, pc),
     )
     if vcpu.last_exception is not None:
         what, origin = vcpu.last_exception
@@ -92,8 +94,12 @@ def crash_report(machine: Machine, vcpu: Vcpu, error: GuestError) -> CrashReport
             address = vcpu.fault_address
         report.access = ACCESS_NAMES[engine.fault_access]
         report.address = address
-        report.translation = _translation(machine, address)
-        report.history = _history(machine, address)
+        gpa, fault, level, entry = engine.translate(address, core.READ, machine.read_physical)
+        if entry:
+            report.translation.append(("guest", f"entry {entry:#x} of level {level}"))
+        if fault < 0:
+            report.translation += _translation(machine, gpa)
+            report.history = _history(machine, gpa)
     return report
 
 
@@ -101,7 +107,7 @@ def _symbol(machine: Machine, address: int) -> str | None:
     return None if machine.image is None else machine.image.describe(address)
 
 
-def _disassemble(machine: Machine, pc: int) -> list[tuple[int, bytes, str]]:
+def _disassemble(machine: Machine, vcpu: Vcpu, pc: int) -> list[tuple[int, bytes, str]]:
     import capstone
 
     if machine.board.isa == "arm64":
@@ -109,9 +115,9 @@ def _disassemble(machine: Machine, pc: int) -> list[tuple[int, bytes, str]]:
     else:
         engine = capstone.Cs(capstone.CS_ARCH_RISCV, capstone.CS_MODE_RISCV64 | capstone.CS_MODE_RISCVC)
     start = max(pc - BEFORE, 0)
-    raw = machine.read_physical(start, pc - start + AFTER)
+    raw = read_virtual(vcpu.engine, machine.read_physical, start, pc - start + AFTER, core.FETCH)
     if raw is None:
-        start, raw = pc, machine.read_physical(pc, 4)
+        start, raw = pc, read_virtual(vcpu.engine, machine.read_physical, pc, 4, core.FETCH)
     if raw is None:
         return []
     engine.skipdata = True

@@ -123,7 +123,7 @@ def test_a_value_that_is_no_number(either: Box) -> None:
     [
         pytest.param(a64.mrs(2, (3, 3, 14, 2, 1)), id="mrs"),
         pytest.param(a64.msr((3, 3, 14, 2, 1), 2), id="msr"),
-        pytest.param(0xD508871F, id="tlbi vmalle1"),
+        pytest.param(0xD5087800, id="at s1e1r"),
     ],
 )
 @pytest.mark.parametrize("on_clock", [True, False], ids=["counted", "uncounted"])

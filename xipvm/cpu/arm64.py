@@ -12,9 +12,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from xipvm.cpu import core, paging
+from xipvm.cpu import core
 from xipvm.cpu.effective import arm64_address, fault_address
-from xipvm.cpu.services import CpuServices, read_code
+from xipvm.cpu.services import FAULTS, OFFSET_MASK, CpuServices, read_code
 from xipvm.cpu.vcpu import ACCESS_NAMES, Leave
 from xipvm.errors import GuestError
 
@@ -29,6 +29,14 @@ EXCP_HVC, EXCP_SMC, EXCP_SEMIHOST = 11, 13, 16
 EC_UNKNOWN, EC_SVC64, EC_IABT, EC_PC_ALIGN, EC_DABT, EC_BRK64 = 0x00, 0x15, 0x20, 0x22, 0x24, 0x3C
 IL = 1 << 25
 FSC_EXTERNAL = 0x10  # synchronous external abort, not on a table walk
+#: Fault status codes that have the level of the walk in their low bits, by ``fault_kind``.
+FSC = {
+    core.FAULT_ADDRESS_SIZE: 0x00,
+    core.FAULT_TRANSLATION: 0x04,
+    core.FAULT_ACCESS_FLAG: 0x08,
+    core.FAULT_PERMISSION: 0x0C,
+    core.FAULT_WALK: 0x14,
+}
 FSC_ALIGNMENT = 0x21
 WNR = 1 << 6
 
@@ -45,8 +53,11 @@ SP_EL0 = (3, 0, 4, 1, 0)
 SP_EL1 = (3, 4, 4, 1, 0)
 SCTLR_EL1 = (3, 0, 1, 0, 0)
 TTBR0_EL1 = (3, 0, 2, 0, 0)
+TTBR1_EL1 = (3, 0, 2, 0, 1)
 TCR_EL1 = (3, 0, 2, 0, 2)
-TCR_EPD1 = 1 << 23
+PAR_EL1 = (3, 0, 7, 4, 0)
+MAIR_EL1 = (3, 0, 10, 2, 0)
+PAR_RES1 = 1 << 11
 MPIDR_EL1 = (3, 0, 0, 0, 5)
 PMCCNTR_EL0 = (3, 3, 9, 13, 0)
 
@@ -72,6 +83,9 @@ _REPORTED = (
     ("elr_el1", ELR_EL1),
     ("vbar_el1", VBAR_EL1),
     ("sctlr_el1", SCTLR_EL1),
+    ("tcr_el1", TCR_EL1),
+    ("ttbr0_el1", TTBR0_EL1),
+    ("ttbr1_el1", TTBR1_EL1),
 )
 
 _X = [core.ARM64_X0 + n for n in range(29)] + [core.ARM64_X29, core.ARM64_X30]
@@ -110,23 +124,25 @@ class Arm64:
     # Exceptions
 
     def memory_fault(self, gva: int, access: int, pc: int) -> None:
-        """An external abort: instruction abort for a fetch, else data abort.
-
-        A GuestError where the guest's tables turn out to map addresses elsewhere: a new entry needs no TLB maintenance.
-        """
-        self._check_paging()
-        if gva >> 63 and self.engine.cp_reg(*SCTLR_EL1) & 1 and not self.engine.cp_reg(*TCR_EL1) & TCR_EPD1:
-            raise GuestError(
-                f"the guest uses {gva:#x}, which TTBR1 maps; only identity maps are followed on this board"
-            )
+        """An abort, external or of the guest's translation: instruction abort for a fetch, else data abort."""
+        kind = self.engine.fault_kind
+        why = FAULTS[kind]
+        if kind == core.FAULT_GRANULE:
+            raise GuestError(f"{ACCESS_NAMES[access]} at {gva:#x}, {why}")
+        fsc = self._fault_status(kind, self.engine.fault_level)
         if access == core.FETCH:
             self.vcpu.fault_address = pc
-            self.services.check_fetch(self.vcpu, pc)
-            self._enter(EC_IABT, FSC_EXTERNAL, pc, pc, f"fetch from {pc:#x}, where no memory answers")
+            if kind == core.FAULT_ABSENT:
+                self.services.check_fetch(self.vcpu, self.engine.fault_gpa | pc & OFFSET_MASK)
+            self._enter(EC_IABT, fsc, pc, pc, f"fetch from {pc:#x}, {why}")
             return
         far = self.vcpu.fault_address = fault_address(gva, self._accessed(pc))
-        what = f"{ACCESS_NAMES[access]} at {far:#x}, where no memory answers"
-        self._enter(EC_DABT, FSC_EXTERNAL | (WNR if access == core.WRITE else 0), pc, far, what)
+        what = f"{ACCESS_NAMES[access]} at {far:#x}, {why}"
+        self._enter(EC_DABT, fsc | (WNR if access == core.WRITE else 0), pc, far, what)
+
+    @staticmethod
+    def _fault_status(kind: int, level: int) -> int:
+        return FSC_EXTERNAL if kind == core.FAULT_ABSENT else FSC[kind] | level
 
     def exception(self, number: int, pc: int) -> None:
         """SVC, HVC, SMC, BRK, undefined instructions, alignment faults."""
@@ -244,7 +260,7 @@ class Arm64:
     # System registers
 
     def _sysreg(self, op0: int, op1: int, crn: int, crm: int, op2: int, value: int | None) -> int | None:
-        """Answer an MRS (``value`` None), or do an MSR or TLB maintenance; None leaves it to the engine."""
+        """Answer an MRS (``value`` None), or do an MSR or an AT; None leaves it to the engine."""
         key = (op0, op1, crn, crm, op2)
         if crn == 14:
             name = TIMER_REGISTERS.get(key)
@@ -256,22 +272,24 @@ class Arm64:
             return 0
         if key == PMCCNTR_EL0 and value is None:
             return self.services.cycles(self.vcpu, self.engine.ticks_at(self.pc()))
-        if crn in (1, 2, 8) and value is not None:
-            self._check_paging(key, value)
+        if op0 == 1 and op1 == 0 and op2 < 4 and value is not None and int(self.engine.reg(core.ARM64_PSTATE)) & 0xC:
+            self._translate(op2, value)
+            return 0
         return None
 
-    def _check_paging(self, key: tuple[int, ...] = (), value: int = 0) -> None:
-        """Only an identity map can be followed; ``key`` is a register that the guest is about to write."""
-        state = {
-            register: value if register == key else int(self.engine.cp_reg(*register))
-            for register in (SCTLR_EL1, TTBR0_EL1, TCR_EL1)
-        }
-        if not state[SCTLR_EL1] & 1:
+    def _translate(self, op2: int, gva: int) -> None:
+        """AT S1E1R, S1E1W, S1E0R, S1E0W. The engine would look for the tables in the host's frames."""
+        engine = self.engine
+        access = core.WRITE if op2 & 1 else core.READ
+        gpa, kind, level, leaf = engine.translate(gva, access, self.services.read_physical, privilege=not op2 & 2)
+        if kind == core.FAULT_GRANULE:
+            raise GuestError(f"translation of {gva:#x} {FAULTS[kind]}")
+        if kind >= 0:
+            engine.set_cp_reg(*PAR_EL1, PAR_RES1 | self._fault_status(kind, level) << 1 | 1)
             return
-        different = paging.arm64_not_identity(state[TTBR0_EL1], state[TCR_EL1], self.services.read_physical)
-        if different is not None:
-            gva, gpa = different
-            raise GuestError(f"the guest maps {gva:#x} to {gpa:#x}; only identity maps are followed on this board")
+        attributes = int(engine.cp_reg(*MAIR_EL1)) >> 8 * (leaf >> 2 & 7) & 0xFF if leaf else 0
+        shareable = leaf >> 8 & 3
+        engine.set_cp_reg(*PAR_EL1, attributes << 56 | gpa & ~OFFSET_MASK | PAR_RES1 | shareable << 7)
 
     # Reports
 

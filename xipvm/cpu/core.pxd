@@ -8,8 +8,9 @@ cdef struct BlockLength:            # how many instructions a block has, where t
     uint64_t pc
     uint32_t size
     uint32_t count
-    uint64_t generation
+    uint64_t generation             # shifted left by one; bit 0: translated by the guest's tables
     uint8_t *code                   # its bytes, in host memory
+    uint32_t returns                # ends with SRET or MRET
 
 cdef struct Scanned:                # a page that was searched for instructions that need a hook
     uint64_t gfn
@@ -42,6 +43,8 @@ cdef struct Hot:                    # what the block hook touches, away from the
     uint32_t polled                 # a block hook looks at `kick`; else the engine is stopped
     uint8_t *block_code             # where every instruction has a length of its own
     uint8_t *code                   # what count_block looked at last
+    uint32_t paged                  # the code that runs is translated by the guest's tables
+    uint32_t returned               # the privilege may have changed with the last block (RISC-V)
     uint64_t generation             # of translated code: counts and scans made before are void
     void *engine
 
@@ -69,7 +72,13 @@ cdef class Engine:
     cdef bint keep                  # entries stay in `sptes`
     cdef Dropin dropins[32]         # where they do not: those of the miss in progress
     cdef int nr_dropins
-    cdef dict fetched               # where they do not: frame by page, as last handed out for execution
+    cdef dict fetched               # gfn and pfn by (page, paged) as last handed out for execution, where `sptes` do not say
+    cdef uint64_t[4] regime         # SCTLR, TTBR0, TTBR1, TCR; or satp
+    cdef bint regime_stale          # one of them was written
+    cdef bint translating           # the guest has turned its tables on (RISC-V: for S and U mode)
+    cdef int physical_bits
+    cdef object probe               # reads guest memory for a walk that must not fault anything in
+    cdef object probe_error
     cdef uint64_t flush_generation
     cdef uint64_t fills, grow_at    # since the last flush, and how many of them make the TLB grow
     cdef public int64_t time_offset # virtual time of the machine minus ticks
@@ -87,6 +96,9 @@ cdef class Engine:
     cdef readonly bint faulted
     cdef readonly uint64_t fault_address
     cdef readonly int fault_access
+    cdef readonly int fault_kind
+    cdef readonly int fault_level
+    cdef readonly uint64_t fault_gpa
     cdef readonly int64_t interrupt
     cdef readonly bint invalid_insn
     cdef public object error        # exception raised in a callback
@@ -103,7 +115,9 @@ cdef class Engine:
     cdef void drop(self, uint64_t pfn) noexcept
     cdef void drop_stale(self) noexcept
     cdef uint64_t entry_of(self, uint64_t gfn) noexcept
-    cdef bint hand_out(self, uint64_t vaddr, uint64_t entry, uint64_t gfn, int access, uc_tlb_entry *result) noexcept
+    cdef bint hand_out(self, uint64_t vaddr, uint64_t entry, uint64_t gfn, int access, int allowed, uc_tlb_entry *result) noexcept
+    cdef bint no_entry(self, uint64_t vaddr, int access, int kind, int level) noexcept
+    cdef void forget_gva(self) noexcept
     cdef bint fill(self, uint64_t vaddr, int access, uc_tlb_entry *result) noexcept
     cdef uint32_t count_block(self, uint64_t pc, uint32_t size) noexcept
     cdef uint8_t *code_at(self, uint64_t gva) noexcept

@@ -30,6 +30,16 @@ KICK_EXIT: int
 KICK_SIGNAL: int
 KICK_WATCH: int
 
+#: Why an access faulted: nothing answers at its gpa; the guest's tables have no valid entry, an access flag that is not
+#: set, too few rights, too large an address; no memory where a table should be; tables of a granule that is not walked.
+FAULT_ABSENT: int
+FAULT_TRANSLATION: int
+FAULT_ACCESS_FLAG: int
+FAULT_PERMISSION: int
+FAULT_ADDRESS_SIZE: int
+FAULT_WALK: int
+FAULT_GRANULE: int
+
 SIGALRM_NUMBER: int
 #: The engine-physical address at which the device bus begins.
 MMIO_BASE: int
@@ -118,16 +128,22 @@ class Engine:
     time_offset: int
     """Virtual time of the machine minus ``ticks``, ns: what the guest's counters are answered from."""
     faulted: bool
-    """Whether the last run ended with a fault; then ``fault_address`` is its page and ``fault_access`` its kind."""
+    """Whether the last run ended with a fault; then ``fault_address`` is its page and ``fault_access`` its access."""
     fault_address: int
     fault_access: int
+    fault_kind: int
+    """FAULT_*."""
+    fault_level: int
+    """Of the guest's tables: 0 for the last on RISC-V, for the first on AArch64."""
+    fault_gpa: int
+    """FAULT_ABSENT: the page of guest physical memory that nothing answers."""
     interrupt: int
     """Number of the exception that ended the last run, -1 for none."""
     invalid_insn: bool
     error: BaseException | None
 
     on_miss: Callable[[int, int], int] | None
-    """(address, access) -> RETRY_WALK, MMIO or FAULT. The walk starts over after RETRY_WALK."""
+    """(page's gpa, access) -> RETRY_WALK, MMIO or FAULT. The walk starts over after RETRY_WALK."""
     on_read: Callable[[int, int], int] | None
     """(gpa, size of 1, 2 or 4) -> value."""
     on_write: Callable[[int, int, int], None] | None
@@ -146,7 +162,7 @@ class Engine:
     def bind(self, group: EngineGroup, sptes: PageTable, *, keep: bool = True) -> None:
         """Joins a machine and maps its frames. EngineError when 32 engines are in it already.
 
-        Not ``keep``: the walker takes every entry out that it finds in ``sptes``. ``on_miss`` drops its answer in there,
+        Not ``keep``: the walker takes every entry out that it finds in ``sptes``. ``on_miss`` drops its answer in,
         good for the miss in progress and until the TLB is flushed; each engine must have a table of its own.
         """
 
@@ -183,6 +199,10 @@ class Engine:
     @property
     def last_block(self) -> int | None:
         """Address of the last block that the guest entered; None on an uncounted engine, and before the first."""
+
+    @property
+    def last_code(self) -> int | None:
+        """Guest physical address of ``last_block``, as far as it is known."""
 
     @property
     def stopped(self) -> bool:
@@ -242,6 +262,18 @@ class Engine:
 
     def flush_tlb(self, reason: str) -> None:
         """Drops every translation that the engine holds. Safe in all callbacks."""
+
+    def guest_flush(self) -> None:
+        """The guest has changed its translation: what was handed out by its tables is dropped. No ``on_flush``."""
+
+    def translate(
+        self, gva: int, access: int, read: Callable[[int, int], bytes | None], *, privilege: int | None = None
+    ) -> tuple[int, int, int, int]:
+        """Where the guest's tables lead: (gpa, -1, level, leaf entry), or (0, FAULT_*, level, entry) for its fault.
+
+        ``read(gpa, size)`` gives its memory, None where there is none. ``privilege``: 0 user, 1 supervisor, None the
+        present one. Nothing is changed. Level and leaf are 0 where there is no translation.
+        """
 
     def record_inserts(self, on: bool) -> None:
         """Whether ``on_insert`` is called."""

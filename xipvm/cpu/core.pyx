@@ -2,7 +2,8 @@
 """The native core of a vCPU: one emulation engine and the walker that fills its TLB.
 
 The engine runs with a virtual TLB: every miss comes to ``fill``, which is the only way a guest gets a
-translation. **Walk, handle, walk again**: a miss that the tables cannot answer goes to the Python handler,
+translation: by its own tables from a virtual to a guest physical address, where it has turned them on (``paging.pxi``),
+and by the shadow entries from there to a frame. **Walk, handle, walk again**: a miss that the tables cannot answer goes to the Python handler,
 after which the walk starts over; between the last read of the tables and the return there is no schedule
 point, so no entry is installed behind a flush.
 
@@ -22,7 +23,8 @@ uncounted engine (host clock) has no block hook: it is stopped, and leaves at th
 All callbacks run with the GIL held: it is never given up while the guest runs.
 
 This file has the engine itself, which is one class and therefore long; what stands around it is included: ``api.pxi``
-(the library's functions), ``signals.pxi``, ``group.pxi`` (frames over all engines) and ``hooks.pxi`` (callbacks).
+(the library's functions), ``signals.pxi``, ``group.pxi`` (frames over all engines), ``paging.pxi`` (guest tables) and
+``hooks.pxi`` (callbacks).
 """
 
 from cpython.object cimport PyObject
@@ -96,6 +98,7 @@ cdef enum:
     C_KICK_SIGNAL = 4
     C_KICK_WATCH = 8
     PSTATE_I = 1 << 7
+    CSR_SATP = 0x180
     MSTATUS_SIE = 1 << 1
     MSTATUS_MIE = 1 << 3
     C_ARM64 = 0
@@ -108,6 +111,8 @@ cdef enum:
     NR_SCANNED = 1024
     MISS_LIMIT = 4096
     MIXED_AFTER = 64            # turns of a frame from executable to writable after which it may be both
+    MOST_FETCHED = 4096
+    PFN_BITS = 37               # of what `fetched` holds; the guest frame is above
     NR_DROPINS = 32             # entries that one miss may need; a guest's page table has a few levels
     GROW_FIRST = 1024           # fills since a flush after which the TLB is made larger for the first time
     GROW_LAST = 32768
@@ -123,9 +128,10 @@ cdef enum:
 
 cdef uint64_t SPTE_MMIO = (<uint64_t>1) << 62
 cdef uint64_t PFN_MASK = (((<uint64_t>1) << 40) - 1)
+cdef uint64_t PFN_LOW = (((<uint64_t>1) << PFN_BITS) - 1)
 cdef uint64_t MMIO_BASE_C = (<uint64_t>1) << 45
 cdef uint64_t MMIO_SIZE = (<uint64_t>1) << 39
-cdef uint64_t SCRATCH = 0x7ffffffff000          # a VA that no guest translation answers; far above any board
+cdef uint64_t SCRATCH = 0x4070000000000000      # a VA that no guest can map: not canonical, and no tag makes it so
 cdef uint64_t INDEX_LIMIT = (<uint64_t>1) << 27
 cdef uint64_t NEVER = ~(<uint64_t>0)
 
@@ -164,6 +170,7 @@ cdef bint api_loaded = False
 include "api.pxi"
 include "signals.pxi"
 include "group.pxi"
+include "paging.pxi"
 include "hooks.pxi"
 
 
@@ -194,7 +201,7 @@ def drain_pool():
 cdef class Engine:
     """One emulation engine. Made by ``take_engine``, used between ``bind`` and ``release``.
 
-    Callables to set before ``run``: ``on_miss(gva, access) -> RETRY_WALK | MMIO | FAULT``, ``on_read(gpa, size)``,
+    Callables to set before ``run``: ``on_miss(gpa, access) -> RETRY_WALK | MMIO | FAULT``, ``on_read(gpa, size)``,
     ``on_write(gpa, size, value)``, ``on_sysreg(op0, op1, crn, crm, op2, value or None)``, ``on_insn(pc, size)``; and for a
     trace ``on_insert(gfn, pfn, perms)``, ``on_flush(reason)``, ``on_drop(pfn)``.
     """
@@ -241,6 +248,9 @@ cdef class Engine:
                "uc_mmio_map")
         _check(api.context_alloc(self.uc, &self.pristine), "uc_context_alloc")
         _check(api.context_save(self.uc, self.pristine), "uc_context_save")
+        self.physical_bits = 48
+        if isa == C_ARM64:
+            self.physical_bits = PHYSICAL_BITS[_cp_reg(self, 3, 0, 0, 7, 0) & 7]
         self.layout_known = fresh and (<uint8_t *>self.uc)[INIT_DONE] == 1 and (<uint8_t *>self.uc)[NO_EXIT_REQUEST] == 0
         self.layout_known = self.layout_known and api.version(NULL, NULL) == VERSION
         if not counted and not self.layout_known:
@@ -307,6 +317,10 @@ cdef class Engine:
         self.keep = keep
         self.nr_dropins = 0
         self.fetched.clear()
+        self.regime_stale = True
+        self.translating = False
+        self.hot.paged = self.hot.returned = 0
+        self.probe = None
         group.engines.append(self)
         self._map(0, self.host.nr_frames << 12, self.host.base)
         cdef int n
@@ -407,6 +421,10 @@ cdef class Engine:
         self.hot.block_code = NULL
         if self.stale:
             self.drop_stale()
+        if self.regime_stale:
+            _read_regime(self)
+        elif self.translating and not self.hot.fixed:
+            _see_privilege(self)
         self.hot.kick &= ~<uint32_t>1
         if self.hot.kick and not self.hot.polled:
             self.hot.stopped = 1
@@ -451,6 +469,17 @@ cdef class Engine:
     def last_block(self):
         """Address of the last block that the guest entered; None on an uncounted engine, and before the first."""
         return self.hot.block_pc if self.counted and self.hot.block_pc else None
+
+    @property
+    def last_code(self):
+        """Guest physical address of ``last_block``, as far as that is known."""
+        cdef uint64_t pc = self.hot.block_pc
+        if not self.counted or not pc:
+            return None
+        if not self.hot.paged:
+            return pc
+        found = self.fetched.get(pc >> 12 << 1 | 1)
+        return None if found is None else found >> PFN_BITS << 12 | (pc & 4095)
 
     @property
     def stopped(self):
@@ -544,6 +573,10 @@ cdef class Engine:
         """Up to ``size`` bytes of code at ``gva``, as far as its pages are mapped executable."""
         cdef uint8_t *code
         found = bytearray()
+        if self.regime_stale:
+            _read_regime(self)
+        elif self.translating and not self.hot.fixed:
+            _see_privilege(self)
         for at in range(gva, gva + size):
             code = self.code_at(at)
             if code == NULL:
@@ -575,6 +608,7 @@ cdef class Engine:
     def set_reg(self, int regid, uint64_t value):
         """Sets a register."""
         self.check_open()
+        self.regime_stale |= regid == UC_RISCV_REG_SATP
         _check(api.reg_write(self.uc, regid, &value), "uc_reg_write")
 
     def reg128(self, int regid):
@@ -600,11 +634,13 @@ cdef class Engine:
         memset(&cp, 0, sizeof(cp))
         cp.op0, cp.op1, cp.crn, cp.crm, cp.op2 = op0, op1, crn, crm, op2
         cp.val = value
+        self.regime_stale = True
         _check(api.reg_write(self.uc, UC_ARM64_REG_CP_REG, &cp), "uc_reg_write")
 
     def reset_cpu(self):
-        """Puts the registers back to what they were when the engine was made."""
+        """Puts the registers back to what they were when the engine was made, and turns translation off."""
         self.check_open()
+        self.regime_stale = True
         _check(api.context_restore(self.uc, self.pristine), "uc_context_restore")
 
     # ---- TLB and translated code
@@ -636,6 +672,48 @@ cdef class Engine:
         self.flush_generation += 1
         self.hot.generation += 1
 
+    def guest_flush(self):
+        """The guest has changed its own translation: what was handed out by its tables is no longer good.
+
+        Nobody else has to know: what is recorded of this TLB is which frames it may hold, and that is what it was.
+        """
+        self.forget_gva()
+
+    cdef void forget_gva(self) noexcept:
+        api.ctl(self.uc, UC_CTL_WRITE(UC_CTL_TLB_FLUSH, 0))
+        self.fills = 0
+        self.hot.generation += 1
+        self.hot.returned = 1
+        self.regime_stale = True
+        if len(self.fetched) > MOST_FETCHED:
+            self.fetched.clear()
+
+    def translate(self, uint64_t gva, int access, read, *, privilege=None):
+        """Where the guest's tables lead: (gpa, -1, 0, leaf), or (0, ``FAULT_*``, level, leaf) for a fault of the guest.
+
+        ``read(gpa, size)`` gives its memory, None where there is none. ``privilege``: 0 user, 1 supervisor, None the
+        present one. Nothing is changed, and rights that want a bit set first count as given.
+        """
+        cdef Walk walk
+        cdef int found
+        if self.regime_stale:
+            _read_regime(self)
+        memset(&walk, 0, sizeof(walk))
+        if not self.translating or not _begin_walk(self, access, &walk):
+            return gva, -1, 0, 0
+        walk.probe = True
+        if privilege is not None:
+            walk.privilege = privilege
+        self.probe = read
+        found = _walk(self, gva, &walk)
+        self.probe = None
+        error, self.probe_error = self.probe_error, None
+        if error is not None:
+            raise error
+        if found == WALK_FAULT:
+            return 0, walk.fault, walk.level, walk.leaf
+        return walk.gpa | (gva & 4095), -1, walk.level, walk.leaf
+
     cdef void drop_stale(self) noexcept:
         """Forgets the block that was being translated when translations went away.
 
@@ -655,7 +733,7 @@ cdef class Engine:
         if self.fetching:
             self.dropped.append(pfn)
         if self.fetched:
-            self.fetched = {page: frame for page, frame in self.fetched.items() if frame != pfn}
+            self.fetched = {page: found for page, found in self.fetched.items() if found & PFN_LOW != pfn}
         if bytes != NULL and bytes <= self.hot.block_code < bytes + 4096 and self.hot.block_size <= 8192:
             # The instructions of the block that runs may still have to be counted, see `count_block`.
             memcpy(self.block_copy, self.hot.block_code, min(self.hot.block_size, bytes + 4096 - self.hot.block_code))
@@ -710,31 +788,45 @@ cdef class Engine:
     # ---- the walker
 
     cdef bint fill(self, uint64_t vaddr, int access, uc_tlb_entry *result) noexcept:
-        cdef uint64_t gfn = vaddr >> 12
+        cdef uint64_t gpa = vaddr & ~<uint64_t>4095
         cdef uint64_t entry, generation
-        cdef int tries, answer
+        cdef int tries, answer, wanted = access, allowed = UC_PROT_ALL, found = WALK_DONE
+        cdef bint translated = False
+        cdef Walk walk
         if self.scratch_on and vaddr == SCRATCH:
             result.paddr = self.scratch_pfn << 12
             result.perms = UC_PROT_READ | UC_PROT_EXEC
             return True
         if self.sptes is None:
             return False
+        if self.regime_stale:
+            _read_regime(self)
+        if self.translating:
+            translated = _begin_walk(self, access, &walk)
         for tries in range(MISS_LIMIT):
-            if gfn < INDEX_LIMIT:
-                entry = self.entry_of(gfn)
+            if translated:
+                walk.access = access
+                found = _walk(self, vaddr, &walk)
+                if found == WALK_FAULT:
+                    return self.no_entry(vaddr, access, walk.fault, walk.level)
+                gpa = walk.gpa
+                wanted = walk.access
+                allowed = walk.allowed
+            if found == WALK_DONE and gpa >> 12 < INDEX_LIMIT:
+                entry = self.entry_of(gpa >> 12)
                 if entry & SPTE_PRESENT:
                     if entry & (<uint64_t>1 << access):
-                        return self.hand_out(vaddr, entry, gfn, access, result)
+                        return self.hand_out(vaddr, entry, gpa >> 12, access, allowed, result)
                 elif entry & SPTE_MMIO and access != C_FETCH and (entry >> 39) & 0x7FFFF == self.sptes.mmio_generation:
-                    result.paddr = MMIO_BASE_C + (vaddr & ~<uint64_t>4095)
-                    result.perms = UC_PROT_READ | UC_PROT_WRITE
+                    result.paddr = MMIO_BASE_C + gpa
+                    result.perms = allowed & (UC_PROT_READ | UC_PROT_WRITE)
                     return True
             if self.on_miss is None:
                 return False
             self.fetching = access == C_FETCH
             generation = self.hot.generation
             try:
-                answer = self.on_miss(vaddr, access)
+                answer = self.on_miss(gpa, wanted)
             except BaseException:
                 self.fail()
                 answer = -1
@@ -746,9 +838,12 @@ cdef class Engine:
                     _kick(&self.hot, C_KICK_FLUSH)
             if answer == C_RETRY:
                 continue
+            if found == WALK_MISS:
+                # A device is no place for a table. One that cannot be written cannot have its bits set, either.
+                return self.no_entry(vaddr, access, C_PERMISSION if answer == C_MMIO and wanted == C_WRITE else C_WALK, walk.level)
             if answer == C_MMIO and access != C_FETCH:
                 # good for this access only: the next one of another kind has to ask again
-                result.paddr = MMIO_BASE_C + (vaddr & ~<uint64_t>4095)
+                result.paddr = MMIO_BASE_C + gpa
                 result.perms = UC_PROT_WRITE if access == C_WRITE else UC_PROT_READ
                 return True
             break
@@ -757,9 +852,15 @@ cdef class Engine:
                 raise InternalError(f"the walk of {vaddr:#x} was retried {MISS_LIMIT} times and never got further")
             except InternalError:
                 self.fail()
+        self.fault_gpa = gpa
+        return self.no_entry(vaddr, access, C_ABSENT, 0)
+
+    cdef bint no_entry(self, uint64_t vaddr, int access, int kind, int level) noexcept:
         self.faulted = True
         self.fault_address = vaddr
         self.fault_access = access
+        self.fault_kind = kind
+        self.fault_level = level
         return False
 
     cdef uint64_t entry_of(self, uint64_t gfn) noexcept:
@@ -784,7 +885,8 @@ cdef class Engine:
                 return self.dropins[n].entry
         return 0
 
-    cdef bint hand_out(self, uint64_t vaddr, uint64_t entry, uint64_t gfn, int access, uc_tlb_entry *result) noexcept:
+    cdef bint hand_out(self, uint64_t vaddr, uint64_t entry, uint64_t gfn, int access, int allowed,
+                       uc_tlb_entry *result) noexcept:
         cdef uint64_t pfn = (entry >> 12) & PFN_MASK
         cdef FrameMeta *meta
         cdef int perms = UC_PROT_READ
@@ -792,42 +894,37 @@ cdef class Engine:
             pfn += gfn & 511
         meta = self.host.meta_of(pfn)
         if meta == NULL:
-            self.faulted = True
-            self.fault_address = vaddr
-            self.fault_access = access
-            return False
-        if meta.turns >= MIXED_AFTER and entry & SPTE_WRITE and entry & SPTE_EXEC:
+            self.fault_gpa = gfn << 12
+            return self.no_entry(vaddr, access, C_ABSENT, 0)
+        if meta.turns >= MIXED_AFTER and entry & SPTE_WRITE and entry & SPTE_EXEC and allowed == UC_PROT_ALL:
             self.mix(meta, pfn)
             perms = UC_PROT_ALL
-            if access == C_FETCH and not self.keep:
-                self.fetched[vaddr >> 12] = pfn
-            if access == C_FETCH and not self.hot.fixed:
-                self.scan(vaddr & ~<uint64_t>4095, pfn)
         elif access == C_FETCH:
             if meta.w_mask:
                 self.group.revoke_write(meta)
             meta.x_mask |= self.bit
             meta.code_mask |= self.bit
-            perms = UC_PROT_READ | UC_PROT_EXEC
-            if not self.keep:
-                self.fetched[vaddr >> 12] = pfn
-            if not self.hot.fixed:
-                self.scan(vaddr & ~<uint64_t>4095, pfn)
+            perms = UC_PROT_EXEC | (allowed & UC_PROT_READ)
         elif access == C_WRITE:
             if meta.x_mask | meta.code_mask:
                 meta.turns += 1
                 self.group.revoke_exec(meta, pfn)
             meta.w_mask |= self.bit
             perms = UC_PROT_READ | UC_PROT_WRITE
-        elif not (meta.x_mask | meta.code_mask) and entry & SPTE_WRITE:
+        elif not (meta.x_mask | meta.code_mask) and entry & SPTE_WRITE and allowed & UC_PROT_WRITE:
             # Never with X: what is executed has to come in as a fetch, which scans the page at this address.
             if not self.knows_less(gfn):
                 meta.w_mask |= self.bit
                 perms = UC_PROT_READ | UC_PROT_WRITE
+        if access == C_FETCH:
+            if self.hot.paged or not self.keep:
+                self.fetched[vaddr >> 12 << 1 | self.hot.paged] = gfn << PFN_BITS | pfn
+            if not self.hot.fixed:
+                self.scan(vaddr & ~<uint64_t>4095, pfn)
         result.paddr = pfn << 12
         result.perms = perms
         if self.handed is not None:
-            self.note(gfn, pfn, perms)
+            self.note(gfn, pfn, perms | UC_PROT_READ)
         return True
 
     cdef void mix(self, FrameMeta *meta, uint64_t pfn) noexcept:
@@ -850,9 +947,10 @@ cdef class Engine:
         cdef uint64_t gfn = gva >> 12
         cdef uint64_t entry, pfn
         cdef uint8_t *page
-        if not self.keep:
-            found = self.fetched.get(gfn)
-            page = NULL if found is None else self.host.bytes_of(found)
+        if self.hot.paged or not self.keep:
+            # What was handed out last is what runs, whatever tables say by now.
+            found = self.fetched.get(gfn << 1 | self.hot.paged)
+            page = NULL if found is None else self.host.bytes_of(<uint64_t>found & PFN_LOW)
             return NULL if page == NULL else page + (gva & 4095)
         if gfn >= INDEX_LIMIT:
             return NULL
@@ -872,10 +970,15 @@ cdef class Engine:
         taken away since its block began; the bytes that run are still where they were.
         """
         cdef BlockLength *slot = &self.lengths[((pc >> 1) ^ size) & (NR_LENGTHS - 1)]
-        cdef uint32_t at = 0, count = 0
+        cdef uint32_t at = 0, count = 0, last = 0
+        cdef uint64_t generation
         cdef uint8_t *code
-        if slot.pc == pc and slot.size == size and slot.generation == self.hot.generation and not self.mixed:
+        if self.hot.returned:
+            _see_privilege(self)
+        generation = self.hot.generation << 1 | self.hot.paged
+        if slot.pc == pc and slot.size == size and slot.generation == generation and not self.mixed:
             self.hot.code = slot.code
+            self.hot.returned = slot.returns
             return slot.count
         code = self.code_at(pc)
         if code == NULL:
@@ -883,13 +986,17 @@ cdef class Engine:
                 return size >> 2
             code = self.hot.block_code + (pc - self.hot.block_pc)
         while at < size:
+            last = at
             at += 4 if code[at] & 3 == 3 else 2
             count += 1
+        # SRET, MRET: the next block runs with another privilege, perhaps untranslated. 0x73 alone: the page ends there.
+        slot.returns = self.hot.returned = self.translating and code[last] == 0x73 and (
+            (pc & 4095) + last > 4092 or (<uint32_t *>(code + last))[0] in (0x10200073, 0x30200073))
         slot.pc = pc
         slot.size = size
         slot.count = count
         slot.code = self.hot.code = code
-        slot.generation = self.hot.generation
+        slot.generation = generation
         return count
 
     cdef void scan(self, uint64_t gva, uint64_t pfn) noexcept:
@@ -899,6 +1006,7 @@ cdef class Engine:
         cdef int n
         cdef uint32_t csr
         cdef uc_hook handle
+        cdef void *callback
         if slot.gfn == gva >> 12 and slot.pfn == pfn and slot.generation == self.hot.generation:
             return
         slot.gfn = gva >> 12
@@ -908,19 +1016,25 @@ cdef class Engine:
         for n in range(0, 4096, 2):
             if page[n] & 0x7f != 0x73:
                 continue
-            if page[n + 1] & 0x30 == 0 and not (
-                page[n] == 0x73 and page[n + 1] & 0x7f == 0 and n < 4094 and page[n + 3] & 0xfe == 0x12
-            ):
-                continue                # neither a CSR instruction nor SFENCE.VMA
-            if n < 4094 and page[n + 1] & 0x30:     # beyond that, the next page names the CSR: on_insn looks at it
-                csr = page[n + 2] >> 4 | <uint32_t>page[n + 3] << 4
-                if not (0xc00 <= csr <= 0xc1f or 0xb00 <= csr <= 0xb1f or csr == 0x180 or csr == 0x344 or csr == 0x144):
+            csr = 0
+            if n < 4094:                # beyond that, the next page says what it is: on_insn looks at it
+                if page[n + 1] & 0x30 == 0:
+                    if page[n] != 0x73 or page[n + 1] & 0x7f or page[n + 3] & 0xfe != 0x12:
+                        continue        # neither a CSR instruction nor SFENCE.VMA
+                    csr = CSR_SATP
+                else:
+                    csr = page[n + 2] >> 4 | <uint32_t>page[n + 3] << 4
+                if not (0xc00 <= csr <= 0xc1f or 0xb00 <= csr <= 0xb1f or csr == CSR_SATP or csr == 0x344 or csr == 0x144):
                     continue
             if gva + n in self.hooks:
                 continue
-            if not self.hot.polled:
-                self.poll()
-            self.stop_at_blocks(False)      # the question comes after such a hook, too, where it is needed
-            if api.hook_add(self.uc, &handle, UC_HOOK_CODE, <void *>_one_insn, <void *>self,
+            if csr == CSR_SATP:
+                callback = <void *>_translation_insn
+            else:
+                callback = <void *>_one_insn
+                if not self.hot.polled:
+                    self.poll()
+                self.stop_at_blocks(False)      # the question comes after such a hook, too, where it is needed
+            if api.hook_add(self.uc, &handle, UC_HOOK_CODE, callback, <void *>self,
                             <uint64_t>(gva + n), <uint64_t>(gva + n)) == UC_ERR_OK:
                 self.hooks[gva + n] = handle

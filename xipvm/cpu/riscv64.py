@@ -12,9 +12,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from xipvm.cpu import core, paging
+from xipvm.cpu import core
 from xipvm.cpu.effective import fault_address, riscv64_address, riscv64_is_store
-from xipvm.cpu.services import CpuServices, read_code
+from xipvm.cpu.services import FAULTS, OFFSET_MASK, CpuServices, read_code
 from xipvm.cpu.vcpu import ACCESS_NAMES, Leave
 from xipvm.errors import GuestError
 
@@ -27,6 +27,7 @@ U, S, M = 0, 1, 3
 FETCH_MISALIGNED, FETCH_ACCESS, ILLEGAL, BREAKPOINT = 0, 1, 2, 3
 LOAD_MISALIGNED, LOAD_ACCESS, STORE_MISALIGNED, STORE_ACCESS = 4, 5, 6, 7
 ECALL_U = 8
+FETCH_PAGE, LOAD_PAGE, STORE_PAGE = 12, 13, 15
 
 INTERRUPT = 1 << 63
 #: Interrupts by falling priority: MEI, MSI, MTI, SEI, SSI, STI.
@@ -94,25 +95,25 @@ class Riscv64:
     # Traps
 
     def memory_fault(self, gva: int, access: int, pc: int) -> None:
-        """An access fault of a fetch, load or store.
-
-        A GuestError where the guest's tables turn out to map addresses elsewhere since satp was written.
-        """
-        if self._privilege() < M:
-            self._check_tables(self._csr(core.RISCV_SATP))
+        """An access fault or a page fault of a fetch, load or store."""
+        kind = self.engine.fault_kind
+        page_fault = kind not in (core.FAULT_ABSENT, core.FAULT_WALK)
+        why = FAULTS[kind]
         if access == core.FETCH:
-            self.vcpu.fault_address = fault_address(gva, pc)
-            self.services.check_fetch(self.vcpu, self.vcpu.fault_address)
             # An instruction may begin in one page and end in the next: the trap is at its start, mtval where it failed.
-            tval = fault_address(gva, pc)
-            self._enter(FETCH_ACCESS, pc, tval, f"fetch from {tval:#x}, where no memory answers")
+            tval = self.vcpu.fault_address = fault_address(gva, pc)
+            if kind == core.FAULT_ABSENT:
+                self.services.check_fetch(self.vcpu, self.engine.fault_gpa | tval & OFFSET_MASK)
+            self._enter(FETCH_PAGE if page_fault else FETCH_ACCESS, pc, tval, f"fetch from {tval:#x}, {why}")
             return
         insn = self._insn(pc)
         tval = self.vcpu.fault_address = fault_address(gva, riscv64_address(insn, self.x))
         # The load half of an atomic memory operation traps as a store.
         store = access == core.WRITE or riscv64_is_store(insn)
-        what = f"{ACCESS_NAMES[access]} at {tval:#x}, where no memory answers"
-        self._enter(STORE_ACCESS if store else LOAD_ACCESS, pc, tval, what)
+        cause = STORE_ACCESS if store else LOAD_ACCESS
+        if page_fault:
+            cause = STORE_PAGE if store else LOAD_PAGE
+        self._enter(cause, pc, tval, f"{ACCESS_NAMES[access]} at {tval:#x}, {why}")
 
     def exception(self, number: int, pc: int) -> None:
         """Environment calls, illegal instructions, misaligned accesses."""
@@ -259,10 +260,13 @@ class Riscv64:
     # Counters and pending bits
 
     def _insn_hook(self, pc: int, size: int) -> None:
-        """An instruction that the walker hooked is about to run at ``pc``: SFENCE.VMA, or one that names a CSR."""
+        """An instruction that the walker hooked is about to run at ``pc``: one that names a CSR.
+
+        At the end of a page it may be any SYSTEM instruction; elsewhere SFENCE.VMA and satp do not come here.
+        """
         insn = self._insn(pc)
         if insn & 0xFE00_7FFF == SFENCE_VMA:
-            self._check_tables(self._csr(core.RISCV_SATP))
+            self.engine.guest_flush()
             return
         csr = insn >> 20
         funct = insn >> 12 & 7
@@ -272,8 +276,7 @@ class Riscv64:
         operand = source if funct & 4 else self.x(source)
         writes = funct & 3 == 1 or source != 0
         if csr == CSR_SATP:
-            if writes:
-                self._check_paging(funct & 3, operand)
+            self.engine.guest_flush()
             return
         old = self._read_counter(csr, pc)
         if old is None:
@@ -319,17 +322,6 @@ class Riscv64:
             self._written = (self._written & ~writable) | (value & writable)
             if self._written:
                 self.vcpu.interrupt()
-
-    def _check_paging(self, operation: int, operand: int) -> None:
-        old = self._csr(core.RISCV_SATP)
-        self._check_tables({1: operand, 2: old | operand, 3: old & ~operand}[operation])
-
-    def _check_tables(self, satp: int) -> None:
-        """Only an identity map can be followed."""
-        different = paging.riscv_not_identity(satp, self.services.read_physical)
-        if different is not None:
-            gva, gpa = different
-            raise GuestError(f"the guest maps {gva:#x} to {gpa:#x}; only identity maps are followed on this board")
 
     # Reports
 

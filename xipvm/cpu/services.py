@@ -2,11 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
+
+from xipvm.address import PAGE_SIZE
+from xipvm.cpu import core
 
 if TYPE_CHECKING:
     from xipvm.cpu.core import Engine
     from xipvm.cpu.vcpu import Vcpu
+
+OFFSET_MASK = PAGE_SIZE - 1
+
+#: Why an access faulted, by ``fault_kind`` of the engine, as the end of a sentence.
+FAULTS = {
+    core.FAULT_ABSENT: "where no memory answers",
+    core.FAULT_TRANSLATION: "which the guest's tables do not map",
+    core.FAULT_ACCESS_FLAG: "whose access flag is not set",
+    core.FAULT_PERMISSION: "which the guest's tables do not allow",
+    core.FAULT_ADDRESS_SIZE: "which the guest's tables map beyond all physical addresses",
+    core.FAULT_WALK: "and no memory answers where its table should be",
+    core.FAULT_GRANULE: "through tables of a granule that is not followed; 4 KiB is",
+}
 
 
 class CpuServices(Protocol):
@@ -30,8 +47,8 @@ class CpuServices(Protocol):
     def read_physical(self, gpa: int, size: int) -> bytes | None:
         """Bytes of guest memory, None where there is none."""
 
-    def check_fetch(self, vcpu: Vcpu, gva: int) -> None:
-        """Raise GuestError when a fetch from ``gva`` is an error of its own (flash outside read-array mode)."""
+    def check_fetch(self, vcpu: Vcpu, gpa: int) -> None:
+        """Raise GuestError when a fetch from ``gpa`` is an error of its own (flash outside read-array mode)."""
 
     def note_exception(self, vcpu: Vcpu, vector: int, pc: int, cause: int, address: int) -> None:
         """An exception was delivered."""
@@ -47,5 +64,25 @@ def read_code(engine: Engine, services: CpuServices, pc: int, size: int) -> byte
     """
     found = engine.read_code(pc, size)
     if len(found) < size:
-        found += services.read_physical(pc + len(found), size - len(found)) or b""
+        found += read_virtual(engine, services.read_physical, pc + len(found), size - len(found), core.FETCH) or b""
+    return found
+
+
+def read_virtual(
+    engine: Engine, read: Callable[[int, int], bytes | None], gva: int, size: int, access: int = core.READ
+) -> bytes | None:
+    """``size`` bytes at ``gva`` as the guest's tables map it now, None where they or memory are missing.
+
+    ``read(gpa, size)`` gives guest memory, or None.
+    """
+    found = b""
+    while size:
+        gpa, fault, _, _ = engine.translate(gva, access, read)
+        piece = min(size, PAGE_SIZE - gva % PAGE_SIZE)
+        data = None if fault >= 0 else read(gpa, piece)
+        if data is None:
+            return None
+        found += data
+        gva += piece
+        size -= piece
     return found

@@ -51,7 +51,7 @@ class Isa(Protocol):
         """The program counter."""
 
     def memory_fault(self, gva: int, access: int, pc: int) -> None:
-        """Deliver the fault of an access that no memory answers."""
+        """Deliver the fault of an access to the page of ``gva``; the engine says what kind it is."""
 
     def exception(self, number: int, pc: int) -> None:
         """Handle an exception that the engine reported by number."""
@@ -112,6 +112,8 @@ class Vcpu:
         self.pause_at: int | None = None
         """Ticks at which ``on_pause`` is called in the middle of a slice; it returns when to do so again."""
         self.on_pause: Callable[[], int] | None = None
+        self._entered = False
+        """It was in the guest since its last flush."""
         self._mmio: set[tuple[int, int]] = set()
         """Pages and accesses that were found to be a device's since the last flush. The engine's TLB forgets them as
         it likes, and asks again; how often must be seen neither in a trace nor in ``faults``."""
@@ -147,10 +149,14 @@ class Vcpu:
         The guest is left at its next block, as by :meth:`kick`: chained code would look its page up again only when
         something else happens to stop it, and a trace tells when it does.
         """
+        engine = self.engine
+        if not self._entered and not engine.in_guest:
+            return  # it has used nothing since the last one: two requests that are pending are one
         self._mmio.clear()
-        self.engine.flush_tlb(reason)
-        if self.engine.in_guest:
-            self.engine.leave(core.KICK_FLUSH)
+        self._entered = engine.in_guest
+        engine.flush_tlb(reason)
+        if engine.in_guest:
+            engine.leave(core.KICK_FLUSH)
 
     def kick(self, reason: str) -> None:
         """Have the vCPU leave the guest at its next block, so that no chained code runs on."""
@@ -214,6 +220,8 @@ class Vcpu:
                 stop_at = self.stop_at
                 if self.pause_at is not None and (stop_at is None or self.pause_at < stop_at):
                     stop_at = self.pause_at
+                self.secondary.vcpu_enter(self)
+                self._entered = True
                 try:
                     code = engine.run(isa.pc(), stop_at)
                 except BusError as error:
@@ -263,8 +271,8 @@ class Vcpu:
 
     # Callbacks of the engine
 
-    def _miss(self, gva: int, access: int) -> int:
-        page = (gva >> 12, access)
+    def _miss(self, gpa: int, access: int) -> int:
+        page = (gpa >> 12, access)
         if page in self._mmio:
             return MMIO
         if not self.secondary.keeps_entries and self.secondary.again(*page):

@@ -18,9 +18,9 @@ def walk_not_repeated() -> Iterator[None]:
     """What a walk found before somebody else ran is put into the TLB, behind the flush that was to remove it."""
     miss = Vcpu._miss
 
-    def stale(self: Vcpu, gva: int, access: int) -> int:
-        answer = miss(self, gva, access)
-        sptes, gfn = self.secondary.sptes, gva >> 12
+    def stale(self: Vcpu, gpa: int, access: int) -> int:
+        answer = miss(self, gpa, access)
+        sptes, gfn = self.secondary.sptes, gpa >> 12
         spte = sptes.get(gfn)
         point("mutant.walked")
         if spte & SPTE_PRESENT and sptes.get(gfn) != spte:

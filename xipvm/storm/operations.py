@@ -334,7 +334,7 @@ def _flash(world: World) -> None:
         bank.file.unmap()
         return
     vcpu = world.machine.vcpus[world.choose(len(world.machine.vcpus), "vcpu")]
-    block = vcpu.engine.last_block
+    block = vcpu.engine.last_code
     used = (vcpu.missed << PAGE_SHIFT, vcpu.missed << PAGE_SHIFT if block is None else block)[world.choose(2, "used")]
     page = (used - bank.bank.base) >> PAGE_SHIFT if bank.contains(used) else world.choose(bank.file.pages, "page")
     bank.file.unmap(page, 1 + world.choose(min(bank.file.pages - page, 16), "count"))

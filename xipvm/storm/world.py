@@ -123,7 +123,7 @@ class World:
         if where < 3:
             found = self._ram_page(vcpu.missed)
         elif where < 5:
-            block = vcpu.engine.last_block
+            block = vcpu.engine.last_code
             found = None if block is None else self._ram_page(block >> PAGE_SHIFT)
         return self._mapped_page() if found is None else found
 
