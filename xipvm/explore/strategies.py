@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Final
 
@@ -64,17 +65,20 @@ class Pct(Strategy):
     Actors have random priorities and the highest one runs; at ``depth - 1`` random moments the one that runs gets the
     lowest. A bug that needs d orderings among n actors and k steps is found with a probability of at least
     1 / (n * k ** (d - 1)) a run.
+
+    Neither d nor k is known: one run after the other goes through ``depths``, and k is the median of the last runs'
+    lengths, so that one that was long, as those are that try again and again, does not thin out those behind it.
     """
 
     name = "pct"
 
-    def __init__(self, seed: int | str = 0, depth: int = 3) -> None:
+    def __init__(self, seed: int | str = 0, depths: Sequence[int] = (2, 3, 4, 6)) -> None:
         self._seed = seed
-        self._depth = depth
+        self._depths = depths
         self._run = 0
         self._random = random.Random()
-        self._length = 16
-        """Of the longest run so far."""
+        self._lengths: deque[int] = deque([16], maxlen=16)
+        """Of the last runs, in questions about who goes on."""
         self._priorities: dict[str, float] = {}
         self._changes: set[int] = set()
         self._step = 0
@@ -83,9 +87,11 @@ class Pct(Strategy):
     def begin(self) -> bool:
         """Always."""
         self._random.seed(f"{self._seed}/{self._run}")
+        depth = self._depths[self._run % len(self._depths)]
         self._run += 1
         self._priorities = {}
-        self._changes = {self._random.randrange(self._length) for _ in range(self._depth - 1)}
+        length = sorted(self._lengths)[len(self._lengths) // 2]
+        self._changes = {self._random.randrange(length) for _ in range(depth - 1)}
         self._step = 0
         self._lowest = 0.0
         return True
@@ -105,7 +111,7 @@ class Pct(Strategy):
 
     def end(self, choices: Sequence[Choice], features: frozenset[Feature]) -> None:
         """Remembers how long runs are."""
-        self._length = max(self._length, len(choices))
+        self._lengths.append(max(self._step, 2))
 
 
 class Exhaustive(Strategy):

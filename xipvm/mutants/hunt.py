@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from xipvm.check import INVARIANTS
@@ -16,10 +16,11 @@ from xipvm.explore.choices import Replay
 from xipvm.explore.explorer import Run, run_once
 from xipvm.explore.guest_code import CODE_SCENARIOS
 from xipvm.explore.guests import GUEST_SCENARIOS
-from xipvm.explore.scene import Scenario
+from xipvm.explore.scene import Scenario, Scene
 from xipvm.explore.shrink import shrink
 from xipvm.explore.strategies import Strategy, strategy
 from xipvm.mutants.mutant import Mutant, planted
+from xipvm.trace.events import Event
 
 STRATEGIES: Final = ("pct", "random", "exhaustive", "coverage")
 ROUND: Final = 4
@@ -147,9 +148,23 @@ def _hunt(
     catch.seconds = time.process_time() - started
     catch.distinct = len(seen)
     if catch.run is not None:
-        scenario, names = scenarios[catch.scenario], set[str]()
+        scenario = scenarios[catch.scenario]
         catch.small = shrink(scenario, catch.run, protocol=catch.protocol, **options)
-        answers = Replay(catch.small.choices)
-        run_once(scenario, answers, sinks=[lambda event: names.add(event.actor)], protocol=catch.protocol, **options)
-        catch.actors = len(names)
+        catch.actors = _acting(scenario, catch.small, {"protocol": catch.protocol, **options})
     return catch
+
+
+def _acting(scenario: Scenario, run: Run, options: Mapping[str, Any]) -> int:
+    """How many of a scenario's actors say something in ``run``, made again; what closing the scene says is no part."""
+    names: set[str] = set()
+
+    def furnish(scene: Scene) -> None:
+        def listen(event: Event) -> None:
+            names.add(event.actor)
+
+        scenario(scene)
+        scene.trace.attach(listen)
+        scene.undo(lambda: scene.trace.detach(listen))
+
+    run_once(replace(scenario, furnish=furnish), Replay(run.choices), **options)
+    return len(names)
