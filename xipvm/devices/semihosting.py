@@ -21,7 +21,7 @@ _PAGE = 4096
 _LONGEST = 1 << 20
 
 ReadMemory = Callable[[int, int], bytes | None]
-"""``read(address, size)``: guest memory, None where there is none."""
+"""``read(address, size)``: guest memory as the caller sees it, None where there is none."""
 
 
 class Semihosting:
