@@ -57,6 +57,7 @@ class ScriptedVcpu:
 
     def _translate(self, gfn: int, write: bool) -> int:
         point("vcpu.access")
+        self.mmu.vcpu_enter(self)
         for _ in range(RETRIES):
             seen = self.tlb.get(gfn)
             if seen is None or (write and not seen[1]):

@@ -89,6 +89,9 @@ class SecondaryMmu(ABC):
         """All that have been given out, each once; for checks when everything is at rest."""
         yield self
 
+    def vcpu_enter(self, vcpu: TlbOwner) -> None:
+        """The current actor is about to run ``vcpu`` in the guest: may be held up, or do what has to be done before."""
+
     def again(self, page: int, access: int) -> bool:
         """Where entries are not kept: put the one that was given for ``page`` back, which an engine has evicted.
 
