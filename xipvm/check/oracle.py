@@ -572,6 +572,8 @@ class Oracle:
             if opened.returned and not pinned:
                 what = f"range {opened.id}, begun at #{opened.seq}, is open"
                 self.broken("I2", f"guest frame {gfn:#x} gets frame {pfn:#x}, but {what}", event, hva=hva, pfn=pfn)
+        if any((change.mm, change.page) == (mm, page) for change in self._changes):
+            return  # of 2008: all are being told of the page, and remove what they have when that is done
         self.checks["I4"] += 1
         entry = self.world.mm(mm).entries.get(page)
         if entry is None:

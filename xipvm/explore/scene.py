@@ -35,6 +35,8 @@ from xipvm.mmu.host_thread import HostThread
 from xipvm.mmu.mm import Mm
 from xipvm.mmu.pte import PRESENT, WRITE, pte_pfn
 from xipvm.mmu.secondary.base import SecondaryMmu
+from xipvm.mmu.secondary.gru import GruBase
+from xipvm.mmu.secondary.gru_2008 import gru_of
 from xipvm.mmu.secondary.kvm import KvmBase
 from xipvm.mmu.secondary.kvm_2008 import kvm_of
 from xipvm.mmu.verify import verify
@@ -113,6 +115,12 @@ class Scene:
         if hva is not None:
             kvm.set_memslot(0, gfn, pages, hva)
         return kvm
+
+    def gru(self, mm: Mm, hva: int, *, pages: int = 1, gfn: int = 0) -> GruBase:
+        """The GRU of ``mm``, with a memslot of ``pages`` at ``gfn`` onto ``hva``."""
+        gru = self.watch(gru_of(mm, self.trace, self.host))
+        gru.set_memslot(0, gfn, pages, hva)
+        return gru
 
     def machine(
         self,
@@ -236,6 +244,8 @@ def check_mmu(mmu: SecondaryMmu) -> None:
         counts = mmu.mmu_invalidate_in_progress, mmu.mn_active_invalidate_count
         if counts != (0, 0) and not mmu.mm.dead:  # the release can come between a start and its end
             raise AssertionError(f"{mmu.name} is left with {counts[0]} invalidations in progress, {counts[1]} active")
+    if isinstance(mmu, GruBase) and mmu.range_active and not mmu.released:
+        raise AssertionError(f"{mmu.name} is left with {mmu.range_active} ranges active")
     for port in mmu.ports():
         for page, hva in port.backing():
             seen = port.translate(page)

@@ -37,7 +37,7 @@ from typing import TYPE_CHECKING, Final, Self, cast
 from xipvm.actors import point
 from xipvm.address import PAGE_SHIFT, Gfn, Hva
 from xipvm.errors import InternalError, MmError
-from xipvm.locks.check import sleep_until
+from xipvm.locks.check import atomic, sleep_until
 from xipvm.mmu.secondary.base import ACCESS_NAMES, FAULT, FETCH, MMIO, READ, RETRY_WALK, WRITE, SecondaryMmu
 from xipvm.mmu.secondary.gru_hardware import CHIPLETS, CONTEXTS, GRUMAXINVAL, AddressSpace, Chiplet, Tfh, TfhState
 from xipvm.mmu.secondary.guest import GuestMmu
@@ -153,7 +153,8 @@ class GruContext(SecondaryMmu):
 
     def interrupt(self) -> Dropin:
         """The miss has raised an interrupt: serve it without sleeping, or leave it to be polled."""
-        result = self.try_dropin(may_sleep=False)
+        with atomic("gru_intr"):
+            result = self.try_dropin(may_sleep=False)
         if result is Dropin.WAIT:
             self.tfh.state = TfhState.POLLING
         return result
@@ -172,7 +173,7 @@ class GruContext(SecondaryMmu):
             return Dropin.DONE
         page, asid, write = tfh.page, tfh.asid, tfh.write
         point("gru.dropin.tfh_read")
-        if gru.range_active:
+        if gru.range_open():
             gru.retry(page, "range active")
             return Dropin.WAIT
         point("gru.dropin.checked")
@@ -264,10 +265,14 @@ class GruBase(GuestMmu):
             return self.mm.get_user_pages(hva, write=write)
         return self.mm.pgd.gup(hva >> PAGE_SHIFT, write)
 
+    def range_open(self) -> bool:
+        """Whether nothing may be dropped in."""
+        return self.range_active > 0
+
     def wait_for_ranges(self) -> None:
         """Sleep until no range is open. Raises DeadlockError when nobody can close it."""
         because = f"a range of {self.mm.name} is open"
-        while self.range_active:
+        while self.range_open():
             sleep_until("gru_user_dropin", self._woken_after(self.wake_ups), because=because, label="gru.wait")
 
     def _woken_after(self, seen: int) -> Callable[[], bool]:
@@ -346,6 +351,9 @@ class GruBase(GuestMmu):
         self.range_active -= 1
         if self.range_active < 0:
             raise InternalError(f"{self.name}: more ranges ended than began")
+        self._wake_up()
+
+    def _wake_up(self) -> None:
         self.wake_ups += 1
 
     def zap_gfn_range(self, start: int, end: int, reason: str) -> None:
