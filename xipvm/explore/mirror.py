@@ -10,10 +10,11 @@ from typing import Final
 from xipvm.actors import give_way, point
 from xipvm.address import PAGE_SHIFT, PAGE_SIZE
 from xipvm.errors import MmError
+from xipvm.explore.scripted import GuestAccessError
 from xipvm.locks import LockClass, RwLock
 from xipvm.mmu.mm import Mm
 from xipvm.mmu.pte import PRESENT, pte_pfn
-from xipvm.mmu.secondary.base import FAULT, RETRY_WALK, WRITE
+from xipvm.mmu.secondary.base import FAULT, READ, RETRY_WALK, WRITE
 from xipvm.mmu.secondary.device import DeviceMmu, DeviceTables, IntervalMmu
 from xipvm.notifier import MmuNotifierRange, NotifiedMm
 
@@ -107,6 +108,50 @@ class Mirror(DeviceMmu):
             self.table.clear()
             self.zapped(0, _ALL)
             self.flush_remote_tlbs("release")
+
+
+class Engine(Mirror):
+    """A DMA engine without a TLB: every access looks at the table. A page that may be written is entered so at once."""
+
+    def fault(self, page: int, access: int) -> int:
+        """See the base."""
+        sequence = self.sequence
+        self.looking_up(page)
+        hva = self.hva_of(page)
+        if hva is None or self.closed:
+            self.last_error = "outside" if hva is None else "closed"
+            return FAULT
+        try:
+            found = self.mm.get_user_pages(hva, write=access == WRITE)
+        except MmError as error:
+            self.last_error = str(error)
+            return FAULT
+        point("engine.looked_up")
+        with self.lock.write:
+            if not self.overtaken(sequence):
+                if found.writable:  # it writes without telling anybody
+                    self.set_page_dirty(found.pfn)
+                self.table[page] = found.pfn, found.writable
+                self.installed(page, found.pfn, write=found.writable)
+        return RETRY_WALK
+
+    def read(self, page: int, size: int = 8) -> bytes:
+        """DMA from ``page``. Raises GuestAccessError."""
+        return self.dma_read(self._frame(page, READ), size)
+
+    def write(self, page: int, data: bytes) -> None:
+        """DMA into ``page``. Raises GuestAccessError."""
+        self.dma_write(self._frame(page, WRITE), data)
+
+    def _frame(self, page: int, access: int) -> int:
+        point("engine.access")
+        while True:
+            entry = self.table.get(page)
+            if entry is not None and (entry[1] or access == READ):
+                return entry[0]
+            if self.fault(page, access) == FAULT:
+                raise GuestAccessError(page, self.last_error)
+            give_way("engine.retry")
 
 
 class Odp(IntervalMmu):

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from xipvm.actors import point, wait
 from xipvm.errors import MmError
-from xipvm.explore.mirror import Mirror, Odp
+from xipvm.explore.mirror import Odp
 from xipvm.mutants.mutant import mutant, replaced
 from xipvm.notifier import IntervalTree, MmuIntervalNotifier, MmuNotifierRange
 
@@ -98,18 +98,4 @@ def interval_left_by_a_late_number() -> Iterator[None]:
             raise
 
     with replaced(IntervalTree, "_remove_later", late):
-        yield
-
-
-@mutant("mirror-installs-whatever-it-found", "M7 (device)", "I7", "I2", "I4")
-def mirror_installs_whatever_it_found() -> Iterator[None]:
-    """A device that is told of every change installs what it looked up without asking for changes meanwhile."""
-    with replaced(Mirror, "overtaken", lambda self, sequence: False):
-        yield
-
-
-@mutant("mirror-asks-for-open-ranges-only", "M8 (device)", "I7", "I4")
-def mirror_asks_for_open_ranges_only() -> Iterator[None]:
-    """A device asks whether an invalidation is open, not whether one has come and gone."""
-    with replaced(Mirror, "overtaken", lambda self, sequence: self.invalidations > 0):
         yield

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from xipvm.actors import point
 from xipvm.address import PAGE_SHIFT, PAGE_SIZE
@@ -13,11 +12,9 @@ from xipvm.mmu.pte import PRESENT, WRITE, pte_pfn
 from xipvm.mmu.secondary.kvm import Kvm, KvmBase
 from xipvm.mmu.secondary.memslot import Memslot, Memslots
 from xipvm.mmu.secondary.spte import PFN_MASK, PFN_SHIFT, SPTE_PRESENT
+from xipvm.mmu.tables import GupPage
 from xipvm.mutants.mutant import inside, mutant, replaced
 from xipvm.notifier import MmuNotifierRange
-
-if TYPE_CHECKING:
-    from xipvm.mmu.tables import GupPage
 
 
 @mutant("no-retry-check", "M7", "I7", "I4", "I2")
@@ -355,6 +352,41 @@ def dirty_log_without_a_flush() -> Iterator[None]:
             flush(self, reason)
 
     with replaced(KvmBase, "_flush_tlbs", skip):
+        yield
+
+
+@mutant("dirty-log-flushed-when-it-is-out", "M31 (late)", "I12")
+def dirty_log_flushed_when_it_is_out() -> Iterator[None]:
+    """The dirty log is handed out first, and TLBs are flushed then: whoever copies the pages meanwhile is too early."""
+    flush = KvmBase._flush_tlbs
+    with inside(KvmBase, "get_dirty_log") as reading:
+
+        def skip(self: KvmBase, reason: str) -> None:
+            if not reading():
+                flush(self, reason)
+
+        def late(self: KvmBase, slot: int) -> bytes:
+            dirty = watched(self, slot)
+            flush(self, "dirty_log")
+            return dirty
+
+        watched = KvmBase.get_dirty_log
+        with replaced(KvmBase, "_flush_tlbs", skip), replaced(KvmBase, "get_dirty_log", late):
+            yield
+
+
+@mutant("rights-lowered-afterwards", "16 (rights)", "I4")
+def rights_lowered_afterwards() -> Iterator[None]:
+    """An entry is installed with all rights and lowered at once, before the lock is dropped; walkers take no lock."""
+    install = KvmBase._install_locked
+
+    def generous(self: KvmBase, slot: Memslot, gfn: int, page: GupPage, seq: int) -> None:
+        install(self, slot, gfn, GupPage(page.pfn, True), seq)
+        if not page.writable:
+            self._write_protect(gfn, gfn + 1)
+            self._flush_tlbs("fault")
+
+    with replaced(KvmBase, "_install_locked", generous):
         yield
 
 

@@ -6,7 +6,7 @@ from contextlib import suppress
 
 from xipvm.address import PAGE_SIZE
 from xipvm.errors import MmError
-from xipvm.explore.mirror import PAGES, SIZE, Mirror, Odp, Watcher
+from xipvm.explore.mirror import PAGES, SIZE, Engine, Mirror, Odp, Watcher
 from xipvm.explore.scenarios.faults import NEW, OLD, RW, expect
 from xipvm.explore.scene import Scene, scenario
 from xipvm.mmu.host_thread import HostThread
@@ -48,6 +48,48 @@ def a_mirror_against_swapout(scene: Scene) -> None:
     scene.actor("queue0", queue.store, 0, NEW)
     scene.actor("kswapd", pageout, mm, hva, hva + SIZE)
     scene.afterwards(lambda: expect(mm, hva, NEW))
+
+
+@scenario
+def a_mirror_is_closed(scene: Scene) -> None:
+    """A device goes while one of its queues faults; the process keeps its memory."""
+    mm = scene.mm()
+    hva = mm.mmap(SIZE, RW)
+    HostThread(mm).store(hva, OLD)
+    mirror = scene.watch(Mirror(mm, hva, PAGES))
+    queue = scene.vcpu(mirror)
+    scene.actor("queue0", queue.load, 0)
+    scene.actor("driver", mirror.destroy)
+
+
+@scenario
+def an_engine_against_mprotect(scene: Scene) -> None:
+    """A DMA engine without a TLB writes to pages that lose the right to be written, and get it back."""
+    mm = scene.mm()
+    hva = mm.mmap(SIZE, RW)
+    engine = scene.watch(Engine(mm, hva, PAGES))
+    engine.write(0, OLD)
+
+    def process() -> None:
+        mm.mprotect(hva, SIZE, PROT_READ)
+        mm.mprotect(hva, SIZE, RW)
+
+    scene.actor("engine0", engine.write, 0, NEW)
+    scene.actor("process", process)
+
+
+@scenario
+def an_engine_s_page_is_swapped_twice(scene: Scene) -> None:
+    """A page that came back from swap is read by a DMA engine, which may write it from then on, and goes again."""
+    mm = scene.mm()
+    hva = mm.mmap(PAGE_SIZE, RW)
+    mm.swapon(16)
+    engine = scene.watch(Engine(mm, hva, 1))
+    engine.write(0, OLD)
+    pageout(mm, hva, hva + PAGE_SIZE)
+    mm.read(hva, 1)
+    scene.actor("engine0", engine.read, 0)
+    scene.actor("kswapd", pageout, mm, hva, hva + PAGE_SIZE)
 
 
 @scenario(protocols=("modern",))
