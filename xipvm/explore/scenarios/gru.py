@@ -158,7 +158,7 @@ def gru_against_a_moved_window(scene: Scene) -> None:
     hva = mm.mmap(PAGE_SIZE, RW)
     gru = scene.gru(mm, hva, gfn=GFN)
     vcpu = scene.vcpu(gru)
-    vcpu.load(GFN)
+    vcpu.store(GFN, OLD)
 
     def host() -> None:
         gru.set_memslot(0, 2 * GFN, 1, hva)
