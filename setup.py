@@ -13,6 +13,8 @@ MODULES = [
     "xipvm.trace.table",
     "xipvm.trace.emit",
     "xipvm.trace.history",
+    "xipvm.check.world",
+    "xipvm.check.usual",
     "xipvm.mmu.frames",
     "xipvm.mmu.tables",
     "xipvm.cpu.core",

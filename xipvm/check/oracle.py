@@ -20,19 +20,25 @@ is bounded by what is mapped: entries go when they are unmapped, history is a ri
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
 from typing import Final
 
 from xipvm.address import PAGE_SHIFT
 from xipvm.check import pins, retry, rules
-from xipvm.check.rules import Fields, Handler
+from xipvm.check.rules import Fields
+from xipvm.check.usual import Judge
 from xipvm.check.violation import INVARIANTS, Violation
-from xipvm.check.world import WRITE, Area, Change, Entry, Range, Vm, World
+from xipvm.check.world import WRITE, Area, Entry, Range, Vm
 from xipvm.errors import BadInput
 from xipvm.trace.events import Event
 from xipvm.trace.history import History
 
 VIOLATION_LIMIT: Final = 100
 """More are not remembered: what follows the first ones follows from them."""
+HISTORY: Final = 1 << 15
+"""How many events are remembered in any case."""
+EACH: Final = 16
+"""And how many of every page, besides the last of each kind."""
 _HUGE: Final = 1 << 7
 _HUGE_PAGES: Final = 512
 # An entry of the huge zero page maps the zero page, frame 0, so many times.
@@ -42,11 +48,26 @@ def _nothing(violation: Violation) -> None:
     pass
 
 
-class Oracle:
+@dataclass(slots=True)
+class Change:
+    """In 2008: an entry that changed outside of every range, so that its notifiers have to be told of the page."""
+
+    mm: str
+    page: int
+    pfn: int
+    actor: str
+    event: Event
+    told: int = 0
+    """The event that tells them."""
+
+
+class Oracle(Judge):
     """A sink that checks ``invariants`` (names of INVARIANTS, all by default). Raises BadInput for an unknown one.
 
     ``violations`` is what it found, at most VIOLATION_LIMIT; ``checks`` counts how often each invariant was asked.
     ``stop`` is called with each violation while the event is delivered; what it raises goes to whoever emitted.
+    Of the last ``history`` events, and of the last EACH of every page, it knows what they were. Without ``usual`` every
+    event goes through the rules in Python: the same verdicts, slower.
     """
 
     def __init__(
@@ -54,49 +75,17 @@ class Oracle:
         invariants: Collection[str] = tuple(INVARIANTS),
         *,
         stop: Callable[[Violation], None] = _nothing,
-        history: int = 4096,
+        history: int = HISTORY,
+        usual: bool = True,
     ) -> None:
+        super().__init__(_HANDLERS, INVARIANTS, History(history, each=EACH), usual)
         for name in invariants:
             if name not in INVARIANTS:
                 raise BadInput(f"no invariant is called {name!r}; known are {', '.join(INVARIANTS)}")
         self.invariants = frozenset(invariants)
         self.violations: list[Violation] = []
-        self.checks = dict.fromkeys(INVARIANTS, 0)
-        self.events = 0
         self._stop = stop
-        self.world = World()
-        """What the events have said so far; rules read it."""
-        self._history = History(history)
-        self._returning: list[Range] = []
-        """Open ranges whose start may still be telling somebody."""
-        self._changes: list[Change] = []
-        """In 2008: entries whose notifiers have not been told, or are being told."""
-        self._further: dict[str, list[tuple[Handler, bool]]] = {}
-        self._last_range = 0
         self._rules = [make(self) for make in (retry.Retries, pins.Pins, *rules.RULES)]
-
-    def on(self, kind: str, handler: Handler, *, since_range: bool = False) -> None:
-        """Call ``handler(event, fields)`` at every event of ``kind``, behind the oracle's own rules for it.
-
-        With ``since_range`` only when a range has started or ended, or in 2008 a page was told of, in any mm, behind
-        the event that caused this one.
-        """
-        self._further.setdefault(kind, []).append((handler, since_range))
-
-    def __call__(self, event: Event) -> None:
-        """Judge ``event``."""
-        self.events += 1
-        self._history(event)
-        if self._returning:
-            self._see_returns(event)
-        if self._changes:
-            self._see_told(event)
-        handler = _HANDLERS.get(event.kind)
-        if handler is not None:
-            handler(self, event, event.fields)
-        for further, since_range in self._further.get(event.kind, ()):
-            if not since_range or event.cause < self._last_range:
-                further(event, event.fields)
 
     @property
     def returning(self) -> tuple[Range, ...]:
@@ -110,10 +99,10 @@ class Oracle:
                 self._untold(change)
         for opened in self.world.open.values():
             self.checks["I6"] += 1
-            last = self._history.events[-1]
+            last = self.history.events[-1]
             self.broken("I6", f"range {opened.id} of {opened.mm}, begun at #{opened.seq}, never ended", last)
         for opened in self._returning:
-            self._paid(opened, self._history.events[-1])
+            self._paid(opened, self.history.events[-1])
         for rule in self._rules:
             finish = getattr(rule, "finish", None)
             if finish is not None:
@@ -128,18 +117,6 @@ class Oracle:
 
     # ---- ranges
 
-    def _see_returns(self, event: Event) -> None:
-        """What an actor says is caused by its start until that has returned."""
-        for opened in tuple(self._returning):
-            if event.actor != opened.actor:
-                continue
-            if event.cause in opened.inside:
-                opened.inside.add(event.seq)
-            else:
-                opened.returned = True
-                self._returning.remove(opened)
-                self._paid(opened, event)
-
     def _on_mmu_notifier_invalidate_range_start(self, event: Event, fields: Fields) -> None:
         start, end = fields["start"] >> PAGE_SHIFT, -(-fields["end"] >> PAGE_SHIFT)
         opened = Range(fields["range"], fields["mm"], start, end, event.actor, event.seq, event.cause)
@@ -147,13 +124,13 @@ class Oracle:
         if (opened.mm, opened.id) in self.world.open:
             self.broken("I6", f"range {opened.id} begins, but it is open already", event, hva=fields["start"])
         opened.inside.add(event.seq)
-        self._last_range = event.seq
+        self.last_range = event.seq
         self.world.open[opened.mm, opened.id] = opened
         self._returning.append(opened)
 
     def _on_mmu_notifier_invalidate_range_end(self, event: Event, fields: Fields) -> None:
         self.checks["I6"] += 1
-        self._last_range = event.seq
+        self.last_range = event.seq
         opened = self.world.open.pop((fields["mm"], fields["range"]), None)
         if opened is None:
             self.broken("I6", f"range {fields['range']} ends, but never began", event, hva=fields["start"])
@@ -172,7 +149,7 @@ class Oracle:
                     self.broken("I3", f"range {opened.id} has ended, but {what} is still there", event, pfn=entry.pfn)
 
     def _on_mmu_notifier_invalidate_page(self, event: Event, fields: Fields) -> None:
-        self._last_range = event.seq
+        self.last_range = event.seq
 
     def _see_told(self, event: Event) -> None:
         """In 2008: between the change of an entry and the word about it, its actor may flush TLBs and nothing else."""
@@ -227,7 +204,9 @@ class Oracle:
 
     def _on_mm_exit(self, event: Event, fields: Fields) -> None:
         # Whoever was told of the release has nothing left to be told of; see exit_mmap.
-        self.world.mm(fields["mm"]).intervals.clear()
+        process = self.world.mm(fields["mm"])
+        process.intervals.clear()
+        process.dead = True
 
     # ---- primary entries
 
@@ -422,6 +401,7 @@ class Oracle:
         tlb = self.world.mm(fields["mm"]).tlbs.get(fields["thread"], {})
         if fields["hva"] is None:
             self.world.release_all(tlb)
+            self.world.mm(fields["mm"]).tlbs.pop(fields["thread"], None)
         else:
             self.world.release(tlb, fields["hva"] >> PAGE_SHIFT)
 
@@ -633,15 +613,23 @@ class Oracle:
 
     def recall(self, seq: int) -> Event | None:
         """Event number ``seq``, None when it is not remembered any more."""
-        return next((event for event in reversed(self._history.events) if event.seq == seq), None)
+        return self.history.recall(seq)
 
-    def broken(self, invariant: str, message: str, event: Event, **page: int) -> None:
-        """Report that ``event`` breaks ``invariant``; ``page`` names the page by hva (bytes), gfn and pfn."""
+    def broken(
+        self,
+        invariant: str,
+        message: str,
+        event: Event,
+        *,
+        hva: int | None = None,
+        gfn: int | None = None,
+        pfn: int | None = None,
+    ) -> None:
+        """Report that ``event`` breaks ``invariant`` about the page that ``hva`` (bytes), ``gfn`` and ``pfn`` name."""
         if invariant not in self.invariants or len(self.violations) >= VIOLATION_LIMIT:
             return
-        history = self._history.touching(**page) if page else []
-        if not history or history[-1] is not event:
-            history.append(event)
+        history = self.history.touching(hva=hva, gfn=gfn, pfn=pfn, mm=event.fields.get("mm"), last=EACH, kinds=True)
+        history = [known for known in history if known.seq != event.seq] + [event]
         violation = Violation(invariant, message, event, history)
         self.violations.append(violation)
         self._stop(violation)
