@@ -17,16 +17,17 @@ the run loop most of all; what has state of its own (firmware, power, flash, clo
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import os
 import signal
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from xipvm import boards, power
 from xipvm.address import PAGE_SHIFT, PAGE_SIZE, format_size
-from xipvm.boards.board import Board
+from xipvm.boards.board import Board, FlashBank
 from xipvm.clock import EventClock
 from xipvm.console import Console
 from xipvm.cpu import core
@@ -41,6 +42,15 @@ from xipvm.devices.rdma import DmaSpace
 from xipvm.errors import BadInput, GuestError, HostMemoryError, MmError, XipvmError
 from xipvm.firmware import Firmware
 from xipvm.flash_memory import FlashMemory
+from xipvm.image_memory import (
+    FileMapping,
+    ImageChoice,
+    ImageMemory,
+    banks_replaced,
+    open_guest,
+    parse_image,
+    parse_mapping,
+)
 from xipvm.loader.elf import ElfImage
 from xipvm.loader.place import Placement, board_for, place
 from xipvm.mmu.frames import HostMemory
@@ -77,6 +87,8 @@ HOST_MINIMUM = 1 << 20
 DTB_LIMIT = 2 << 20
 #: An idle machine with a person at its console sleeps at most this long at a time, in seconds.
 IDLE_NAP = 0.05
+#: And one that others ask for its memory at most this long.
+SERVICE_NAP = 0.005
 
 CLOCKS = ("instructions", "host")
 _CHUNK = 64 << 10
@@ -103,6 +115,8 @@ class Machine:
     while the guest runs.
     ``secondary``: which MMU the guest runs behind (choose.py). ``protocol``: how that is told of changes, ``modern`` or
     ``2008``.
+    ``image``: a file system whose files are used in place, ``guest`` being the path of one of them; ``map_files``:
+    others of its files that are guest memory (image_memory.py).
     ``devices``: what the machine has beside its board's devices: ``odp``, the DMA engine.
     Raises BadInput; nothing is left open then.
     """
@@ -129,6 +143,8 @@ class Machine:
         host_memory: int | None = None,
         swap: str | SwapOption | None = None,
         devices: Iterable[str] = (),
+        image: str | ImageChoice | None = None,
+        map_files: Iterable[str | FileMapping] = (),
     ) -> None:
         if clock not in CLOCKS:
             raise BadInput(f"no clock is called {clock!r}; known are {', '.join(CLOCKS)}")
@@ -147,11 +163,12 @@ class Machine:
             raise BadInput(f"no device is called {unknown!r}; known are {known}")
         if self.devices and protocol == "2008":
             raise BadInput("on-demand paging needs the modern protocol")
-        image = None if guest is None else ElfImage.open(guest)
+        choice = parse_image(image) if isinstance(image, str) else image
+        elf = _guest(guest, choice)
         if board is None:
-            if image is None:
+            if elf is None:
                 raise BadInput("without a guest the board has to be named")
-            board = board_for(image)
+            board = board_for(elf)
         self.board = boards.get(board) if isinstance(board, str) else board
         self.memory_size = self.board.default_memory if memory is None else memory
         self.board.check(self.memory_size, smp)
@@ -166,8 +183,15 @@ class Machine:
             raise BadInput("a storm forks children, for whose copies a pool of huge pages has no room")
         self.hugetlb = _check_hugetlb(self.memory_size, self.host_size) if hugetlb else False
         self.ram_alias = None if ram_alias is None else _check_alias(ram_alias, self.board, self.memory_size)
-        self.image = image
-        self.placement: Placement | None = None if image is None else place(image, self.board, self.memory_size)
+        self.image = elf
+        self.placement: Placement | None = None if elf is None else place(elf, self.board, self.memory_size)
+        mappings = [parse_mapping(text) if isinstance(text, str) else text for text in map_files]
+        if mappings and choice is None:
+            raise BadInput("files are mapped out of an image, and none is named")
+        self._choice, self._mappings = choice, mappings
+        self._image_guest = None if choice is None or guest is None else os.fspath(guest)
+        self.image_memory: ImageMemory | None = None
+        """The files of an image that are guest memory."""
         self.dtb_given = None if dtb is None else _read(os.fspath(dtb))
         self.counted = clock == "instructions"
         self.pin_sptes = pin_sptes
@@ -193,10 +217,13 @@ class Machine:
         self._ended = False
         self._seen: set[int] = set()
         self._storm = storm
+        self._services: list[Callable[[], object]] = []
         self._resources = contextlib.ExitStack()
         self._closed = False
         self.seconds = 0.0
         banks = open_banks(_options(flash), [bank.size for bank in self.board.flash], board=self.board.name)
+        if choice is not None:
+            banks = self._without_banks(banks)
         try:
             self._build(banks, smp)
         except BaseException:
@@ -210,6 +237,9 @@ class Machine:
             undo(image.close)
         self.host = HostMemory(self.host_size)
         undo(self.host.close)
+        if self._choice is not None:
+            self.image_memory = ImageMemory(self._choice, self._mappings, self.host, self.trace, self.protocol)
+            undo(self.image_memory.close)
         self.reclaim = watch_memory(self.host, self.trace)
         self.history: History | None = None
         """Where a crash report finds the last events, if somebody attached one to ``trace``."""
@@ -247,6 +277,8 @@ class Machine:
             )
             self.bus.map(bank.base, bank.size, device)
             self.flash.append(FlashMemory(bank, device, self.host, self.mm, self.secondary, slot=number))
+        if self.image_memory is not None:
+            self.image_memory.connect(self.mm, self.secondary, self._image_guest, self.placement)
         self.group = core.EngineGroup(self.host)
         undo(self.group.close)
         isa = core.ARM64 if board.isa == "arm64" else core.RISCV64
@@ -281,6 +313,22 @@ class Machine:
             undo(self._storm.end)
             for vcpu in self.vcpus:
                 vcpu.on_pause = self._pause
+
+    def _without_banks(self, banks: list[BankBytes]) -> list[BankBytes]:
+        """The flash banks that are there beside a guest that is executed out of an image."""
+        replaced = banks_replaced(self.placement)
+        kept: list[tuple[FlashBank, BankBytes]] = []
+        for bank, data in zip(self.board.flash, banks, strict=True):
+            if bank.name not in replaced:
+                kept.append((bank, data))
+            elif data.image.path is not None:
+                for other in banks:
+                    other.image.close()
+                raise BadInput(f"flash bank {bank.name} is not there: the guest lies in its place, in the image")
+            else:
+                data.image.close()
+        self.board = dataclasses.replace(self.board, flash=tuple(bank for bank, _ in kept))
+        return [data for _, data in kept]
 
     # What boards and devices use
 
@@ -324,6 +372,11 @@ class Machine:
         if self._running is not None:
             self._running.interrupt()
 
+    def add_service(self, poll: Callable[[], object], close: Callable[[], object]) -> None:
+        """Call ``poll`` again and again between slices of the guest, while it runs; ``close`` before memory goes."""
+        self._services.append(poll)
+        self._resources.callback(close)
+
     # Building
 
     def write_ram(self, gpa: int, data: bytes) -> None:
@@ -353,7 +406,7 @@ class Machine:
         for memory in self.flash:
             if memory.contains(gpa) and memory.contains(gpa + size - 1):
                 return memory.read(gpa, size)
-        return None
+        return None if self.image_memory is None else self.image_memory.read(self.mm, gpa, size)
 
     def close(self) -> None:
         """Give back engines, images and memory. May be called twice; while it runs, that is an XipvmError."""
@@ -489,6 +542,8 @@ class Machine:
                         raise
                     continue
             self.clock.run_due()
+            for serve in self._services:
+                serve()
             if limit is not None and self._instructions() >= limit:
                 return RunResult(TIMEOUT_STATUS, "limit", self.summary())
             vcpu = self._next(self._first)
@@ -586,6 +641,8 @@ class Machine:
     def _poll_host(self, deadline: float | None) -> bool:
         """Between two ticks of the host: input, signals, time limit. True when the run has to end."""
         self.console.poll()
+        for serve in self._services:
+            serve()
         self._seen |= core.take_signals()
         self._seen.discard(core.SIGALRM_NUMBER)
         return bool(self._seen) or (deadline is not None and time.monotonic() >= deadline)
@@ -611,6 +668,8 @@ class Machine:
             error = GuestError("every vCPU waits for an interrupt and nothing is left that could send one")
             return RunResult(1, "crash", self.summary(), report=crash_report(self, self.vcpus[0], error))
         nap = IDLE_NAP if due is None else min(max(due - self._now(), 0) / 1e9, IDLE_NAP)
+        if self._services:
+            nap = min(nap, SERVICE_NAP)
         if not self.console.wait(nap):
             time.sleep(nap)
         self.console.poll()
@@ -650,6 +709,12 @@ class Machine:
             swap_outs=0 if swap is None else swap.outs,
             swap_errors=0 if swap is None else swap.errors,
         )
+
+
+def _guest(guest: str | os.PathLike[str] | None, choice: ImageChoice | None) -> ElfImage | None:
+    if guest is None:
+        return None
+    return ElfImage.open(guest) if choice is None else open_guest(choice, os.fspath(guest))
 
 
 def _check_alias(base: int, board: Board, size: int) -> int:

@@ -155,6 +155,24 @@ def cli() -> None:
     metavar="SEED[,rate=N][,ops=NAME+NAME...]",
     help="Do random things to the host's memory that must not change what the guest computes; see 'xipvm storm'.",
 )
+@click.option(
+    "--export",
+    multiple=True,
+    metavar="NAME=BASE,SIZE[,path=SOCKET][,readonly=on][,timeout=S]",
+    help="Let other processes use SIZE bytes of RAM from BASE on while the guest runs; see 'xipvm attach'.",
+)
+@click.option(
+    "--image",
+    metavar="FILE[,snapshot=on][,readonly=on]",
+    help="A file system (ext2): GUEST is the path of a file in it, executed in place; see 'xipvm xip'.",
+)
+@click.option(
+    "--map",
+    "map_files",
+    multiple=True,
+    metavar="PATH@ADDRESS[,shared=on]",
+    help="With --image: another of its files is guest memory at ADDRESS, such as 0x60000000. May be repeated.",
+)
 @click.option("--quiet", is_flag=True, help="No summary on stderr.")
 def run(**options: Any) -> int:
     """Run GUEST, an ELF file, in place. Without GUEST the machine starts from the flash images.
@@ -165,6 +183,33 @@ def run(**options: Any) -> int:
     from xipvm.cli.run import run_guest
 
     return run_guest(**options)
+
+
+@cli.command()
+@click.argument("socket")
+@click.argument("words", metavar="[VERB ...]", nargs=-1)
+@click.option("--segment", metavar="NAME", help="The segment; by default the only one that there is.")
+@click.option("--readonly", is_flag=True, help="Attach it for reading only.")
+@click.option("--timeout", type=SECONDS, default=10.0, help="Give up when an answer takes so many seconds; 10.")
+@click.option("--interval", type=SECONDS, default=0.2, help="How often 'watch' looks, in seconds; 0.2.")
+def attach(
+    socket: str, words: tuple[str, ...], segment: str | None, readonly: bool, timeout: float, interval: float
+) -> int:
+    """Use memory that 'xipvm run --export' serves on SOCKET. Without VERB, verbs are read from standard input.
+
+    \b
+    info                   what there is, and how often pages were faulted and recalled
+    read OFFSET SIZE       bytes, as they are, on standard output
+    dump OFFSET SIZE       the same, to be read by people
+    write OFFSET TEXT      store TEXT; 0x... are bytes in hexadecimal, @FILE those of a file
+    watch OFFSET SIZE      show them whenever they change, until Ctrl-C
+
+    OFFSET is from the beginning of the segment. What one page was is forgotten as soon as the owner takes it back, and
+    faulted in again when it is needed. The exit status is 1 when a verb failed or the owner has gone, 2 for bad input.
+    """
+    from xipvm.cli.attach import attach_segment
+
+    return attach_segment(socket, words, segment=segment, readonly=readonly, timeout=timeout, interval=interval)
 
 
 @cli.command()

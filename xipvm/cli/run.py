@@ -17,6 +17,7 @@ from xipvm.trace.history import History
 if TYPE_CHECKING:
     from xipvm.check import Oracle, Violation
     from xipvm.trace.recorder import Recorder
+    from xipvm.xpmem.export import Export, ExportOption
 
 
 def run_guest(
@@ -44,6 +45,7 @@ def run_guest(
     host_memory: int | None,
     swap: str | None,
     storm: str | None,
+    export: tuple[str, ...],
     quiet: bool,
 ) -> int:
     """Run a guest as the options of ``xipvm run`` say. Returns the exit status. Raises XipvmError."""
@@ -56,6 +58,7 @@ def run_guest(
     if max_instructions is not None and clock == "host":
         raise BadInput("an instruction limit needs the instructions clock")
     options = [parse_option(text) for text in flash]
+    exports = _parse_exports(export)
     if storm is not None:
         from xipvm.storm import parse_storm
     funnel = Trace()
@@ -114,8 +117,11 @@ def run_guest(
                 storm=None if storm is None else parse_storm(storm),
             ) as machine:
                 machine.history = history
+                served = _export(machine, exports, quiet)
                 result = machine.run(timeout=timeout, max_instructions=max_instructions, until=until)
                 notes = () if machine.placement is None else machine.placement.notes
+                for each in served:
+                    each.close()
                 # Closing takes everything away at once, in no order.
                 if recorder is not None:
                     funnel.detach(recorder)
@@ -147,6 +153,36 @@ def run_guest(
     if oracle is not None and oracle.violations:
         return 1
     return result.status if 0 <= result.status <= 255 else (result.status & 0xFF or 1)
+
+
+def _parse_exports(texts: tuple[str, ...]) -> list[ExportOption]:
+    """What ``--export`` says. Raises BadInput."""
+    if not texts:
+        return []
+    from xipvm.xpmem.export import parse_export
+
+    options = [parse_export(text) for text in texts]
+    for what in ("name", "path"):
+        seen = [getattr(option, what) for option in options]
+        for value in seen:
+            if seen.count(value) > 1:
+                raise BadInput(f"two exports have the {what} {value}")
+    return options
+
+
+def _export(machine: Machine, options: list[ExportOption], quiet: bool) -> list[Export]:
+    """Serve the segments; they end with the machine. Raises BadInput."""
+    if not options:
+        return []
+    from xipvm.xpmem.export import Export
+
+    served = []
+    for number, option in enumerate(options):
+        made = Export(machine, option, name=f"xpmem{number}", log=lambda line: _say(f"xipvm: {line}"))
+        served.append(made)
+        if not quiet:
+            _say(f"xipvm: {made}")
+    return served
 
 
 _INPUT_LIMIT = 64 << 20

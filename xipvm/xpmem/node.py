@@ -77,7 +77,7 @@ class XpmemNode:
 
     def hello(self) -> None:
         """Introduces itself; must come first."""
-        self.segments = self._ask(Kind.HELLO, data=text_data(self.name)).data.decode(errors="replace").split("\n")
+        self.segments = self._ask(Kind.HELLO).data.decode(errors="replace").split()
 
     def get(self, segment: str, *, write: bool = True) -> tuple[int, int]:
         """A permit for ``segment`` (xpmem_get), and its size. Raises MmError: ENOENT, EACCES."""

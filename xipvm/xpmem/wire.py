@@ -8,8 +8,8 @@ The payload is the kind's numbers, 8 bytes each, then its data, if it has any. A
 choice, and its answer the same; a RECALL carries one of the owner's, and the DROPPED that answers it the same. Magic
 and version stay where they are in every version, so that two ends that do not understand each other can say so.
 
-Whatever comes in from outside goes through a :class:`Decoder`, which takes bytes in any pieces and gives messages, or
-raises :class:`WireError` and is done for: what follows a bad frame means nothing.
+Whatever comes in from outside goes through a :class:`Decoder`, which takes bytes in any pieces and gives messages until
+there is one that is none: then it is broken, and stays so, because what follows means nothing.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Kind(IntEnum):
 
     # from a node
     HELLO = 1
-    """The first message. Data: the node's name."""
+    """The first message."""
     GET = 2
     """A permit for the segment that the data name [whether to write as well]."""
     ATTACH = 3
@@ -92,7 +92,7 @@ class _Layout(NamedTuple):
 
 
 _LAYOUTS: Final[dict[Kind, _Layout]] = {
-    Kind.HELLO: _Layout(0, TEXT_LIMIT),
+    Kind.HELLO: _Layout(0, 0),
     Kind.GET: _Layout(1, TEXT_LIMIT),
     Kind.ATTACH: _Layout(3, 0),
     Kind.FAULT: _Layout(3, 0),
@@ -163,26 +163,24 @@ class Decoder:
 
     @property
     def broken(self) -> WireError | None:
-        """What was wrong; known at once, also where messages came before it."""
+        """What was wrong with what came, None for nothing."""
         return self._broken
 
-    def feed(self, data: bytes) -> list[Message]:
-        """The messages that ``data`` completes. Raises WireError, and again at every further call."""
-        if self._broken is not None:
-            raise self._broken
-        self._buffer += data
+    def take(self, data: bytes) -> list[Message]:
+        """The messages that ``data`` completes; those before one that is none, and nothing ever after it."""
         messages: list[Message] = []
+        if self._broken is not None:
+            return messages
+        self._buffer += data
         try:
-            while (message := self._take()) is not None:
+            while (message := self._next()) is not None:
                 messages.append(message)
         except WireError as error:
             self._broken = error
             self._buffer.clear()
-            if not messages:
-                raise
         return messages
 
-    def _take(self) -> Message | None:
+    def _next(self) -> Message | None:
         buffer = self._buffer
         if buffer[: len(MAGIC)] != MAGIC[: len(buffer)]:
             raise WireError("what it says is no message of XPMEM")

@@ -254,11 +254,15 @@ class Xpmem(DeviceMmu):
             try:
                 message = node.link.receive()
             except WireError as error:
+                self._send(node, Message(Kind.GONE, 0, (), text_data(str(error))))
                 self.fence(node, str(error))
                 return
             if message is None:
-                if node.link.closed:
-                    self.fence(node, "it has gone")
+                if node.link.closed and node.attachments:
+                    self.fence(node, "it has gone without a word")
+                elif node.link.closed:
+                    node.link.close()
+                    self._forget(node)
                 return
             if message.kind is not Kind.DROPPED:
                 node.requests.append(message)
