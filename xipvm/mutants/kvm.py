@@ -11,7 +11,7 @@ from xipvm.mmu.frames import HUGE_PAGES, PG_DIRTY
 from xipvm.mmu.pte import PRESENT, WRITE, pte_pfn
 from xipvm.mmu.secondary.kvm import Kvm, KvmBase
 from xipvm.mmu.secondary.memslot import Memslot, Memslots
-from xipvm.mmu.secondary.spte import PFN_MASK, PFN_SHIFT, SPTE_PRESENT
+from xipvm.mmu.secondary.spte import PFN_MASK, PFN_SHIFT, SPTE_PRESENT, SPTE_READ_ONLY, SPTE_WRITABLE
 from xipvm.mmu.tables import GupPage
 from xipvm.mutants.mutant import inside, mutant, replaced
 from xipvm.notifier import MmuNotifierRange
@@ -381,9 +381,12 @@ def rights_lowered_afterwards() -> Iterator[None]:
     install = KvmBase._install_locked
 
     def generous(self: KvmBase, slot: Memslot, gfn: int, page: GupPage, seq: int) -> None:
+        dirty = self.host.flags(page.pfn) & PG_DIRTY
         install(self, slot, gfn, GupPage(page.pfn, True), seq)
         if not page.writable:
+            self.host.clear_flags(page.pfn, PG_DIRTY & ~dirty)
             self._write_protect(gfn, gfn + 1)
+            self.sptes.clear_bits(gfn, gfn + 1, SPTE_WRITABLE & ~SPTE_READ_ONLY, SPTE_PRESENT)
             self._flush_tlbs("fault")
 
     with replaced(KvmBase, "_install_locked", generous):
