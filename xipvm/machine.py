@@ -278,7 +278,9 @@ class Machine:
             self.bus.map(bank.base, bank.size, device)
             self.flash.append(FlashMemory(bank, device, self.host, self.mm, self.secondary, slot=number))
         if self.image_memory is not None:
-            self.image_memory.connect(self.mm, self.secondary, self._image_guest, self.placement)
+            ram = board.ram_base, board.ram_base + self.memory_size, "RAM"
+            taken = [ram, *(row for row in board.memory_map() if row[2] != "ram")]
+            self.image_memory.connect(self.mm, self.secondary, self._image_guest, self.placement, taken)
         self.group = core.EngineGroup(self.host)
         undo(self.group.close)
         isa = core.ARM64 if board.isa == "arm64" else core.RISCV64
@@ -695,7 +697,7 @@ class Machine:
 
     def summary(self) -> Summary:
         """What the machine did so far."""
-        swap = self.mm.rmap.swap
+        swap, image = self.mm.rmap.swap, self.image_memory
         return Summary(
             instructions=self._instructions() if self.counted else None,
             seconds=self.seconds,
@@ -708,6 +710,7 @@ class Machine:
             swap_ins=0 if swap is None else swap.ins,
             swap_outs=0 if swap is None else swap.outs,
             swap_errors=0 if swap is None else swap.errors,
+            image_pages=None if image is None or self._image_guest is None else (image.in_place, image.copied),
         )
 
 

@@ -79,9 +79,10 @@ def device_tree(board: Board, memory_size: int, cpus: int, *, rdma: bool = False
         if cpus > 1:
             cpu.strings("enable-method", "psci")
 
-    flash = root.child(f"flash@{board.flash[0].base:x}").strings("compatible", "cfi-flash")
-    flash.quads("reg", *(number for bank in board.flash for number in (bank.base, bank.size)))
-    flash.cells("bank-width", board.flash[0].width)
+    if board.flash:
+        flash = root.child(f"flash@{board.flash[0].base:x}").strings("compatible", "cfi-flash")
+        flash.quads("reg", *(number for bank in board.flash for number in (bank.base, bank.size)))
+        flash.cells("bank-width", board.flash[0].width)
 
     gic = root.child(f"intc@{GIC_DIST.base:x}").strings("compatible", "arm,cortex-a15-gic")
     gic.quads("reg", GIC_DIST.base, GIC_DIST.size, GIC_CPU.base, GIC_CPU.size)

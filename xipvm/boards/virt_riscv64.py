@@ -96,9 +96,10 @@ def device_tree(board: Board, memory_size: int, cpus: int, *, rdma: bool = False
         local.cells("#interrupt-cells", 1).flag("interrupt-controller")
         harts.append(local.phandle())
 
-    flash = root.child(f"flash@{board.flash[0].base:x}").strings("compatible", "cfi-flash")
-    flash.quads("reg", *(number for bank in board.flash for number in (bank.base, bank.size)))
-    flash.cells("bank-width", board.flash[0].width)
+    if board.flash:
+        flash = root.child(f"flash@{board.flash[0].base:x}").strings("compatible", "cfi-flash")
+        flash.quads("reg", *(number for bank in board.flash for number in (bank.base, bank.size)))
+        flash.cells("bank-width", board.flash[0].width)
 
     soc = root.child("soc").cells("#address-cells", 2).cells("#size-cells", 2)
     soc.strings("compatible", "simple-bus").flag("ranges")

@@ -9,6 +9,7 @@ from xipvm.address import format_size
 from xipvm.console import Console
 from xipvm.devices.flash.files import parse_option
 from xipvm.errors import BadInput, TraceFileError
+from xipvm.image_memory import ImageChoice, open_guest, parse_image
 from xipvm.machine import Machine
 from xipvm.result import RunResult
 from xipvm.trace.funnel import Trace
@@ -46,6 +47,8 @@ def run_guest(
     swap: str | None,
     storm: str | None,
     export: tuple[str, ...],
+    image: str | None,
+    map_files: tuple[str, ...],
     quiet: bool,
 ) -> int:
     """Run a guest as the options of ``xipvm run`` say. Returns the exit status. Raises XipvmError."""
@@ -58,6 +61,7 @@ def run_guest(
     if max_instructions is not None and clock == "host":
         raise BadInput("an instruction limit needs the instructions clock")
     options = [parse_option(text) for text in flash]
+    choice = None if image is None else parse_image(image)
     exports = _parse_exports(export)
     if storm is not None:
         from xipvm.storm import parse_storm
@@ -86,7 +90,7 @@ def run_guest(
         if trace is not None:
             from xipvm.trace.recorder import Recorder
 
-            info = _machine_info(guest, board, memory, smp, secondary=secondary, clock=clock)
+            info = _machine_info(guest, choice, board, memory, smp, secondary=secondary, clock=clock)
             info |= {"protocol": protocol, "pin_sptes": pin_sptes, "hugetlb": hugetlb, "thp": thp}
             if devices:
                 info["devices"] = sorted(devices)
@@ -114,6 +118,8 @@ def run_guest(
                 protocol=protocol,
                 host_memory=host_memory,
                 swap=swap,
+                image=choice,
+                map_files=map_files,
                 storm=None if storm is None else parse_storm(storm),
             ) as machine:
                 machine.history = history
@@ -211,7 +217,14 @@ def _console(input_file: str | None, until: str | None) -> Console:
 
 
 def _machine_info(
-    guest: str | None, board: str | None, memory: int | None, smp: int, *, secondary: str, clock: str
+    guest: str | None,
+    image: ImageChoice | None,
+    board: str | None,
+    memory: int | None,
+    smp: int,
+    *,
+    secondary: str,
+    clock: str,
 ) -> dict[str, Any]:
     """What the header of a trace says of its machine; the same for equal runs, wherever their files lie."""
     import os
@@ -219,7 +232,10 @@ def _machine_info(
     from xipvm import boards
     from xipvm.loader import ElfImage, board_for
 
-    chosen = boards.get(board) if board is not None else board_for(ElfImage.open(guest or ""))
+    if board is not None:
+        chosen = boards.get(board)
+    else:
+        chosen = board_for(ElfImage.open(guest or "") if image is None else open_guest(image, guest or ""))
     return {
         "board": chosen.name,
         "memory": chosen.default_memory if memory is None else memory,
@@ -258,6 +274,10 @@ def _summarise(result: RunResult) -> None:
         (summary.flash_erases, "flash erase"),
     ]
     _say("xipvm: " + ", ".join(_counted(count, what) for count, what in counts))
+    if summary.image_pages is not None:
+        in_place, copied = summary.image_pages
+        why = "" if not copied else " (their place in the file is not their place in memory, modulo 4K)"
+        _say(f"xipvm: of the image, {_counted(in_place, 'page')} in place, {_counted(copied, 'page')} copied{why}")
     if summary.reclaimed or summary.swap_ins:
         pressure = f"{_counted(summary.reclaimed, 'page')} reclaimed"
         swapped = f"{_counted(summary.swap_outs, 'swap-out')}, {_counted(summary.swap_ins, 'swap-in')}"

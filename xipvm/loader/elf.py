@@ -53,6 +53,8 @@ class Segment(NamedTuple):
     """What the file holds of it: p_filesz bytes."""
     memsz: int
     """Its size in memory, at least ``len(data)``; the rest is zero."""
+    offset: int
+    """Where ``data`` begins in the file."""
 
 
 class Symbol(NamedTuple):
@@ -142,7 +144,7 @@ class ElfImage:
                 raise self._error(f"is cut short: segment {index} ends at {start + filesz:#x} of {len(self._view):#x}")
             if max(vaddr, paddr) + memsz > space:
                 raise self._error(f"segment {index} of {memsz:#x} bytes reaches beyond the address space")
-            segments.append(Segment(index, vaddr, paddr, flags & 7, self._view[start : start + filesz], memsz))
+            segments.append(Segment(index, vaddr, paddr, flags & 7, self._view[start : start + filesz], memsz, start))
         if not segments:
             raise self._error("has no loadable segment")
         for what, ordered in (

@@ -44,6 +44,8 @@ class Piece:
     """``PF_R | PF_W | PF_X`` of the segment."""
     segment: int
     """Number of the program header."""
+    offset: int
+    """Where ``data`` begins in the file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +123,7 @@ def _place_segment(elf: ElfImage, segment: Segment, board: Board, memory_size: i
         if segment.paddr + size > ram_end:
             ram = f"{format_size(memory_size)} of RAM at {board.ram_base:#x}"
             raise GuestImageError(elf.path, f"{name} reaches beyond the {ram}")
-        return Piece("ram", Gpa(segment.paddr), segment.data, size, segment.flags, segment.number)
+        return Piece("ram", Gpa(segment.paddr), segment.data, size, segment.flags, segment.number, segment.offset)
     in_place = _bank_at(board, segment.vaddr) is not None
     if not in_place:
         size = len(segment.data)  # stored here, used elsewhere
@@ -140,7 +142,8 @@ def _place_segment(elf: ElfImage, segment: Segment, board: Board, memory_size: i
         )
     if not segment.data:
         return None
-    return Piece(bank.name, Gpa(segment.paddr), segment.data, len(segment.data), segment.flags, segment.number)
+    stored = len(segment.data)
+    return Piece(bank.name, Gpa(segment.paddr), segment.data, stored, segment.flags, segment.number, segment.offset)
 
 
 def _entry(elf: ElfImage, board: Board, pieces: list[Piece]) -> Gpa:

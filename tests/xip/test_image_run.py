@@ -1,0 +1,64 @@
+"""Guests that run out of an image, and files of it that are guest memory, from the command line."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+GUESTS = Path(__file__).parents[2] / "guests" / "bin"
+ISAS = ("arm64", "riscv64")
+
+MakeImage = Callable[..., Path]
+
+
+def xipvm(*words: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "xipvm", *map(str, words)], capture_output=True, text=True, timeout=120
+    )
+
+
+def guest(name: str, isa: str) -> bytes:
+    return (GUESTS / isa / f"{name}-{isa}.elf").read_bytes()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("protocol", ["modern", "2008"])
+def test_a_guest_runs_out_of_an_image_and_leaves_it_alone(make_image: MakeImage, isa: str, protocol: str) -> None:
+    image = make_image({"/boot/hello.elf": guest("hello", isa)})
+    before = image.read_bytes()
+    done = xipvm("run", "--image", image, "--check", "--protocol", protocol, "/boot/hello.elf")
+    assert done.returncode == 0, done.stderr
+    assert f"Hello from NOR flash ({isa})" in done.stdout
+    assert "of the image" in done.stderr
+    assert image.read_bytes() == before
+
+
+@pytest.mark.parametrize("words", [("--secondary", "gru"), ("--storm", "7,rate=2000"), ("--smp", "2")])
+def test_whatever_the_secondary_mmu_has_to_bear(make_image: MakeImage, words: tuple[str, ...]) -> None:
+    image = make_image({"/hello.elf": guest("hello", "riscv64"), "/blob": bytes(range(256)) * 64})
+    done = xipvm("run", "--image", image, "--check", "--map", "/blob@0x60000000", *words, "/hello.elf")
+    assert done.returncode == 0, done.stderr
+    assert "0 violations" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (("/nope.elf",), "ENOENT"),
+        (("/blob",), "is not an ELF file"),
+        (("--map", "/blob@0x60000001", "/hello.elf"), "whole pages"),
+        (("--map", "/blob@0x80000000", "/hello.elf"), "RAM is at"),
+        (("--map", "/empty@0x60000000", "/hello.elf"), "is empty"),
+        (("--map", "/blob@0x60000000", "--map", "/blob@0x60000000", "/hello.elf"), "another file"),
+    ],
+)
+def test_mistakes_are_named(make_image: MakeImage, words: tuple[str, ...], complaint: str) -> None:
+    image = make_image({"/hello.elf": guest("hello", "riscv64"), "/blob": b"no guest", "/empty": b""})
+    done = xipvm("run", "--image", image, *words)
+    assert done.returncode == 2
+    assert complaint in done.stderr
+    assert done.stderr.count("\n") == 1
