@@ -60,6 +60,8 @@ from xipvm.mmu.reclaim import watch_memory
 from xipvm.mmu.secondary.choose import check_secondary, make_secondary
 from xipvm.mmu.secondary.memslot import GFN_LIMIT
 from xipvm.mmu.secondary.odp import OdpContext
+from xipvm.mmu.secondary.sva import Sva
+from xipvm.mmu.secondary.sva_dma import SvaSpace
 from xipvm.mmu.swap import swap_of
 from xipvm.mmu.swap_file import SwapOption, open_swap, parse_swap
 from xipvm.mmu.thp import ENABLED as THP_ENABLED
@@ -95,7 +97,7 @@ _CHUNK = 64 << 10
 
 TIMEOUT_STATUS = 124
 
-DEVICES = ("odp",)
+DEVICES = ("odp", "sva")
 
 
 class Machine:
@@ -117,7 +119,8 @@ class Machine:
     ``2008``.
     ``image``: a file system whose files are used in place, ``guest`` being the path of one of them; ``map_files``:
     others of its files that are guest memory (image_memory.py).
-    ``devices``: what the machine has beside its board's devices: ``odp``, the DMA engine.
+    ``devices``: what the machine has beside its board's devices: the DMA engine, by on-demand paging (``odp``) or by
+    shared virtual addressing (``sva``).
     Raises BadInput; nothing is left open then.
     """
 
@@ -162,7 +165,9 @@ class Machine:
             unknown, known = min(self.devices - frozenset(DEVICES)), ", ".join(DEVICES)
             raise BadInput(f"no device is called {unknown!r}; known are {known}")
         if self.devices and protocol == "2008":
-            raise BadInput("on-demand paging needs the modern protocol")
+            raise BadInput(f"{', '.join(sorted(self.devices))} cannot work with the 2008 protocol")
+        if len(self.devices) > 1:
+            raise BadInput(f"there is one DMA engine: {' or '.join(sorted(self.devices))}, not both")
         choice = parse_image(image) if isinstance(image, str) else image
         elf = _guest(guest, choice)
         if board is None:
@@ -299,6 +304,10 @@ class Machine:
         if "odp" in self.devices:
             self.dma = OdpContext(self.mm, self.ram_hva)
             undo(self.dma.close)
+        if "sva" in self.devices:
+            sva = Sva(self.mm)
+            undo(sva.destroy)
+            self.dma = SvaSpace(sva, self.ram_hva)
         self.platform = board.build(self)
         power.map_htif(self)
         power.map_ram(self)

@@ -49,7 +49,7 @@ def _hexadecimal(text: str) -> int:
 SIZE = Converted("size", parse_size)
 SECONDS = Converted("seconds", _seconds)
 _SECONDARY = "The secondary MMU behind which the guest runs: kvm, the default, or gru, which has TLBs only."
-_DEVICE = "A device beside the board's own: odp, a DMA engine that pins nothing. May be repeated."
+_DEVICE = "A device beside the board's own: a DMA engine that pins nothing, by on-demand paging (odp) or SVA (sva)."
 HEX = Converted("hex", _hexadecimal)
 
 

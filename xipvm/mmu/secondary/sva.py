@@ -59,6 +59,8 @@ class Sva(SecondaryMmu, MmuNotifier):
         """The PASID translates nothing any more."""
         self.invalidations = 0
         """How often it was told that the host's CPUs forget something."""
+        self.requests = 0
+        """Pages that it asked for."""
         mm.notifiers.register(self)
 
     # ---- the device's accesses
@@ -75,6 +77,13 @@ class Sva(SecondaryMmu, MmuNotifier):
         for address, offset, length in pieces(hva, len(data)):
             done = address - hva
             self.mm.host.write(self._translate(address, WRITE), offset, data[done : done + length])
+
+    def fetch_add(self, hva: int, value: int) -> int:
+        """Add to the 64-bit number at ``hva``, which is aligned, atomically; what it was. Raises SvaError."""
+        pfn, offset = self._translate(hva, WRITE), hva & ~PAGE_MASK
+        before = int.from_bytes(self.mm.host.read(pfn, offset, 8), "little")
+        self.mm.host.write(pfn, offset, ((before + value) % (1 << 64)).to_bytes(8, "little"))
+        return before
 
     def _translate(self, hva: int, access: int) -> int:
         """The frame of an access, which follows with no schedule point in between."""
@@ -105,6 +114,7 @@ class Sva(SecondaryMmu, MmuNotifier):
 
     def fault(self, page: int, access: int) -> int:
         """A page request: have the host's fault handler make ``page`` accessible, then walk again."""
+        self.requests += 1
         hva = page << PAGE_SHIFT
         trace = self.trace
         if not trace.on:
