@@ -12,7 +12,7 @@ Both keep WRITE, EXCLUSIVE, SOFT_DIRTY and UFFD_WP of the entry they stand for. 
 (``pte_set`` with flags that have no PRESENT), for that is what a device may translate by.
 
 *Device-coherent* memory the CPU reaches, too: frames of the arena, set aside one by one, whose entries are ordinary
-ones. Nothing distinguishes them but the flag PG_DEVICE, and who asks for device pages.
+ones. Nothing distinguishes them but the flag PG_COHERENT, and who asks for device pages.
 
 What others have to do for these entries is done here, called from their places: zap and fork (:func:`zap_entries`,
 :func:`before_fork`, :func:`after_fork`), mprotect (:func:`protect_entries`), faults (:func:`do_device_entry`).
@@ -28,7 +28,6 @@ from xipvm.actors import point
 from xipvm.address import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE
 from xipvm.errors import InternalError, MmError, OutOfFrames
 from xipvm.mmu.file import VmFault
-from xipvm.mmu.frames import PG_DEVICE
 from xipvm.mmu.pte import (
     ANON,
     DEVICE,
@@ -54,6 +53,8 @@ if TYPE_CHECKING:
 
 DEVICE_PRIVATE_PFN: Final = DEVICE >> PFN_SHIFT
 """Frame numbers from here on are pages of devices that the CPU cannot reach."""
+PG_COHERENT: Final = 1 << 24
+"""Flag of a frame that a device has handed out as its memory, which the CPU reaches, too."""
 _KEPT: Final = WRITE | EXCLUSIVE | SOFT_DIRTY | UFFD_WP
 _EXCLUSIVE: Final = SWAP | DEVICE | DEVICE_EXCLUSIVE
 _NUMBER: Final = (DEVICE_EXCLUSIVE >> PFN_SHIFT) - 1
@@ -97,7 +98,7 @@ class DeviceMemory:
         self.pages: dict[int, DevicePage] = {}
         """Every page of every device, by frame number."""
         self.coherent: dict[int, PageMap] = {}
-        """Frames that were handed out as coherent memory, and by whom; true as long as they have PG_DEVICE."""
+        """Frames that were handed out as coherent memory, and by whom; true as long as they have PG_COHERENT."""
         self.next = DEVICE_PRIVATE_PFN
 
     def put(self, pfn: int) -> None:
@@ -118,7 +119,7 @@ class DeviceMemory:
         if page is not None:
             return page.pagemap
         found = self.coherent.get(pfn)
-        return found if found is not None and self.host.flags(pfn) & PG_DEVICE else None
+        return found if found is not None and self.host.refcount(pfn) and self.host.flags(pfn) & PG_COHERENT else None
 
 
 def device_memory(host: HostMemory, trace: Trace, rmap: ReverseMap) -> DeviceMemory:
@@ -154,10 +155,10 @@ class PageMap:
         """A page with one reference, zeroed; its frame number. Raises OutOfFrames."""
         memory = self.memory
         if self.coherent:
-            if len(self.used()) >= self.size:
+            if len(self._frames) >= self.size and len(self.used()) >= self.size:
                 raise OutOfFrames(f"no page to spare of the {self.size} of a device")
             pfn: int = memory.host.alloc(True)
-            memory.host.set_flags(pfn, PG_DEVICE)
+            memory.host.set_flags(pfn, PG_COHERENT)
             memory.coherent[pfn] = self
             self._frames.add(pfn)
         else:

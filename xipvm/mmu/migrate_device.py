@@ -321,6 +321,7 @@ def migrate_vma_pages(args: MigrateVma) -> None:
     if not vacant:
         return
     start = vacant[0][1]
+    anon_vma_prepare(args.area)  # which may wait
     with mm.notifiers.invalidate_range(start, args.end, RangeEvent.MIGRATE, owner=args.owner):
         mm.lock_tables(start, args.end)
         for index, hva, new in vacant:
@@ -426,3 +427,43 @@ def _remove_migration_entries(mm: Mm, old: int, new: int) -> None:
             kept |= DIRTY | ACCESSED
         other.pgd.set(hva >> PAGE_SHIFT, 0)
         _map(area, hva, new, root, index, kept)
+
+
+# ---- pins for long
+
+
+def pin_longterm(mm: Mm, hva: int) -> int:
+    """The frame of ``hva``, to write to, with a reference that may be kept for long (FOLL_LONGTERM).
+
+    No page of a device may be held for long, so one that the CPU reaches there moves to system memory first. Raises
+    MmError EFAULT, ENOMEM, EBUSY for a page that cannot move; OutOfFrames.
+    """
+    while True:
+        pfn: int = mm.get_user_pages(hva, write=True).pfn
+        of_device = None if mm.rmap.devices is None else mm.rmap.devices.pagemap_of(pfn)
+        if of_device is None:
+            mm.host.get(pfn)
+            return pfn
+        if not _to_system(mm, hva & PAGE_MASK, of_device.owner):
+            raise MmError(errno.EBUSY, f"the page at {hva:#x} in {mm.name} cannot leave its device")
+
+
+def _to_system(mm: Mm, hva: int, owner: object) -> bool:
+    """Moves a device-coherent page; False when somebody holds it."""
+    with mm.mmap_lock.read:
+        area = mm.find_vma(hva)
+        if area is None:
+            return True  # to be found out by the next look
+        args = MigrateVma(area, hva, hva + PAGE_SIZE, owner=owner, flags=MIGRATE_VMA_SELECT_DEVICE_COHERENT)
+        migrate_vma_setup(args)
+        try:
+            gone = not args.cpages and args.src[0] == 0
+            for index, _, pfn in args.moving():
+                assert pfn is not None
+                new = mm.alloc_frame(False)
+                args.dst[index] = migrate_pfn(new)
+                mm.host.copy(pfn, new)
+            migrate_vma_pages(args)
+            return gone or bool(args.src[0] & MIGRATE_PFN_MIGRATE)
+        finally:
+            migrate_vma_finalize(args)
