@@ -75,6 +75,7 @@ from xipvm.trace.funnel import Trace
 from xipvm.trace.history import History
 
 if TYPE_CHECKING:
+    from xipvm.mmu.secondary.base import SecondaryMmu
     from xipvm.storm import Storm
 
 #: Instructions that a vCPU runs before the next one has its turn.
@@ -398,6 +399,15 @@ class Machine:
         # A write holds its pages until all are there, and the host may have fewer than there are.
         for at in range(0, len(data), _CHUNK):
             self.mm.write(self.ram + offset + at, data[at : at + _CHUNK])
+
+    def secondaries(self) -> list[SecondaryMmu]:
+        """Every secondary MMU of its mm: the guest's, then those of devices."""
+        found: list[SecondaryMmu] = [self.secondary]
+        if isinstance(self.dma, OdpContext):
+            found += self.dma.regions.values()
+        elif isinstance(self.dma, SvaSpace):
+            found.append(self.dma.sva)
+        return found
 
     def ram_hva(self, gpa: int, size: int) -> int | None:
         """Where the host process has bytes of RAM, None when they are not all RAM."""

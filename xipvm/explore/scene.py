@@ -23,7 +23,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, TypeVar, overload
 
 from xipvm import locks
-from xipvm.address import PAGE_SHIFT
 from xipvm.check import INVARIANTS, Oracle, Violation
 from xipvm.console import Console
 from xipvm.errors import XipvmError
@@ -33,7 +32,7 @@ from xipvm.explore.scripted import GuestAccessError, ScriptedVcpu
 from xipvm.mmu.frames import HostMemory
 from xipvm.mmu.host_thread import HostThread
 from xipvm.mmu.mm import Mm
-from xipvm.mmu.pte import PRESENT, WRITE, pte_pfn
+from xipvm.mmu.secondary.at_rest import difference
 from xipvm.mmu.secondary.base import SecondaryMmu
 from xipvm.mmu.secondary.gru import GruBase
 from xipvm.mmu.secondary.gru_2008 import gru_of
@@ -155,7 +154,8 @@ class Scene:
 
     def vcpu(self, mmu: SecondaryMmu) -> ScriptedVcpu:
         """A vCPU without code: its accesses are calls."""
-        vcpu = ScriptedVcpu(mmu.port(len(mmu.vcpus)), self.host, self.trace, sum(len(other.vcpus) for other in self.mmus))
+        index = sum(len(other.vcpus) for other in self.mmus)
+        vcpu = ScriptedVcpu(mmu.port(len(mmu.vcpus)), self.host, self.trace, index)
         mmu.vcpus.append(vcpu)
         return vcpu
 
@@ -246,14 +246,9 @@ def check_mmu(mmu: SecondaryMmu) -> None:
             raise AssertionError(f"{mmu.name} is left with {counts[0]} invalidations in progress, {counts[1]} active")
     if isinstance(mmu, GruBase) and mmu.range_active and not mmu.released:
         raise AssertionError(f"{mmu.name} is left with {mmu.range_active} ranges active")
-    for port in mmu.ports():
-        for page, hva in port.backing():
-            seen = port.translate(page)
-            if seen is None:
-                continue
-            entry = port.mm.pgd.pte(hva >> PAGE_SHIFT)
-            if not entry & PRESENT or pte_pfn(entry) != seen[0] or (seen[1] and not entry & WRITE):
-                raise AssertionError(f"{port.name} maps guest frame {page:#x} to {seen}, the host has {entry:#x}")
+    what = difference(mmu)
+    if what:
+        raise AssertionError(what)
 
 
 Furnish = Callable[[Scene], object]

@@ -1,7 +1,8 @@
 """Does a storm show? A guest's calm run, and what differs from it in a stormy one.
 
 Equal must be: how the run ended, what the console printed, how many instructions ran, and what RAM and flash hold at
-the end. Memory is compared by content, as a host process reads it: pages that were never touched are zero.
+the end. Memory is compared by content, as a host process reads it: pages that were never touched are zero. Besides,
+what every secondary MMU translates then has to be what the host has.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from dataclasses import dataclass, field
 from xipvm.address import PAGE_SHIFT, PAGE_SIZE
 from xipvm.console import Console
 from xipvm.devices.flash.files import ImageOption
-from xipvm.errors import BadInput
+from xipvm.errors import BadInput, InternalError
 from xipvm.machine import Machine
+from xipvm.mmu.secondary import at_rest
 from xipvm.result import RunResult
 from xipvm.storm.storm import Storm
 
@@ -86,6 +88,10 @@ def run_once(job: Job, storm: Storm | None = None, *, limit: int | None = None) 
     ) as machine:
         try:
             result = machine.run(max_instructions=min(limits, default=None), until=job.until)
+            for mmu in machine.secondaries():
+                what = at_rest.difference(mmu)
+                if what:
+                    raise InternalError(what)
             ram, flash = _ram(machine), _flash(machine)
             if storm is not None:
                 storm.end()

@@ -95,6 +95,17 @@ def gru_against_migrate(scene: Scene) -> None:
 
 
 @scenario
+def gru_first_access_against_dontneed(scene: Scene) -> None:
+    """A context's first access to a page that a thread has written, while the host gives the page up."""
+    mm = scene.mm()
+    hva = mm.mmap(PAGE_SIZE, RW)
+    vcpu = scene.vcpu(scene.gru(mm, hva, gfn=GFN))
+    HostThread(mm).store(hva, OLD)
+    scene.actor("gru0", vcpu.store, GFN, NEW)
+    scene.actor("host", mm.madvise, hva, PAGE_SIZE, MADV_DONTNEED)
+
+
+@scenario
 def gru_beside_two_ranges(scene: Scene) -> None:
     """A context's first access to a page while two threads give up others: it sleeps until no range is open."""
     mm = scene.mm()
