@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import random
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -49,7 +50,7 @@ def test_runs_of_a_bitmap(data: bytes, ones: list[tuple[int, int]]) -> None:
         bitmap[at : at + count] = b"\xff" * len(bitmap[at : at + count])
     runs = list(dirty_runs(bytes(bitmap)))
     assert [page for first, count in runs for page in range(first, first + count)] == logged(bytes(bitmap))
-    assert all(first + count < following for (first, count), (following, _) in zip(runs, runs[1:], strict=False))
+    assert all(first + count < following for (first, count), (following, _) in pairwise(runs))
 
 
 def test_reading_forgets_nothing_and_takes_nothing(world: Any) -> None:

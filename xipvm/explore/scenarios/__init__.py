@@ -5,12 +5,42 @@ from __future__ import annotations
 from typing import Final
 
 from xipvm.errors import BadInput
-from xipvm.explore.scenarios import faults, files, gru, huge, lifetime, mirrors, ranges, slots, sva, xpmem, youth
+from xipvm.explore.scenarios import (
+    dirty,
+    faults,
+    files,
+    gru,
+    huge,
+    lifetime,
+    mirrors,
+    pfncaches,
+    ranges,
+    rights,
+    slots,
+    sva,
+    xpmem,
+    youth,
+)
 from xipvm.explore.scene import Scenario
 
 SCENARIOS: Final[dict[str, Scenario]] = {
     each.name: each
-    for module in (faults, ranges, files, huge, slots, youth, lifetime, mirrors, xpmem, gru, sva)
+    for module in (
+        faults,
+        ranges,
+        files,
+        huge,
+        slots,
+        youth,
+        lifetime,
+        mirrors,
+        xpmem,
+        gru,
+        sva,
+        dirty,
+        rights,
+        pfncaches,
+    )
     for each in vars(module).values()
     if isinstance(each, Scenario)
 }

@@ -85,6 +85,8 @@ class Kvm(KvmBase, MmuNotifier):
         if self.memslots.in_hva_range(range.start, range.end):
             with self.mmu_lock.write:
                 self._invalidate_end()
+        if self.pfn_caches:
+            self.pfn_caches.ended += 1
         self.mn_active_invalidate_count -= 1
         if self.mn_active_invalidate_count < 0:
             raise InternalError(f"{self.name}: {range!r} ended, but did not begin")

@@ -264,6 +264,7 @@ class KvmFaults(KvmSlots):
             if spte & SPTE_MMIO and self._mmio_cached(spte):
                 return MMIO
             if self.mmio_lookup(gfn << PAGE_SHIFT):
+                point("kvm.fault.no_slot")
                 self._cache_mmio(gfn, generation)
                 return MMIO
         self.last_error = f"no memory at guest physical page {gfn << PAGE_SHIFT:#x}"

@@ -8,7 +8,8 @@ Refresh: invalid → {read seq → unlock → get_user_pages (for writing; may s
 mm is open* or seq has changed → valid → the reference of the lookup is dropped. Both count: a start makes caches
 invalid before it raises ``mmu_invalidate_in_progress``, and not at all that of another memslot, so it is
 ``mn_active_invalidate_count`` that says that an invalidation has passed by; and one that has come and gone shows only
-in seq.
+in seq. As seq goes up only where a memslot is hit, and the hva of a cache may be in none, ranges that have ended are
+counted for the caches as well.
 
 A cache that is gpa-based follows its memslot: it says nothing any more when the memslots' generation has changed. One
 that is hva-based knows of no memslot.
@@ -191,14 +192,14 @@ class PfnCache:
         kvm = self.kvm
         hva = Hva(self.uhva & -PAGE_SIZE)
         for _ in range(TRIES):
-            seq = kvm.mmu_invalidate_seq
+            seq, ended = kvm.mmu_invalidate_seq, kvm.pfn_caches.ended
             point("kvm.gpc.seq_read")
             pfn = kvm.mm.get_user_pages(hva, write=True).pfn
             kvm.host.get(pfn)
             try:
                 point("kvm.gpc.gup_done")
                 with self.lock.write:
-                    if not self._must_retry(seq):
+                    if not self._must_retry(seq, ended):
                         self._map(pfn)
                         return
             finally:
@@ -206,9 +207,12 @@ class PfnCache:
             give_way("kvm.gpc.retry")
         raise DeadlockError(f"{self.name}: its page is invalidated again and again")
 
-    def _must_retry(self, seq: int) -> bool:
-        """Whether a page looked up since ``seq`` may be another one by now. Under ``lock``."""
-        return self.kvm.mn_active_invalidate_count != 0 or self.kvm.mmu_invalidate_seq != seq
+    def _must_retry(self, seq: int, ended: int) -> bool:
+        """Whether a page looked up since ``seq`` and ``ended`` may be another one by now. Under ``lock``."""
+        return self._range_is_open() or self.kvm.mmu_invalidate_seq != seq or self.kvm.pfn_caches.ended != ended
+
+    def _range_is_open(self) -> bool:
+        return self.kvm.mn_active_invalidate_count != 0
 
     def _map(self, pfn: Pfn) -> None:
         self.pfn = pfn
@@ -225,6 +229,8 @@ class PfnCaches:
         self._kvm = kvm
         self._all: list[PfnCache] = []
         self._made = 0
+        self.ended = 0
+        """Ranges that have ended while there were caches."""
         self._lock = RwLock(f"gpc_lock of {kvm.name}", GPC_LIST_LOCK)
 
     def __bool__(self) -> bool:
