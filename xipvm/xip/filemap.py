@@ -130,9 +130,11 @@ class XipFile(AddressSpace):
             self.inode.modified()
             if start > self.size:
                 self._zero_tail()
+            if start + count > self.size:
+                self.inode.will_end(start + count)
             done, error = self._write_pages(buffer, count, start)
-            if start + done > self.size:
-                self.inode.set_size(start + done)
+            if start + count > self.size:
+                self.inode.set_size(max(start + done, self.size))
             if error is not None:  # blocks behind the end, which nobody can have mapped
                 with self.invalidate_lock.write:
                     self._free(page_up(self.size) >> PAGE_SHIFT, _ALL_PAGES)

@@ -3,6 +3,9 @@
 Page ``n`` of the file is page ``n`` of the device. A hole is what SEEK_HOLE says is one; a block is allocated by
 fallocate, so that a full disk is ENOSPC there and then, and not a signal at the first store. The map of blocks is read
 once, when the file is opened, and kept up to date: nobody else may change the file meanwhile (it is locked).
+
+The host's kernel takes what is stored behind the end of the file for nothing, and zeroes it when the file grows. So the
+host's file grows before the bytes are stored, and the size that is shown afterwards.
 """
 
 from __future__ import annotations
@@ -46,6 +49,7 @@ class HostInode(XipInode):
             lock(self._fd, path, shared=self._private)
             self._size = os.fstat(self._fd).st_size
             self._blocks = _data_pages(self._fd, self.size)
+            self._promised = 0
             self._beyond: set[int] = set()  # blocks behind the end, until they are freed or the file grows
             self.memory = XipMemory(host, self._fd, self.size, reserve=self.size + RESERVE, private=self._private)
         except BaseException:
@@ -94,6 +98,15 @@ class HostInode(XipInode):
         self._host.write(self.memory.pfn(pgoff), 0, bytes(PAGE_SIZE))
         self._blocks.add(pgoff)
 
+    def will_end(self, size: int) -> None:
+        """See the base."""
+        before, self._promised = self._promised, size
+        try:
+            self._fit()
+        except OSError as error:
+            self._promised = before
+            raise MmError(error.errno or errno.EIO, f"{self.name} with {size} bytes") from None
+
     def set_size(self, size: int) -> None:
         """See the base."""
         if self.read_only:
@@ -103,7 +116,7 @@ class HostInode(XipInode):
         end = page_up(size) >> PAGE_SHIFT
         before = self.size, self._beyond
         self._beyond = {page for page in (self._blocks if size < self.size else self._beyond) if page >= end}
-        self._size = size
+        self._size, self._promised = size, 0
         try:
             self._fit()
         except OSError as error:
@@ -112,7 +125,7 @@ class HostInode(XipInode):
 
     def _fit(self) -> None:
         """The host's file has its size, or what the last block behind that needs; all of it is mapped. OSError."""
-        length = (max(self._beyond) + 1) << PAGE_SHIFT if self._beyond else self.size
+        length = (max(self._beyond) + 1) << PAGE_SHIFT if self._beyond else max(self.size, self._promised)
         if self._private:
             return
         if page_up(length) < self.memory.size:

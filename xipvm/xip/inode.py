@@ -43,6 +43,9 @@ class XipInode(ABC):
     def set_size(self, size: int) -> None:
         """The file has ``size`` bytes from now on. Blocks are not touched. Raises MmError."""
 
+    def will_end(self, size: int) -> None:  # noqa: B027
+        """Bytes up to ``size``, behind the present end, are about to be stored; ``set_size`` follows. MmError."""
+
     @abstractmethod
     def free_blocks(self, first: int, end: int) -> int:
         """The pages ``[first, end)`` are holes from now on; how many were not. Raises MmError."""
