@@ -107,6 +107,7 @@ _point_hook: PointHook | None = None
 _wait_hook: WaitHook | None = None
 _access_hook: AccessHook | None = None
 _range_hook: RangeHook | None = None
+_made_hook: Callable[[object], object] | None = None
 
 
 def point(label: str) -> None:
@@ -165,10 +166,16 @@ def access_range(owner: object, first: int, end: int, *, write: bool) -> None:
         _range_hook(owner, first, end, write)
 
 
-def on_access(single: AccessHook | None, ranges: RangeHook | None) -> None:
-    """Who listens to :func:`access` and :func:`access_range` from now on, if anybody does. For searches."""
-    global _access_hook, _range_hook
-    _access_hook, _range_hook = single, ranges
+def made(owner: object) -> None:
+    """The current step has made ``owner``, of which :func:`access` will tell."""
+    if _made_hook is not None:
+        _made_hook(owner)
+
+
+def on_access(single: AccessHook | None, ranges: RangeHook | None, birth: Callable[[object], object] | None) -> None:
+    """Who listens to :func:`access`, :func:`access_range` and :func:`made` from now on, if anybody. For searches."""
+    global _access_hook, _range_hook, _made_hook
+    _access_hook, _range_hook, _made_hook = single, ranges, birth
 
 
 def can_wait() -> bool:

@@ -18,7 +18,7 @@ do nothing, and waiting raises GreenletExit again. Nothing is left behind: no gr
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from greenlet import GreenletExit, getcurrent, greenlet
 
@@ -33,13 +33,26 @@ if TYPE_CHECKING:
 Choose = Callable[[int, str], int]
 
 
+class Watcher(Protocol):
+    """Who wants to know of steps: what an actor does from one schedule point to the next."""
+
+    def stepped(self, actor: Actor) -> None:
+        """``actor`` has come to a point, waits, or has ended."""
+
+    def steps(self, actor: Actor, running: Actor | None, found: list[Actor]) -> None:
+        """``actor`` goes on, where ``running`` did before. ``found`` could go on, whether they gave way or not."""
+
+    def ready(self, actor: Actor) -> bool:
+        """Whether ``actor``, which waits, is ready: ``actor.ready()``."""
+
+
 def first(n: int, label: str) -> int:
     """The choice that never changes the actor as long as it can go on."""
     return 0
 
 
 class Scheduler:
-    """One run. ``trace`` is told who acts. ``spawn`` actors, then ``run``."""
+    """One run. ``trace`` is told who acts, :attr:`watcher` what the steps are. ``spawn`` actors, then ``run``."""
 
     def __init__(self, choose: Choose = first, *, trace: Trace | None = None) -> None:
         self.actors: list[Actor] = []
@@ -50,6 +63,7 @@ class Scheduler:
         """Who ran last."""
         self.switches = 0
         """How often another actor went on than the one before."""
+        self.watcher: Watcher | None = None
         self._choose = choose
         self._trace = trace
         self._hub: greenlet | None = None
@@ -99,27 +113,34 @@ class Scheduler:
 
     def _next(self, label: str) -> Actor | None:
         """Who goes on, None when nobody is left. Raises DeadlockError."""
-        running = self.running
+        running, watcher = self.running, self.watcher
+        if watcher is not None and running is not None:
+            watcher.stepped(running)
         found: list[Actor] = []
         waiting = False
         for actor in self.actors:
-            if actor.state is State.READY or (actor.state is State.WAITING and actor.ready()):  # type: ignore[misc]
+            if actor.state is State.READY or (
+                actor.state is State.WAITING and (actor.ready() if watcher is None else watcher.ready(actor))  # type: ignore[misc]
+            ):
                 if actor is running:
                     found.insert(0, actor)
                 else:
                     found.append(actor)
             elif actor.state is State.WAITING:
                 waiting = True
+        able = found
         if self._polite and len(found) > 1:
             found = [actor for actor in found if actor.after.isdisjoint(found)] or found
+        chosen = 0
         if len(found) > 1:
             self.candidates = found
             chosen = self._choose(len(found), label)
             if not 0 <= chosen < len(found):
                 raise InternalError(f"choice {chosen} of {len(found)} at {label}")
-            return found[chosen]
         if found:
-            return found[0]
+            if watcher is not None:
+                watcher.steps(found[chosen], running, able)
+            return found[chosen]
         if waiting:
             raise self._deadlock()
         return None

@@ -9,7 +9,10 @@ from typing import Any
 from xipvm.check import Violation
 from xipvm.errors import BadInput, DeadlockError, LockError, XipvmError
 from xipvm.explore.choices import Choice, DriftError, Pick, Question, Recording, Replay
+from xipvm.explore.footprint import Recorder, recording
+from xipvm.explore.reduction import CutError, Reduced
 from xipvm.explore.scene import BrokenError, Furnish, Scene, opened
+from xipvm.explore.steps import Trail
 from xipvm.explore.strategies import Feature, Strategy
 from xipvm.trace.events import Event
 
@@ -46,6 +49,10 @@ class Run:
     """Equal for runs that differ only in the order of steps that nobody can tell apart."""
     features: frozenset[Feature] = frozenset()
     checks: dict[str, int] = field(default_factory=dict)
+    trace: str = ""
+    """If it was watched: equal for runs that differ only in the order of steps that do not depend on each other."""
+    cut: bool = False
+    """It was ended where nothing new could come."""
 
     @property
     def preemptions(self) -> int:
@@ -58,6 +65,8 @@ class Search:
     """What a search found. ``complete``: there are no other runs within its bounds."""
 
     runs: int = 0
+    cut: int = 0
+    """Runs besides, that a reduced search has ended where nothing new could come."""
     fingerprints: frozenset[str] = frozenset()
     """Of the runs, see Run.fingerprint."""
     complete: bool = False
@@ -80,9 +89,10 @@ def run_once(
     *,
     sinks: Sequence[Callable[[Event], None]] = (),
     limit: int = LIMIT,
+    watch: Callable[[Scene, Recorder], Trail] | None = None,
     **options: Any,
 ) -> Run:
-    """One run of ``scenario``, with at most ``limit`` questions.
+    """One run of ``scenario``, with at most ``limit`` questions. ``watch`` follows its steps, and may cut it short.
 
     Raises DriftError as ``pick`` does, and nothing for what is wrong with the run.
     """
@@ -111,17 +121,24 @@ def run_once(
         last[actor] = kind
 
     failure: Failure | None = None
+    recorder = Recorder() if watch is not None else None
     scene: Scene | None = None
+    trail: Trail | None = None
+    cut = False
     run_print = ""
     try:
         with opened(scenario, recording, **options) as scene:
             scene.trace.attach(see)
             for sink in sinks:
                 scene.trace.attach(sink)
+            if watch is not None and recorder is not None:
+                trail = watch(scene, recorder)
             try:
                 scene.run()
             finally:
                 run_print = scene.fingerprint.digest  # what closing does is no part of it
+    except CutError:
+        cut = True
     except (DriftError, BadInput, KeyboardInterrupt):
         raise
     except BrokenError as error:
@@ -134,9 +151,11 @@ def run_once(
         failure = Failure("deadlock", str(error), error=error)
     except Exception as error:
         failure = Failure(type(error).__name__, str(error), error=error)
-    run = Run(recording.choices, failure, features=frozenset(features))
+    run = Run(recording.choices, failure, features=frozenset(features), cut=cut)
     if scene is not None:
         run.switches, run.checks, run.fingerprint = scene.scheduler.switches, scene.oracle.checks, run_print
+    if trail is not None:
+        run.trace = f"{trail.trace:032x}"
     return run
 
 
@@ -149,13 +168,25 @@ def explore(
     **options: Any,
 ) -> Search:
     """At most ``runs`` runs of ``scenario`` as ``strategy`` orders them; stops at the first that is wrong."""
+    if isinstance(strategy, Reduced):
+        with recording():
+            return _explore(scenario, strategy, runs, progress, watch=strategy.watch, **options)
+    return _explore(scenario, strategy, runs, progress, **options)
+
+
+def _explore(
+    scenario: Furnish, strategy: Strategy, runs: int, progress: Callable[[int], None] | None, **options: Any
+) -> Search:
     search = Search()
     seen: set[str] = set()
     while search.runs < runs and strategy.begin():
         run = run_once(scenario, strategy.pick, **options)
         strategy.end(run.choices, run.features)
+        if run.cut:
+            search.cut += 1
+            continue
         search.runs += 1
-        seen.add(run.fingerprint)
+        seen.add(run.trace or run.fingerprint)
         for name, count in run.checks.items():
             search.checks[name] = search.checks.get(name, 0) + count
         if progress is not None:

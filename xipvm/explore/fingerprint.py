@@ -39,7 +39,7 @@ class Fingerprint:
             self._slots.setdefault(event.fields["vm"], {})[event.fields["slot"]] = slot
         elif event.kind in ("mmu_notifier_register", "mmu_interval_notifier_insert"):
             self._mms[event.fields["notifier"]] = event.fields["mm"]
-        keys, spaces = self._resources(event)
+        keys, spaces = self.resources(event)
         level = self._level
         deepest = 0
         for key in keys:
@@ -66,7 +66,7 @@ class Fingerprint:
         """A hexadecimal number; the same for equal runs, on every machine. The sum of its events' hashes."""
         return f"{self._sum % (1 << 128):032x}"
 
-    def _resources(self, event: Event) -> tuple[Iterable[Any], set[str]]:
+    def resources(self, event: Event) -> tuple[Iterable[Any], set[str]]:
         """What an event touches: keys, and names of spaces that it touches as a whole. A guest's page is the host's."""
         fields = event.fields
         keys: list[Any] = [event.actor]

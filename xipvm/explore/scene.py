@@ -164,7 +164,7 @@ class Scene:
 
         An access to memory that is not there ends it, as it would a guest; ``guest_errors`` has it then.
         """
-        self.scheduler.spawn(name, self._live, function, arguments)
+        self.scheduler.spawn(name, self._live, function, arguments).body = (function, *arguments)
 
     def _live(self, function: Callable[..., object], arguments: tuple[Any, ...]) -> None:
         try:

@@ -7,6 +7,9 @@ could ever release the lock, and the wait is an error: DeadlockError, EDEADLK.
 *Lenient* locks, all those inside mmap_lock, are an exception to the latter: without a scheduler, who finds one taken
 goes on nevertheless. What a point hook does stands on the stack of what it interrupts, and could not be taken back in
 the middle; and the code under these locks looks at everything again behind a point anyway.
+
+A lock tells a search which steps it makes depend on each other (``actors.access``): who reads looks at it, who writes
+changes it, and two readers do not depend on each other.
 """
 
 from __future__ import annotations
@@ -38,16 +41,19 @@ class RwLock:
         self.write = Writing(self)
         self.nested = Writing(self, nest=True)
         """As ``write``, by who holds other locks of the class and has an order for them."""
+        actors.made(self)
 
     @property
     def taken(self) -> bool:
         """Somebody holds it."""
+        actors.access(self, write=True)  # readers change it, too
         return self.writer > 0 or self.readers > 0
 
     def wait_for_writer(self) -> None:
         """Returns when nobody holds it for writing: as if it was taken for reading and dropped at once."""
         if check.checker is not None:
             check.checker.before(self, "read", False)
+        actors.access(self, write=False)
         if self.writer:
             self.block("read", self._no_writer)
 
@@ -60,13 +66,16 @@ class RwLock:
             actors.wait(f"{how} of {self.name}", ready, because=f"{holder} would have to go on first")
 
     def _no_writer(self) -> bool:
+        actors.access(self, write=False)
         return not self.writer
 
     def _free(self) -> bool:
+        actors.access(self, write=True)
         return not self.writer and not self.readers
 
     def downgrade(self) -> None:
         """The writer goes on as a reader, until its ``with`` ends."""
+        actors.access(self, write=True)
         self.writer -= 1
         self.readers += 1
         if check.checker is not None:
@@ -88,6 +97,7 @@ class Reading:
         lock = self._lock
         if check.checker is not None:
             check.checker.before(lock, "read", False)
+        actors.access(lock, write=False)
         if lock.writer:
             lock.block("read", lock._no_writer)
         lock.readers += 1
@@ -96,6 +106,7 @@ class Reading:
 
     def __exit__(self, *_: object) -> None:
         lock = self._lock
+        actors.access(lock, write=False)
         if not lock.readers:
             raise InternalError(f"{lock.name} is dropped by a reader, and has none")
         lock.readers -= 1
@@ -116,6 +127,7 @@ class Writing:
         lock = self._lock
         if check.checker is not None:
             check.checker.before(lock, "write", self._nest)
+        actors.access(lock, write=True)
         if lock.writer or lock.readers:
             lock.block("write", lock._free)
         lock.writer += 1
@@ -124,6 +136,7 @@ class Writing:
 
     def __exit__(self, *_: object) -> None:
         lock = self._lock
+        actors.access(lock, write=True)
         if lock.writer:
             lock.writer -= 1
         elif lock.readers:
@@ -147,6 +160,7 @@ class KeyedLocks:
         self._cls = cls
         self.held: dict[int, Keyed] = {}
         """Those that somebody holds."""
+        actors.made(self)
 
     def __call__(self, number: int, *, nest: bool = False) -> Keyed:
         """The lock ``number`` as a context."""
@@ -154,6 +168,7 @@ class KeyedLocks:
 
     def free(self, number: int) -> bool:
         """Nobody holds it."""
+        actors.access(self, number, write=False)
         return number not in self.held
 
     def wait(self, number: int) -> bool:
@@ -164,6 +179,7 @@ class KeyedLocks:
 
     def attempt(self, number: int) -> Keyed | None:
         """The lock ``number``, taken, if it is free: ``drop`` it. Any order will do, as nobody waits."""
+        actors.access(self, number, write=False)
         if number in self.held:
             return None
         lock = self(number)
@@ -172,6 +188,7 @@ class KeyedLocks:
 
     def not_others(self, number: int) -> None:
         """Returns when nobody but the current actor holds it."""
+        actors.access(self, number, write=False)
         found = self.held.get(number)
         if self._cls.lenient and not actors.can_wait():
             return
@@ -183,6 +200,7 @@ class KeyedLocks:
         """Returns when nobody holds any of ``[first, end)``. For what then passes no point until it is done."""
         if check.checker is not None and first < end:
             check.checker.before(self(first), "write", False)
+        actors.access_range(self, first, end, write=False)
         if self.held and (actors.can_wait() or not self._cls.lenient):
             actors.wait(
                 f"{self._name.format(first)} to {end - 1:#x}",
@@ -212,6 +230,7 @@ class Keyed:
 
     def take(self) -> None:
         """It is free: now it is not."""
+        actors.access(self._all, self._number, write=True)
         self._all.held[self._number] = self
         self.owner = actors.current
         if check.checker is not None:
@@ -219,6 +238,7 @@ class Keyed:
 
     def drop(self) -> None:
         """Gives it back."""
+        actors.access(self._all, self._number, write=True)
         if self._all.held.pop(self._number, None) is not self:
             raise InternalError(f"{self.name} is dropped, and was not held")
         if check.checker is not None:
@@ -228,6 +248,7 @@ class Keyed:
         held, number = self._all.held, self._number
         if check.checker is not None:
             check.checker.before(held.get(number, self), "write", self._nest)
+        actors.access(self._all, number, write=False)
         if self.cls.lenient and number in held and not actors.can_wait():
             return
         while number in held:
