@@ -13,8 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from xipvm.check import INVARIANTS
 from xipvm.explore.find import KNOWN
-from xipvm.mutants import ablation
-from xipvm.mutants.hunt import Catch, Hunt, hunt
+from xipvm.mutants import ablation, reach
+from xipvm.mutants.hunt import STRATEGIES, Catch, Hunt, hunt
 from xipvm.mutants.mutant import MUTANTS, Mutant, get
 
 HEADER = (
@@ -33,7 +33,10 @@ def list_mutants(*, as_json: bool) -> int:
 
 
 def run_mutants(names: Sequence[str], *, runs: int, seed: int, as_json: bool, quiet: bool) -> int:
-    """Hunt the mutants ``names``, or all; 0 when each was found by two strategies, 1 otherwise. Raises BadInput."""
+    """Hunt the mutants ``names``, or all and the right system; 0 when each was found by two strategies, 1 otherwise.
+
+    Raises BadInput.
+    """
     chosen = [get(name) for name in names] or list(MUTANTS.values())
     escaped = 0
     if not as_json:
@@ -47,21 +50,34 @@ def run_mutants(names: Sequence[str], *, runs: int, seed: int, as_json: bool, qu
             bar.advance(task)
     if not as_json:
         print(f"{len(chosen)} mutants, {escaped} not caught by two strategies")
-    return 1 if escaped else 0
+    if names:
+        return 1 if escaped else 0
+    if not as_json:
+        print("negative control: the right system, the same budget")
+    return control(runs=runs, seed=seed, as_json=as_json, quiet=quiet) or (1 if escaped else 0)
 
 
 def control(*, runs: int, seed: int, as_json: bool, quiet: bool) -> int:
     """The right system in the same scenarios with the same budget: 0 when nothing is reported, 1 otherwise."""
-    with _bar(1, quiet) as (bar, task):
-        bar.update(task, description="the right system")
-        found = hunt(None, KNOWN, runs=runs, seed=seed)
-    for catch in found.catches:
+    where = reach.sites(MUTANTS.values())
+    reported = 0
+    for name in STRATEGIES:
+        with _bar(1, quiet) as (bar, task), reach.counting(where) as calls:
+            bar.update(task, description=f"the right system: {name}")
+            (catch,) = hunt(None, KNOWN, (name,), runs=runs, seed=seed).catches
+        reported += bool(catch.what)
+        reached = f"{len(calls)} of {len(where)}"
         if as_json:
-            print(json.dumps({"control": catch.strategy, **_caught(catch)}))
+            places = {"changed_by_mutants": len(where), "reached": len(calls), "calls": calls.total()}
+            print(json.dumps({"control": name, **_caught(catch), **places}), flush=True)
         else:
             report = f"{catch.what} in {catch.scenario} ({catch.protocol})" if catch.what else "no report"
-            print(f"{catch.strategy:12} {catch.runs:7} schedules, {catch.distinct:7} distinct: {report}")
-    return 1 if found.caught else 0
+            print(
+                f"{name:11} {catch.runs:7} schedules, {catch.distinct:7} distinct, "
+                f"{reached} functions that mutants change reached, {calls.total()} calls: {report}",
+                flush=True,
+            )
+    return 1 if reported else 0
 
 
 def ablate(names: Sequence[str], *, runs: int, seed: int, as_json: bool, quiet: bool) -> int:

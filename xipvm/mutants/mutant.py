@@ -55,6 +55,23 @@ def mutant(
     return declare
 
 
+Site = tuple[Any, str]
+"""A function: what it belongs to, and its name there."""
+
+_replacing: list[Site] | None = None
+
+
+@contextmanager
+def watching() -> Iterator[list[Site]]:
+    """Notes which functions are replaced meanwhile."""
+    global _replacing
+    before, _replacing = _replacing, []
+    try:
+        yield _replacing
+    finally:
+        _replacing = before
+
+
 Inside = Callable[[], bool]
 """Whether the current actor is inside of the function that :func:`inside` was given."""
 
@@ -83,6 +100,8 @@ def inside(owner: Any, attribute: str, when: Callable[..., bool] = lambda *_, **
 def replaced(owner: Any, attribute: str, replacement: Any) -> Iterator[None]:
     """``owner.attribute``, which may be inherited, is ``replacement`` meanwhile."""
     getattr(owner, attribute)
+    if _replacing is not None:
+        _replacing.append((owner, attribute))
     own, original = attribute in vars(owner), vars(owner).get(attribute)
     setattr(owner, attribute, replacement)
     try:

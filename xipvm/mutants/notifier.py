@@ -97,6 +97,21 @@ def ended_before_it_happens() -> Iterator[None]:
         yield
 
 
+@mutant("announced-where-somebody-looks", "M1 (windows)", "I1")
+def announced_where_somebody_looks() -> Iterator[None]:
+    """What no memslot and no window shows is changed unannounced: notifiers are asked for what they will not tell."""
+    original = MmuNotifiers.invalidate_range
+
+    def announce(self: MmuNotifiers, start: int, end: int, event: RangeEvent, **how: Any) -> Any:
+        slots = [getattr(each, "memslots", getattr(each, "windows", None)) for each in self]
+        if slots and not any(shown is None or shown.in_hva_range(start, end) for shown in slots):
+            return silence(self, start, end, event)
+        return original(self, start, end, event, **how)
+
+    with replaced(MmuNotifiers, "invalidate_range", announce):
+        yield
+
+
 @mutant("told-when-the-page-is-put", "1", "I1", protocol="modern")
 def told_when_the_page_is_put() -> Iterator[None]:
     """try_to_unmap tells of a page when its entry is gone and its reference dropped."""
