@@ -18,7 +18,7 @@ from xipvm.mmu.secondary.kvm import Kvm
 from xipvm.mmu.secondary.kvm_2008 import Kvm2008
 from xipvm.mmu.vma import VM_HUGETLB, Vma
 from xipvm.mutants.mutant import inside, mutant, replaced
-from xipvm.notifier import MmuNotifierRange, MmuNotifiers, RangeEvent
+from xipvm.notifier import MmuNotifierRange, MmuNotifiers, RangeEvent, Subscriber
 from xipvm.notifier.invalidation import Invalidation, Unobserved
 
 Announced = Callable[[MmuNotifiers, int, int, RangeEvent], AbstractContextManager[object]]
@@ -103,13 +103,18 @@ def announced_where_somebody_looks() -> Iterator[None]:
     original = MmuNotifiers.invalidate_range
 
     def announce(self: MmuNotifiers, start: int, end: int, event: RangeEvent, **how: Any) -> Any:
-        slots = [getattr(each, "memslots", getattr(each, "windows", None)) for each in self]
-        if slots and not any(shown is None or shown.in_hva_range(start, end) for shown in slots):
+        if all(_shows_nothing_of(each, start, end) for each in self) and len(self):
             return silence(self, start, end, event)
         return original(self, start, end, event, **how)
 
     with replaced(MmuNotifiers, "invalidate_range", announce):
         yield
+
+
+def _shows_nothing_of(notifier: Subscriber, start: int, end: int) -> bool:
+    """``notifier`` has windows, and nothing beside them, and none of them is onto ``[start, end)``."""
+    windows = getattr(notifier, "memslots", getattr(notifier, "windows", None))
+    return windows is not None and not getattr(notifier, "pfn_caches", ()) and not windows.in_hva_range(start, end)
 
 
 @mutant("told-when-the-page-is-put", "1", "I1", protocol="modern")
