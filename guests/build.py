@@ -73,7 +73,20 @@ class Guest:
     defines: tuple[str, ...] = ()
 
 
-GUESTS = (
+@dataclass(frozen=True)
+class System:
+    """A guest of several programs: a kernel that has their ELFs in flash. ``name`` is its folder, too.
+
+    {isa} in a source stands for the ISA. Linked by <name>/kernel-<isa>.ld, each program by <name>/user.ld.
+    """
+
+    name: str
+    kernel: tuple[str, ...]
+    library: tuple[str, ...]
+    programs: tuple[str, ...]
+
+
+GUESTS: tuple[Guest | System, ...] = (
     Guest("hello", "hello.c"),
     Guest("selfmod", "selfmod.c"),
     Guest("selfmod-alias", "selfmod.c", ("ALIAS_BASE=0x2000000000",)),
@@ -89,6 +102,20 @@ GUESTS = (
     Guest("pages", "pages.c"),
     Guest("dma", "dma.c"),
     Guest("token", "token.c"),
+    System(
+        "processes",
+        kernel=(
+            "processes/entry-{isa}.S",
+            "processes/machine-{isa}.c",
+            "processes/processes.c",
+            "processes/vm.c",
+            "processes/programs.S",
+            "common/print.c",
+            "common/memory.c",
+        ),
+        library=("processes/user.c", "common/print.c", "common/memory.c"),
+        programs=("init", "hash", "upper", "worker"),
+    ),
     Guest("store", "kernels/store.c"),
     Guest("sort", "kernels/sort.c"),
     Guest("crc", "kernels/crc.c"),
@@ -113,16 +140,34 @@ def zig(*arguments: str, folder: Path = HERE) -> None:
         raise BuildError(done.stderr or f"zig {arguments[0]}: status {done.returncode}")
 
 
-def compile_source(isa: Isa, source: str, defines: Iterable[str], output: Path) -> Path:
+def compile_source(isa: Isa, source: str, defines: Iterable[str], output: Path, *flags: str) -> Path:
     """Compiles or assembles one source, named relative to this folder."""
-    zig("cc", *isa.flags, *CFLAGS, *(f"-D{define}" for define in defines), "-c", source, "-o", str(output))
+    zig("cc", *isa.flags, *CFLAGS, *flags, *(f"-D{define}" for define in defines), "-c", source, "-o", str(output))
     return output
 
 
-def link(isa: Isa, objects: Iterable[Path], output: Path) -> None:
-    """Links one ELF with the ISA's memory map."""
+def link(script: str, objects: Iterable[Path], output: Path, *flags: str) -> None:
+    """Links one ELF by a linker script."""
     output.parent.mkdir(parents=True, exist_ok=True)
-    zig("ld.lld", *LDFLAGS, "-T", f"common/{isa.name}.ld", *map(str, objects), "-o", str(output))
+    zig("ld.lld", *LDFLAGS, *flags, "-T", script, *map(str, objects), "-o", str(output))
+
+
+def build_system(isa: Isa, system: System, scratch: Path, output: Path) -> None:
+    """Builds the programs, and then the kernel that carries them."""
+    scratch.mkdir()
+
+    def compiled(sources: Iterable[str], prefix: str) -> list[Path]:
+        named = [source.format(isa=isa.name) for source in sources]
+        return [
+            compile_source(isa, source, (), scratch / f"{prefix}{index}.o", f"-I{scratch}", f"-Wa,-I{scratch}")
+            for index, source in enumerate(named)
+        ]
+
+    library = compiled(system.library, "library")
+    for name in system.programs:
+        main = compiled((f"{system.name}/{name}.c",), name)
+        link(f"{system.name}/user.ld", [*main, *library], scratch / name, "-z", "max-page-size=4096", "--strip-all")
+    link(f"{system.name}/kernel-{isa.name}.ld", compiled(system.kernel, "kernel"), output, f"-L{system.name}")
 
 
 def differences(built: Iterable[Path], fresh: Path, committed: Path) -> list[str]:
@@ -135,7 +180,7 @@ def differences(built: Iterable[Path], fresh: Path, committed: Path) -> list[str
     ]
 
 
-def build(guests: Iterable[Guest], isas: Iterable[Isa], output: Path) -> list[Path]:
+def build(guests: Iterable[Guest | System], isas: Iterable[Isa], output: Path) -> list[Path]:
     """Builds into output/<isa>/<guest>-<isa>.elf and returns the paths."""
     built = []
     with tempfile.TemporaryDirectory() as scratch:
@@ -146,14 +191,17 @@ def build(guests: Iterable[Guest], isas: Iterable[Isa], output: Path) -> list[Pa
                 for index, source in enumerate(sources)
             ]
             for guest in guests:
-                main = compile_source(isa, guest.source, guest.defines, Path(scratch, f"{isa.name}-{guest.name}.o"))
                 elf = output / isa.name / f"{guest.name}-{isa.name}.elf"
-                link(isa, [*common, main], elf)
+                if isinstance(guest, System):
+                    build_system(isa, guest, Path(scratch, f"{isa.name}-{guest.name}"), elf)
+                else:
+                    main = compile_source(isa, guest.source, guest.defines, Path(scratch, f"{isa.name}-{guest.name}.o"))
+                    link(f"common/{isa.name}.ld", [*common, main], elf)
                 built.append(elf)
     return built
 
 
-def check(guests: Iterable[Guest], isas: Iterable[Isa]) -> list[str]:
+def check(guests: Iterable[Guest | System], isas: Iterable[Isa]) -> list[str]:
     """Rebuilds elsewhere and returns the names that differ from guests/bin/, or are missing there."""
     with tempfile.TemporaryDirectory() as fresh:
         return differences(build(guests, isas, Path(fresh)), Path(fresh), BIN)

@@ -42,6 +42,8 @@ GUESTS = (
     Expected("faults", "faults: 7 of 7 as expected", 9),
     Expected("user", "user: ok", 5),
     Expected("paging", "paging: ok", 9),
+    Expected("processes", "processes: 3762e5b6 ok", 15),
+    Expected("processes", "processes: 3762e5b6 ok", 15, smp=3),
     Expected("token", "token: 2 cpus, 200 passes, sum 19900 ok", 1, smp=2),
     Expected("token", "token: 4 cpus, 400 passes, sum 79800 ok", 1, smp=4),
     Expected("pages", "pages: 0 wrong", 5),
