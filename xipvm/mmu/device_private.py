@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from xipvm.actors import point
 from xipvm.address import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE
 from xipvm.errors import InternalError, MmError, OutOfFrames
+from xipvm.locks.check import sleep_until
 from xipvm.mmu.file import VmFault
 from xipvm.mmu.pte import (
     ANON,
@@ -62,7 +63,7 @@ _NUMBER: Final = (DEVICE_EXCLUSIVE >> PFN_SHIFT) - 1
 
 
 class DeviceFault(NamedTuple):
-    """A CPU wants the page that ``entry``, a device-private one of ``area``, stands for."""
+    """A CPU wants the page that ``entry``, a device-private one of ``area``, stands for. Its fault has locked it."""
 
     mm: Mm
     area: Vma
@@ -319,14 +320,25 @@ def do_device_entry(mm: Mm, area: Vma, hva: int, entry: int) -> tuple[VmFault, s
     assert page is not None
     devices = mm.rmap.devices
     assert devices is not None
-    page.refcount += 1
-    try:
-        with mm.mmap_lock.read:
-            if mm.pgd.get(hva >> PAGE_SHIFT) != entry or mm.find_vma(hva) is not area:
-                return VmFault.OK, "retry"
-            return page.pagemap.migrate_to_ram(DeviceFault(mm, area, hva, entry, page)), "device private"
-    finally:
-        devices.put(page.pfn)
+    with mm.mmap_lock.read:
+        if mm.pgd.get(hva >> PAGE_SHIFT) != entry or mm.find_vma(hva) is not area:
+            return VmFault.OK, "retry"
+        lock = mm.rmap.page_lock.attempt(page.pfn)
+        if lock is not None:
+            page.refcount += 1
+            try:
+                return page.pagemap.migrate_to_ram(DeviceFault(mm, area, hva, entry, page)), "device private"
+            finally:
+                lock.drop()
+                devices.put(page.pfn)
+    # Somebody brings it back already. Whoever had a reference while waiting would keep him from it.
+    sleep_until(
+        f"device page {page.pfn:#x}",
+        lambda: mm.rmap.page_lock.free(page.pfn),
+        because="who has locked it would have to go on first",
+        label="mm.device_private_wait",
+    )
+    return VmFault.OK, "retry"
 
 
 def remove_device_exclusive_entry(mm: Mm, area: Vma, hva: int, entry: int) -> bool:

@@ -102,7 +102,7 @@ def migrate_pfn_to_pfn(word: int) -> int | None:
 class MigrateVma:
     """One migration of bytes ``[start, end)`` of ``area``, by the driver ``owner``; ``flags``: MIGRATE_VMA_SELECT_*.
 
-    ``faulted``: the device page for which a CPU waits; its fault has a reference to it.
+    ``faulted``: the device page for which a CPU waits; its fault has locked it, and has a reference to it.
     """
 
     __slots__ = ("_locks", "area", "cpages", "dst", "end", "faulted", "flags", "npages", "owner", "src", "start")
@@ -198,11 +198,11 @@ def _collect_one(args: MigrateVma, index: int, hva: int) -> int:
             or device_page.pagemap.owner is not args.owner
         ):
             return 0
-        lock = mm.rmap.page_lock.attempt(device_page.pfn)
-        if lock is None:
-            return 0
+        if device_page.pfn != args.faulted:
+            args._locks[index] = lock = mm.rmap.page_lock.attempt(device_page.pfn)
+            if lock is None:
+                return 0
         device_page.refcount += 1
-        args._locks[index] = lock
         mm.pgd.set(page, 0)
         _emit_gone(mm, hva, device_page.pfn)
         set_nonpresent(mm, hva, _migration(device_page.pfn, entry))
@@ -313,6 +313,7 @@ def migrate_vma_pages(args: MigrateVma) -> None:
         if new is None:
             args.src[index] &= ~MIGRATE_PFN_MIGRATE
         elif pfn is None:
+            args._locks[index] = mm.rmap.page_lock.attempt(new)  # whoever comes upon it waits for the last step
             vacant.append((index, hva, new))
         elif _alone(args, pfn):
             _follow(mm, pfn, new)

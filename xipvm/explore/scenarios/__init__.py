@@ -6,6 +6,7 @@ from typing import Final
 
 from xipvm.errors import BadInput
 from xipvm.explore.scenarios import (
+    device_memory,
     dirty,
     faults,
     files,
@@ -40,6 +41,7 @@ SCENARIOS: Final[dict[str, Scenario]] = {
         dirty,
         rights,
         pfncaches,
+        device_memory,
     )
     for each in vars(module).values()
     if isinstance(each, Scenario)

@@ -463,7 +463,13 @@ class Dmirror(IntervalMmu):
         raise MmError(errno.EBUSY, f"{self.name}: {hva:#x} was wanted by the CPU {TRIES} times")
 
     def _exclusive(self, first: int, last: int) -> int:
-        """One try; how many of the pages the mirror has for itself now."""
+        """One try; how many of the pages the mirror has for itself now.
+
+        They are faulted in before it begins: what it had taken in a try that came to nothing has to be given back, and
+        that is an invalidation of its own, which would end every further try the same way.
+        """
+        for page in range(first, last):
+            self.mm.get_user_pages(page << PAGE_SHIFT, write=True)
         seq = self.read_begin()
         point("dmirror.exclusive.begin")
         with (
