@@ -291,7 +291,7 @@ def test_the_end_of_the_process(scene: Scene) -> None:
 
 def test_today_it_is_given_back_and_not_released() -> None:
     scene = plain_scene()
-    mm, _, gru = furnish(scene)
+    _, _, gru = furnish(scene)
     assert isinstance(gru, Gru)
     events = watched(scene, "mmu_notifier_")
     gru.destroy()
@@ -334,7 +334,7 @@ def test_2008_who_was_released_is_not_found_again() -> None:
 
 
 def test_what_slots_say(scene: Scene) -> None:
-    mm, hva, gru = furnish(scene)
+    _, hva, gru = furnish(scene)
     gru.mmio_lookup = lambda gpa: gpa == 0x9000
     gru.set_memslot(1, 0x100, 1, hva, MEM_READONLY)
     assert gru.fault(0x100, READ) == RETRY_WALK
