@@ -1,4 +1,4 @@
-"""Guests behind each secondary MMU: they compute the same, calmly and under storms, and the oracle has nothing to say."""
+"""Guests behind each secondary MMU: they compute the same, calmly and under storms, and nothing is out of order."""
 
 from __future__ import annotations
 
