@@ -32,7 +32,8 @@ from xipvm.notifier import MmuNotifier, MmuNotifierRange, NotifiedMm
 from xipvm.trace.events import Event
 from xipvm.trace.funnel import Trace
 
-_MEMORY: Final = 256 << 20
+MEMORY: Final = 256 << 20
+"""Of the host, bytes."""
 HUGE_PAGES: Final = 512
 
 BASE: Final = {name: (number + 1) * (LIMIT << PAGE_SHIFT) for number, name in enumerate(SPACES)}
@@ -163,11 +164,15 @@ class Vm:
 
 
 class World:
-    """A process without mappings. Close it, or use it as a context."""
+    """A process without mappings. Close it, or use it as a context.
 
-    def __init__(self) -> None:
-        self.host = HostMemory(_MEMORY, poison="frame")
-        self.trace = Trace()
+    With ``host`` and ``trace``, which stay the caller's, nothing is observed.
+    """
+
+    def __init__(self, host: HostMemory | None = None, trace: Trace | None = None) -> None:
+        self._own_host = host is None
+        self.host = host or HostMemory(MEMORY, poison="frame")
+        self.trace = trace or Trace()
         self.calls: list[Call] = []
         """Notifier calls of the current step."""
         self.events: list[Event] = []
@@ -179,7 +184,8 @@ class World:
         self.births: dict[int, int] = {}
         """When each allocated frame was allocated, by pfn."""
         self.allocations = 0
-        self.trace.attach(self._observe)
+        if trace is None:
+            self.trace.attach(self._observe)
         self.mm = Mm(self.host, self.trace, name="host")
         self.thread = HostThread(self.mm, "host")
         self.files: dict[str, PageCache] = {}
@@ -207,7 +213,8 @@ class World:
             for file in self.files.values():
                 file.close()
         self._resources.close()
-        self.host.close()
+        if self._own_host:
+            self.host.close()
 
     @property
     def folder(self) -> str:

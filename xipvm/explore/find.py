@@ -1,4 +1,4 @@
-"""Scenarios by name: those that come with xipvm, and those in a user's file (``path.py:name``)."""
+"""Scenarios by name: those that come with xipvm, those in a user's file (``path.py:name``), recorded ones (a file)."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Final
 from xipvm.errors import BadInput
 from xipvm.explore.guest_code import CODE_SCENARIOS
 from xipvm.explore.guests import GUEST_SCENARIOS
+from xipvm.explore.recorded import recorded
 from xipvm.explore.scenarios import SCENARIOS
 from xipvm.explore.scene import Scenario
 
@@ -20,11 +21,15 @@ def find(name: str) -> Scenario:
     """The scenario ``name``. Raises BadInput for one that there is not, or a file that cannot be loaded."""
     if name in KNOWN:
         return KNOWN[name]
+    if name.endswith(".json"):
+        return recorded(name)
     path, separator, function = name.rpartition(":")
     if not separator:
         if name.endswith(".py"):
             raise BadInput(f"{name}: which scenario? Write {name}:NAME, NAME being one of {_names(name)}")
-        raise BadInput(f"no scenario is called {name!r}; known are {', '.join(KNOWN)}, and FILE.py:NAME")
+        raise BadInput(
+            f"no scenario is called {name!r}; known are {', '.join(KNOWN)}, FILE.py:NAME, and recorded sequences, FILE.json"
+        )
     found = in_file(path)
     if function not in found:
         raise BadInput(f"{path} has no scenario {function!r}; it has {', '.join(found) or 'none'}")

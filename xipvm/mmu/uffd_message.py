@@ -145,12 +145,16 @@ def _count_wakes(mm: Mm, uffd: Userfaultfd, address: int, unchanged: bool) -> No
 
 
 def _tell(uffd: Userfaultfd, message: UffdMsg, seq: int) -> None:
-    """Hands a message to the monitor; what the handler does is caused by the event ``seq``."""
+    """Hands a message to the monitor; what the handler does is caused by the event ``seq``.
+
+    It has a thread for everybody who may have to wait for it: two of them can be at work at once.
+    """
     if uffd.handler is None:
         uffd.queue.append(message)
         return
     trace = uffd.mm.trace
-    actor, trace.actor = trace.actor, "monitor"
+    actor = trace.actor
+    trace.actor = "monitor" if actor == "host" else f"monitor of {actor}"
     try:
         with trace.because(seq) if seq else nullcontext():
             uffd.handler(uffd, message)
