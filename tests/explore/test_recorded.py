@@ -20,8 +20,6 @@ from xipvm.trace.expect import TraceLog
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 ALL = sorted(path.stem for path in GOLDEN.glob("*.json"))
-ALONE = {"exit_vm_closed"}
-"""There is no VM any more when the operation comes."""
 QUICK = (
     "fork_host_write",
     "ksm_merge",

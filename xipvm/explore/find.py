@@ -27,9 +27,8 @@ def find(name: str) -> Scenario:
     if not separator:
         if name.endswith(".py"):
             raise BadInput(f"{name}: which scenario? Write {name}:NAME, NAME being one of {_names(name)}")
-        raise BadInput(
-            f"no scenario is called {name!r}; known are {', '.join(KNOWN)}, FILE.py:NAME, and recorded sequences, FILE.json"
-        )
+        known = ", ".join(KNOWN)
+        raise BadInput(f"no scenario is called {name!r}; known are {known}, and FILE.py:NAME, and recorded FILE.json")
     found = in_file(path)
     if function not in found:
         raise BadInput(f"{path} has no scenario {function!r}; it has {', '.join(found) or 'none'}")
