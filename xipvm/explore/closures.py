@@ -8,7 +8,7 @@ variables that a function sets for others (``nonlocal``, ``global``).
 from __future__ import annotations
 
 import dis
-from functools import partial
+from functools import cache, partial
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any, Final
 
@@ -53,8 +53,8 @@ def _is_scene(kind: type) -> bool:
 def _function(function: FunctionType, seen: set[int]) -> bool:
     if (function.__module__ or "").startswith(_TRUSTED):
         return True
-    names: set[str] = set()
-    if not _code(function.__code__, names, frozenset(function.__code__.co_freevars)):
+    names = _names(function.__code__)
+    if names is None:
         return False
     for cell in function.__closure__ or ():
         try:
@@ -69,11 +69,17 @@ def _function(function: FunctionType, seen: set[int]) -> bool:
     return all(_fine(function.__globals__[name], seen) for name in names if name in function.__globals__)
 
 
-def _code(code: CodeType, names: set[str], free: frozenset[str]) -> bool:
-    """Collects the global names that ``code`` loads; False when it sets a variable for others."""
+@cache
+def _names(code: CodeType) -> frozenset[str] | None:
+    """The global names that ``code`` loads; None when it sets a variable for others."""
+    names: set[str] = set()
+    return frozenset(names) if _collect(code, names, frozenset(code.co_freevars)) else None
+
+
+def _collect(code: CodeType, names: set[str], free: frozenset[str]) -> bool:
     for each in dis.get_instructions(code):
         if each.opname in _STORES or (each.opname in ("STORE_DEREF", "DELETE_DEREF") and each.argval in free):
             return False
         if each.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
             names.add(str(each.argval))
-    return all(_code(inner, names, free) for inner in code.co_consts if isinstance(inner, CodeType))
+    return all(_collect(inner, names, free) for inner in code.co_consts if isinstance(inner, CodeType))

@@ -10,7 +10,7 @@ an entry of a page table, a frame's bytes or metadata, a lock. Nobody has to dec
   when it holds something else at the end of the step. Who keeps one, or an iterator over one, over the end of a step
   is told by its reference count, and reads it in the next step, too;
 * page tables and host memory are native, and are replaced by subclasses whose methods say what they touch;
-* locks say what they are (:func:`xipvm.actors.access`): readers do not depend on each other;
+* locks, and SRCU, say what they are (:func:`xipvm.actors.access`): readers do not depend on each other;
 * every event of the trace touches the pages and the vCPUs that it names, for the oracle's sake.
 
 What is not understood makes the step *unknown*, and that depends on everything: an attribute of a type that is none of
@@ -47,6 +47,7 @@ from xipvm import actors
 from xipvm.actors import Actor
 from xipvm.locks.lock import Keyed, KeyedLocks, Reading, RwLock, Writing
 from xipvm.locks.order import LockClass
+from xipvm.notifier.srcu import Srcu
 from xipvm.trace.funnel import Trace
 
 MODEL: Final = ("xipvm.mmu", "xipvm.notifier", "xipvm.devices", "xipvm.xip")
@@ -63,7 +64,7 @@ _CODE: Final = frozenset(
     (MethodType, FunctionType, BuiltinFunctionType, MethodWrapperType, type, ModuleType, GenericAlias, property)
 )
 _VALUES: Final = frozenset((int, str, bytes, float, bool, NoneType, range, frozenset, complex, MappingProxyType))
-_DECLARED: Final = frozenset((RwLock, Reading, Writing, KeyedLocks, Keyed, LockClass, Trace, Actor))
+_DECLARED: Final = frozenset((RwLock, Reading, Writing, KeyedLocks, Keyed, LockClass, Srcu, Trace, Actor))
 _CONTAINERS: Final = frozenset(
     (list, dict, set, deque, OrderedDict, defaultdict, bytearray, weakref.WeakValueDictionary, weakref.WeakSet)
 )
@@ -80,9 +81,11 @@ _REFERENCES: Final = 6
 class Footprint:
     """What one step touched."""
 
-    __slots__ = ("ranges", "reads", "unknown", "writes")
+    __slots__ = ("numbers", "ranges", "reads", "unknown", "writes")
 
     def __init__(self) -> None:
+        self.numbers: list[tuple[Hashable, int, bool]] = []
+        """Those of the resources that are numbers: what they belong to, and whether they are written."""
         self.reads: set[Key] = set()
         self.writes: set[Key] = set()
         self.ranges: list[Range] = []
@@ -106,13 +109,8 @@ class Footprint:
 
 def _meets(span: Range, print_: Footprint) -> bool:
     owner, first, end, write = span
-    for key in print_.writes:
-        if key[0] == owner and type(key[1]) is int and first <= key[1] < end:
-            return True
-    if write:
-        for key in print_.reads:
-            if key[0] == owner and type(key[1]) is int and first <= key[1] < end:
-                return True
+    if any(whose == owner and (write or wrote) and first <= number < end for whose, number, wrote in print_.numbers):
+        return True
     return any(
         other[0] == owner and (write or other[3]) and first < other[2] and other[1] < end for other in print_.ranges
     )
@@ -134,6 +132,8 @@ class Recorder:
         """What has a name, so that no ``id`` is used twice."""
         self._base = 0
         """The first name that the step may give."""
+        self._saw: set[tuple[int, str, int]] = set()
+        """What the step was told before."""
         self._seen: dict[int, tuple[Any, Key, Any]] = {}
         """By container: itself, what it is, and what it held when the step first saw it."""
         self._kept: dict[int, list[tuple[Any, Key]]] = {}
@@ -143,6 +143,7 @@ class Recorder:
     def begin(self, actor: int, number: int) -> None:
         """Actor ``actor`` goes on with its step ``number``."""
         self.print = Footprint()
+        self._saw.clear()
         self._seen = {}
         self._base = (actor + 1) << 48 | number << 24
         for container, key in self._kept.pop(actor, ()):
@@ -181,6 +182,10 @@ class Recorder:
 
     def saw(self, owner: object, name: str, value: object) -> None:
         """Attribute ``name`` of ``owner`` was read, and is ``value``."""
+        saw = id(owner), name, id(value)
+        if saw in self._saw:
+            return
+        self._saw.add(saw)
         kind = type(value)
         key = self._name(owner), name
         self.print.reads.add(key)
@@ -199,13 +204,18 @@ class Recorder:
 
     def access(self, owner: object, what: Hashable, write: bool) -> None:
         """Somebody says that he touches ``what`` of ``owner``."""
-        (self.print.writes if write else self.print.reads).add((self._name(owner), what))
+        name = self._name(owner)
+        (self.print.writes if write else self.print.reads).add((name, what))
+        if type(what) is int:
+            self.print.numbers.append((name, what, write))
 
     def access_range(self, owner: object, first: int, end: int, write: bool) -> None:
         """Somebody says that he touches all numbers of ``[first, end)`` of ``owner``."""
         name = self._name(owner)
         if end - first <= _FEW:
-            (self.print.writes if write else self.print.reads).update((name, at) for at in range(first, end))
+            for at in range(first, end):
+                (self.print.writes if write else self.print.reads).add((name, at))
+                self.print.numbers.append((name, at, write))
         else:
             self.print.ranges.append((name, first, end, write))
 
@@ -327,7 +337,7 @@ def _classes() -> list[type]:
         if module is None or not name.startswith((*MODEL, *_MORE)):
             continue
         for each in vars(module).values():
-            if isinstance(each, type) and each.__module__ == name and not _harmless(each):
+            if isinstance(each, type) and each.__module__ == name and each not in _DECLARED and not _harmless(each):
                 found.append(each)
     return found
 

@@ -22,6 +22,11 @@ _END: Final = 1 << 36
 _FREE: Final = "free frames"
 _LRU: Final = "lru"
 _POOL: Final = "huge pages"
+_COUNT: Final = "count"
+_FLAGS: Final = "flags"
+_ROOT: Final = "root"
+_PARTS: Final = (_COUNT, _FLAGS, _ROOT)
+"""Of the metadata of a page."""
 
 
 _present: Final[Any] = vars(PageTable)["present"]
@@ -177,7 +182,8 @@ def _frame(host: Any, pfn: int, *wholes: str) -> None:
         pfn = HostMemory.compound_head(host, pfn)
     except IndexError:  # what is no frame, as the slot of a swap entry
         return
-    now.access(host, ("meta", pfn), True)
+    for part in _PARTS:
+        now.access(host, (part, pfn), True)
     for each in wholes:
         now.access(host, each, True)
 
@@ -188,10 +194,10 @@ class RecordedMemory(HostMemory):
     def __init__(self, size_bytes: int, **named: Any) -> None:
         _born(self)
 
-    def _meta(self, pfn: int, write: bool) -> None:
+    def _meta(self, part: str, pfn: int, write: bool) -> None:
         now = footprint.current()
         if now is not None:
-            now.access(self, ("meta", HostMemory.compound_head(self, pfn)), write)
+            now.access(self, (part, HostMemory.compound_head(self, pfn)), write)
 
     def _data(self, pfn: int, write: bool) -> None:
         now = footprint.current()
@@ -220,7 +226,7 @@ class RecordedMemory(HostMemory):
 
     def _put(self, pfn: int, act: Callable[[], Any]) -> Any:
         head = HostMemory.compound_head(self, pfn)
-        self._meta(pfn, True)
+        self._meta(_COUNT, pfn, True)
         freed = act()
         now = footprint.current()
         if freed and now is not None:
@@ -237,31 +243,32 @@ class RecordedMemory(HostMemory):
         return freed
 
     def get(self, pfn: int) -> None:
-        self._meta(pfn, True)
+        self._meta(_COUNT, pfn, True)
         super().get(pfn)
 
     def set_flags(self, pfn: int, mask: int) -> None:
         before = HostMemory.flags(self, pfn)
         super().set_flags(pfn, mask)
-        self._meta(pfn, before != HostMemory.flags(self, pfn))
+        self._meta(_FLAGS, pfn, before != HostMemory.flags(self, pfn))
 
     def clear_flags(self, pfn: int, mask: int) -> None:
         before = HostMemory.flags(self, pfn)
         super().clear_flags(pfn, mask)
-        self._meta(pfn, before != HostMemory.flags(self, pfn))
+        self._meta(_FLAGS, pfn, before != HostMemory.flags(self, pfn))
 
     def set_rmap(self, pfn: int, mapping: int, index: int) -> None:
-        self._meta(pfn, True)
+        self._meta(_ROOT, pfn, True)
+        self._meta(_FLAGS, pfn, True)
         self._whole(_LRU, True)
         super().set_rmap(pfn, mapping, index)
 
     def lru_move(self, pfn: int, list: int) -> None:
-        self._meta(pfn, True)
+        self._meta(_FLAGS, pfn, True)
         self._whole(_LRU, True)
         super().lru_move(pfn, list)
 
     def lru_isolate(self, pfn: int) -> bool:
-        self._meta(pfn, True)
+        self._meta(_FLAGS, pfn, True)
         self._whole(_LRU, True)
         return super().lru_isolate(pfn)
 
@@ -306,21 +313,27 @@ class RecordedGather(Gather):
 _LOOKS: Final[dict[type, dict[str, Callable[[Any, Any], None]]]] = {
     RecordedMemory: {
         **dict.fromkeys(
-            ("refcount", "mapcount", "flags", "mapping", "index", "compound_head", "is_compound", "total_mapcount"),
-            lambda self, pfn: self._meta(pfn, False),
+            ("refcount", "mapcount", "total_mapcount", "entire_mapcount"),
+            lambda self, pfn: self._meta(_COUNT, pfn, False),
+        ),
+        **dict.fromkeys(
+            ("add_mapcount", "add_entire_mapcount"),
+            lambda self, pfn: self._meta(_COUNT, pfn, True),
+        ),
+        **dict.fromkeys(("mapping", "index"), lambda self, pfn: self._meta(_ROOT, pfn, False)),
+        **dict.fromkeys(
+            ("flags", "compound_head", "is_compound"),
+            lambda self, pfn: self._meta(_FLAGS, pfn, False),
         ),
         "lru_tail": lambda self, _: self._whole(_LRU, False),
         "lru_count": lambda self, _: self._whole(_LRU, False),
         "lru_pages": lambda self, _: self._whole(_LRU, False),
-        "add_mapcount": lambda self, pfn: self._meta(pfn, True),
-        "add_entire_mapcount": lambda self, pfn: self._meta(pfn, True),
-        "entire_mapcount": lambda self, pfn: self._meta(pfn, False),
         "is_device": lambda self, pfn: None,
     },
     RecordedTable: {},
     RecordedGather: {"add_page": lambda self, pfn: None, "pages": lambda self, _: None},
 }
-"""Methods of one argument, and what they touch."""
+"""What methods touch, by their first argument."""
 _FIELDS: Final[dict[type, dict[str, str]]] = {
     RecordedMemory: {
         "free_frames": _FREE,

@@ -58,7 +58,7 @@ class ScriptedVcpu:
     def _translate(self, gfn: int, write: bool) -> int:
         point("vcpu.access")
         self.mmu.vcpu_enter(self)
-        for _ in range(RETRIES):
+        for attempt in range(RETRIES):
             seen = self.tlb.get(gfn)
             if seen is None or (write and not seen[1]):
                 seen = self._walk(gfn)
@@ -67,7 +67,7 @@ class ScriptedVcpu:
             self.tlb.pop(gfn, None)  # a CPU drops the translation that it faulted on
             if self.mmu.fault(gfn, WRITE if write else READ) != RETRY_WALK:
                 raise GuestAccessError(gfn, self.mmu.last_error or "MMIO")
-            give_way("vcpu.retry")
+            (give_way if attempt else point)("vcpu.retry")
         raise DeadlockError(f"vcpu{self.index} faults on guest frame {gfn:#x} again and again")
 
     def _walk(self, gfn: int) -> tuple[int, bool] | None:

@@ -23,6 +23,24 @@ from xipvm.scheduler import Scheduler
 from xipvm.trace.events import Event
 
 _BITS: Final = 128
+_LOOKS: Final = frozenset(
+    (
+        "kvm_page_fault",
+        "kvm_retry",
+        "spte_lookup",
+        "tlb_insert",
+        "mm_fault",
+        "host_access",
+        "host_tlb_insert",
+        "device_tlb_insert",
+        "iotlb_insert",
+        "page_request",
+        "mmu_interval_read_begin",
+        "mmu_interval_read_retry",
+    )
+)
+"""Events that change nothing about the pages that they name: in which order two of them come is nobody's business. But
+they change what they name besides: a TLB."""
 
 
 class Step:
@@ -112,9 +130,13 @@ class Trail:
             return
         keys, spaces = self._events.resources(event)
         writes = self.recorder.print.writes
+        pages = self.recorder.print.reads if event.kind in _LOOKS else writes
         for key in keys:
             if type(key) is tuple:
-                writes.add(key)
+                (writes if key[0] == "vcpu" else pages).add(key)
+        for owner in ("thread", "device"):
+            if owner in event.fields:
+                writes.add((owner, event.fields[owner]))
         for space in spaces:
             if space == event.kind:
                 writes.add(("trace", space))
@@ -227,11 +249,10 @@ class Trail:
             for reader in self._readers.pop(key, ()):
                 found[reader.index] = reader
         if self._ranges:
-            for keys, write in ((print_.writes, True), (print_.reads, False)):
-                for owner, number in keys:
-                    for first, end, wrote, other in self._ranges.get(owner, ()) if type(number) is int else ():
-                        if (write or wrote) and first <= number < end:  # type: ignore[operator]
-                            found[other.index] = other
+            for owner, number, write in print_.numbers:
+                for first, end, wrote, other in self._ranges.get(owner, ()):
+                    if (write or wrote) and first <= number < end:
+                        found[other.index] = other
         for owner, first, end, write in print_.ranges:
             for number, wrote, other in self._numbered.get(owner, ()):
                 if (write or wrote) and first <= number < end:
@@ -249,10 +270,8 @@ class Trail:
             self._writer[key] = step
         for key in print_.reads - print_.writes:
             self._readers.setdefault(key, []).append(step)
-        for keys, write in ((print_.writes, True), (print_.reads, False)):
-            for owner, number in keys:
-                if type(number) is int:
-                    self._numbered.setdefault(owner, []).append((number, write, step))
+        for owner, number, write in print_.numbers:
+            self._numbered.setdefault(owner, []).append((number, write, step))
         for owner, first, end, write in print_.ranges:
             self._ranges.setdefault(owner, []).append((first, end, write, step))
         if print_.unknown:
@@ -260,6 +279,7 @@ class Trail:
 
 
 def _add(to: Footprint, what: Footprint) -> None:
+    to.numbers += what.numbers
     to.reads |= what.reads
     to.writes |= what.writes
     to.ranges += what.ranges

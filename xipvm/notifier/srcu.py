@@ -7,12 +7,15 @@ callback runs after the same grace period, at the earliest when a section closes
 
 In Linux all mms share one domain. Here each mm has one, which changes nothing but this: a callback of one mm may wait
 for the callbacks of another, where Linux would wait for itself.
+
+Sections tell a search (``actors.access``) that they are looked at: one does not depend on another, only on who waits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+from xipvm import actors
 from xipvm.locks import check
 from xipvm.locks.check import atomic, sleep_until
 
@@ -27,19 +30,23 @@ class Srcu:
         self._readers: set[int] = set()
         self._last = 0
         self._callbacks: list[tuple[frozenset[int], Callable[[], None]]] = []
+        actors.made(self)
 
     @property
     def read(self) -> bool:
         """A read section is open."""
+        actors.access(self, write=True)
         return bool(self._readers)
 
     @property
     def pending(self) -> int:
         """Callbacks that have not run."""
+        actors.access(self, write=True)
         return len(self._callbacks)
 
     def read_lock(self) -> int:
         """Opens a read section; the result closes it."""
+        actors.access(self, write=False)
         self._last = index = self._last + 1
         self._readers.add(index)
         if check.checker is not None:
@@ -48,6 +55,7 @@ class Srcu:
 
     def read_unlock(self, index: int) -> None:
         """Closes a read section, and runs what waited for it only."""
+        actors.access(self, write=bool(self._callbacks))
         self._readers.remove(index)
         if check.checker is not None:
             check.checker.released(self)
@@ -61,10 +69,11 @@ class Srcu:
         """
         if check.checker is not None:
             check.checker.not_in(self, what)
+        actors.access(self, write=True)
         before = frozenset(self._readers)
         sleep_until(
             what,
-            lambda: before.isdisjoint(self._readers),
+            lambda: self._passed(before),
             because=f"a callback of {self.name} is running",
             label="notifier.synchronize",
         )
@@ -72,7 +81,12 @@ class Srcu:
 
     def call(self, callback: Callable[[], None]) -> None:
         """Lets ``callback`` run after a grace period. Never sleeps."""
+        actors.access(self, write=True)
         self._callbacks.append((frozenset(self._readers), callback))
+
+    def _passed(self, before: frozenset[int]) -> bool:
+        actors.access(self, write=True)
+        return before.isdisjoint(self._readers)
 
     def _run_callbacks(self) -> None:
         ready = [entry for entry in self._callbacks if entry[0].isdisjoint(self._readers)]
