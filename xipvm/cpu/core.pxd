@@ -44,7 +44,7 @@ cdef struct Hot:                    # what the block hook touches, away from the
     uint8_t *block_code             # where every instruction has a length of its own
     uint8_t *code                   # what count_block looked at last
     uint32_t paged                  # the code that runs is translated by the guest's tables
-    uint32_t returned               # the privilege may have changed with the last block (RISC-V)
+    uint64_t tag                    # of counts that are still good: generation and `paged`; 0: not known
     uint64_t generation             # of translated code: counts and scans made before are void
     void *engine
 
@@ -120,6 +120,7 @@ cdef class Engine:
     cdef void forget_gva(self) noexcept
     cdef bint fill(self, uint64_t vaddr, int access, uc_tlb_entry *result) noexcept
     cdef uint32_t count_block(self, uint64_t pc, uint32_t size) noexcept
+    cdef uint32_t measure_block(self, BlockLength *slot, uint64_t pc, uint32_t size) noexcept
     cdef uint8_t *code_at(self, uint64_t gva) noexcept
     cdef void scan(self, uint64_t gva, uint64_t pfn) noexcept
     cdef int check_open(self) except -1

@@ -319,7 +319,7 @@ cdef class Engine:
         self.fetched.clear()
         self.regime_stale = True
         self.translating = False
-        self.hot.paged = self.hot.returned = 0
+        self.hot.paged = 0
         self.probe = None
         group.engines.append(self)
         self._map(0, self.host.nr_frames << 12, self.host.base)
@@ -370,6 +370,7 @@ cdef class Engine:
         api.ctl(self.uc, UC_CTL_WRITE(UC_CTL_TLB_FLUSH, 0))
         _check(api.context_restore(self.uc, self.pristine), "uc_context_restore")
         self.hot.generation += 1
+        self.hot.tag = 0
         self.on_miss = self.on_read = self.on_write = self.on_insert = None
         self.on_flush = self.on_drop = self.on_sysreg = self.on_insn = None
         self.error = None
@@ -671,6 +672,7 @@ cdef class Engine:
         self.flushes += 1
         self.flush_generation += 1
         self.hot.generation += 1
+        self.hot.tag = 0
 
     def guest_flush(self):
         """The guest has changed its own translation: what was handed out by its tables is no longer good.
@@ -683,7 +685,7 @@ cdef class Engine:
         api.ctl(self.uc, UC_CTL_WRITE(UC_CTL_TLB_FLUSH, 0))
         self.fills = 0
         self.hot.generation += 1
-        self.hot.returned = 1
+        self.hot.tag = 0
         self.regime_stale = True
         if len(self.fetched) > MOST_FETCHED:
             self.fetched.clear()
@@ -745,6 +747,7 @@ cdef class Engine:
         # The look-up went through the TLB: without a flush the next drop would find this frame again.
         api.ctl(self.uc, UC_CTL_WRITE(UC_CTL_TLB_FLUSH, 0))
         self.hot.generation += 1
+        self.hot.tag = 0
 
     def report_drop(self, uint64_t pfn):
         """Tells the trace; a method so that the C side stays free of exceptions."""
@@ -970,16 +973,18 @@ cdef class Engine:
         taken away since its block began; the bytes that run are still where they were.
         """
         cdef BlockLength *slot = &self.lengths[((pc >> 1) ^ size) & (NR_LENGTHS - 1)]
-        cdef uint32_t at = 0, count = 0, last = 0
-        cdef uint64_t generation
-        cdef uint8_t *code
-        if self.hot.returned:
-            _see_privilege(self)
-        generation = self.hot.generation << 1 | self.hot.paged
-        if slot.pc == pc and slot.size == size and slot.generation == generation and not self.mixed:
+        if slot.pc == pc and slot.size == size and slot.generation == self.hot.tag and not self.mixed:
             self.hot.code = slot.code
-            self.hot.returned = slot.returns
+            if slot.returns:
+                self.hot.tag = 0
             return slot.count
+        return self.measure_block(slot, pc, size)
+
+    cdef uint32_t measure_block(self, BlockLength *slot, uint64_t pc, uint32_t size) noexcept:
+        cdef uint32_t at = 0, count = 0, last = 0
+        cdef uint8_t *code
+        if self.hot.tag == 0:
+            _see_privilege(self)
         code = self.code_at(pc)
         if code == NULL:
             if self.hot.block_code == NULL or not self.hot.block_pc <= pc < self.hot.block_pc + self.hot.block_size:
@@ -990,13 +995,15 @@ cdef class Engine:
             at += 4 if code[at] & 3 == 3 else 2
             count += 1
         # SRET, MRET: the next block runs with another privilege, perhaps untranslated. 0x73 alone: the page ends there.
-        slot.returns = self.hot.returned = self.translating and code[last] == 0x73 and (
+        slot.returns = self.translating and code[last] == 0x73 and (
             (pc & 4095) + last > 4092 or (<uint32_t *>(code + last))[0] in (0x10200073, 0x30200073))
         slot.pc = pc
         slot.size = size
         slot.count = count
         slot.code = self.hot.code = code
-        slot.generation = generation
+        slot.generation = self.hot.tag
+        if slot.returns:
+            self.hot.tag = 0
         return count
 
     cdef void scan(self, uint64_t gva, uint64_t pfn) noexcept:

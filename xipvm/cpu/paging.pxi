@@ -111,9 +111,9 @@ cdef void _read_regime(Engine engine) noexcept:
 cdef int _see_privilege(Engine engine) noexcept:
     """RISC-V: the mode the hart is in, which also says whether its code is translated."""
     cdef uint64_t privilege = 0
-    engine.hot.returned = 0
     api.reg_read(engine.uc, UC_RISCV_REG_PRIV, &privilege)
     engine.hot.paged = engine.translating and privilege != MACHINE
+    engine.hot.tag = engine.hot.generation << 1 | engine.hot.paged
     return privilege & 3
 
 
