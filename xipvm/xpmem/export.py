@@ -36,7 +36,7 @@ NODE_LIMIT: Final = 64
 """Nodes of one socket; more are turned away."""
 _LINGER: Final = 0.002
 """Seconds without a request after which the guest goes on: who asks mostly asks again."""
-_SPELL: Final = 0.010
+_SPELL: Final = 0.050
 """Seconds that the guest stands still at most."""
 
 

@@ -85,7 +85,7 @@ class ActorLink:
     def send(self, message: Message) -> None:
         """See :class:`Link`."""
         if self._closed:
-            raise LinkClosedError(f"{self.name} has gone")
+            raise LinkClosedError("it has gone without a word")
         self._peer._inbox.append(message)
 
     def receive(self) -> Message | None:

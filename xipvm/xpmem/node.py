@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Final
 
 from xipvm.actors import give_way, point
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 RETRIES: Final = 2_000
 """Faults of one access after which nothing will come of it."""
 PAGE_MASK: Final = PAGE_SIZE - 1
+_AHEAD: Final = 64
+"""Pages that are asked for at once, where each takes a message."""
 
 
 class OwnerGoneError(XipvmError):
@@ -115,7 +117,13 @@ class XpmemNode:
 
     def load(self, attachment: NodeAttachment, offset: int, size: int) -> bytes:
         """Bytes of the attachment. Raises MmError: EFAULT for what is not there, EINVAL outside of it."""
-        parts = [self._load(attachment, *piece) for piece in self._pieces(attachment, offset, size)]
+        pieces = self._pieces(attachment, offset, size)
+        if self.memory is None and len(pieces) > 1:
+            parts = []
+            for at in range(0, len(pieces), _AHEAD):
+                parts += self._load_many(attachment, pieces[at : at + _AHEAD])
+        else:
+            parts = [self._load(attachment, *piece) for piece in pieces]
         return b"".join(parts)
 
     def store(self, attachment: NodeAttachment, offset: int, data: bytes) -> None:
@@ -147,6 +155,23 @@ class XpmemNode:
                 return answer.data
             self._refused(attachment, page, frame, answer)
 
+    def _load_many(self, attachment: NodeAttachment, pieces: list[tuple[int, int, int]]) -> list[bytes]:
+        """As :meth:`_load` for each, but asks for all of them before it waits for the first."""
+        table = attachment.table
+        self.serve()
+        missing = [page for page, _, _ in pieces if page not in table]
+        self.faults += len(missing)
+        self._ask_all([(Kind.FAULT, (attachment.id, page, 0), b"") for page in missing])
+        ready = [(page, at, size, table[page][0]) for page, at, size in pieces if page in table]
+        asked = [(Kind.LOAD, (attachment.id, page, frame, at, size), b"") for page, at, size, frame in ready]
+        found = {
+            page: answer.data
+            for (page, _, size, _), answer in zip(ready, self._ask_all(asked), strict=True)
+            if answer.kind is Kind.DATA and len(answer.data) == size
+        }
+        # What was taken back meanwhile has to be asked for again.
+        return [found[page] if page in found else self._load(attachment, page, at, size) for page, at, size in pieces]
+
     def _store(self, attachment: NodeAttachment, page: int, at: int, data: bytes) -> None:
         while True:
             frame = self._translate(attachment, page, True)
@@ -172,7 +197,7 @@ class XpmemNode:
             if self.memory is None:
                 self.serve()
             if self.link.closed:
-                raise OwnerGoneError(self.gone or "the owner has cut this node off, or has ended")
+                raise self.gone_error()
             seen = attachment.table.get(page)
             if seen is not None and (seen[1] or not write):
                 return seen[0]
@@ -186,29 +211,47 @@ class XpmemNode:
 
     def _ask(self, kind: Kind, numbers: tuple[int, ...] = (), data: bytes = b"") -> Message:
         """Sends a request and sleeps until its answer is there."""
-        self._last_tag = tag = self._last_tag % 0xFFFF_FFFF + 1
-        self._answers[tag] = None
+        return self._ask_all([(kind, numbers, data)])[0]
+
+    def _ask_all(self, requests: Sequence[tuple[Kind, tuple[int, ...], bytes]]) -> list[Message]:
+        """Sends requests and sleeps until all of their answers are there."""
+        answers, tags = self._answers, list[int]()
         try:
-            self._send(Message(kind, tag, numbers, data))
-            while (answer := self._answers[tag]) is None:
-                if self.link.closed:
-                    raise OwnerGoneError(self.gone or "the owner has cut this node off, or has ended")
-                patience = self.link.patience()
-                if not self.link.wait(f"the answer to {kind.name}", lambda: self._answers[tag] is not None, patience):
-                    raise OwnerGoneError(f"the owner does not answer {kind.name}")
-                self.serve()
+            for kind, numbers, data in requests:
+                self._last_tag = tag = self._last_tag % 0xFFFF_FFFF + 1
+                answers[tag] = None
+                tags.append(tag)
+                self._send(Message(kind, tag, numbers, data))
+            for tag, (kind, _, _) in zip(tags, requests, strict=True):
+                while answers[tag] is None:
+                    self._wait_for(tag, kind)
+            found = [answer for tag in tags if (answer := answers[tag]) is not None]
         finally:
-            del self._answers[tag]
-        if answer.kind is Kind.ERROR:
-            number = answer.numbers[0]
-            raise MmError(number if number in errno.errorcode else errno.EIO, _reason(answer.text, number))
-        return answer
+            for tag in tags:
+                del answers[tag]
+        for answer in found:
+            if answer.kind is Kind.ERROR:
+                number = answer.numbers[0]
+                raise MmError(number if number in errno.errorcode else errno.EIO, _reason(answer.text, number))
+        return found
+
+    def _wait_for(self, tag: int, kind: Kind) -> None:
+        if self.link.closed:
+            raise self.gone_error()
+        patience = self.link.patience()
+        if not self.link.wait(f"the answer to {kind.name}", lambda: self._answers[tag] is not None, patience):
+            raise OwnerGoneError(f"the owner does not answer {kind.name}")
+        self.serve()
 
     def _send(self, message: Message) -> None:
         try:
             self.link.send(message)
-        except LinkClosedError as error:
-            raise OwnerGoneError(self.gone or str(error)) from None
+        except LinkClosedError:
+            raise self.gone_error() from None
+
+    def gone_error(self) -> OwnerGoneError:
+        """What to raise when the link is closed."""
+        return OwnerGoneError(self.gone or "the owner has cut this node off, or has ended")
 
     def serve(self) -> int:
         """Works off what has arrived; how many messages. Raises WireError, and the link is closed, for nonsense."""

@@ -71,7 +71,7 @@ class SocketLink:
     def send(self, message: Message) -> None:
         """See :class:`~xipvm.xpmem.link.Link`."""
         if self._over:
-            raise LinkClosedError(f"{self.name} has gone")
+            raise LinkClosedError("it has gone without a word")
         self._unsent += encode(message)
         self._flush()
         if len(self._unsent) > UNREAD_LIMIT:

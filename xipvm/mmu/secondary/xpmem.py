@@ -517,7 +517,7 @@ class Xpmem(DeviceMmu):
         self._recall([(a, a.window.gfn, a.window.gfn_end) for a in self._attachments()], wait=True)
         self.segments.clear()
         for node in list(self.nodes):
-            self._send(node, Message(Kind.GONE, 0, (), text_data(f"{self.mm.name} has gone")))
+            self._send(node, Message(Kind.GONE, 0, (), text_data("the owner has ended")))
             node.link.close()
             self._forget(node)
 
