@@ -14,7 +14,7 @@ from xipvm.mmu.secondary.base import SecondaryMmu
 def difference(mmu: SecondaryMmu) -> str:
     """The first translation of ``mmu`` that is not the host's, in words; empty when there is none."""
     for port in mmu.ports():
-        for page, hva in port.backing():
+        for page, hva in port.held():
             seen = port.translate(page)
             if seen is None:
                 continue

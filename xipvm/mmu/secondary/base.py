@@ -111,6 +111,10 @@ class SecondaryMmu(ABC):
         """Its pages that are memory of the mm, each with its address there; for checks when everything is at rest."""
         return iter(())
 
+    def held(self) -> Iterator[tuple[int, Hva]]:
+        """Of :meth:`backing` at least those that it has a translation of: all, for one that cannot tell."""
+        return self.backing()
+
     def flush_remote_tlbs(self, reason: str) -> None:
         """Empty every TLB; each has acknowledged when this returns."""
         for vcpu in self.vcpus:

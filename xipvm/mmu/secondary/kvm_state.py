@@ -21,6 +21,7 @@ mmu_lock is dropped: what others decide by the entries must hold for the TLBs, t
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -193,6 +194,13 @@ class KvmState(GuestMmu):
             return None
         pfn = spte_pfn(spte) + (gfn & HUGE_PAGES - 1 if spte & SPTE_HUGE else 0)
         return Pfn(pfn), bool(spte & SPTE_WRITE)
+
+    def held(self) -> Iterator[tuple[int, Hva]]:
+        """See the base: guest frames of memslots that have an entry."""
+        for slot in self.memslots:
+            for first, spte in self.sptes.entries(slot.gfn, slot.gfn_end):
+                for gfn in range(first, first + (HUGE_PAGES if spte & SPTE_HUGE else 1)):
+                    yield gfn, slot.hva_of(Gfn(gfn))
 
     def describe(self, gfn: int) -> GfnInfo:
         """What is known of ``gfn``, for a report."""
