@@ -5,14 +5,32 @@ from xipvm.mutants import dmirror as _dmirror
 from xipvm.mutants import gru as _gru
 from xipvm.mutants import intervals as _intervals
 from xipvm.mutants import kvm as _kvm
+from xipvm.mutants import kvm_dirty as _kvm_dirty
 from xipvm.mutants import mirrors as _mirrors
 from xipvm.mutants import mm as _mm
 from xipvm.mutants import notifier as _notifier
 from xipvm.mutants import odp as _odp
+from xipvm.mutants import pfncache as _pfncache
 from xipvm.mutants import protocol_2008 as _protocol_2008
 from xipvm.mutants import sva as _sva
+from xipvm.mutants import xip as _xip
 from xipvm.mutants import xpmem as _xpmem
 from xipvm.mutants.mutant import MUTANTS, Mutant, get, planted
 
 __all__ = ["MUTANTS", "Mutant", "get", "planted"]
-del _cpu, _dmirror, _gru, _intervals, _kvm, _mirrors, _mm, _notifier, _odp, _protocol_2008, _sva, _xpmem
+del (
+    _cpu,
+    _dmirror,
+    _gru,
+    _intervals,
+    _kvm,
+    _kvm_dirty,
+    _mirrors,
+    _mm,
+    _notifier,
+    _odp,
+    _pfncache,
+    _protocol_2008,
+    _sva,
+    _xip, _xpmem,
+)

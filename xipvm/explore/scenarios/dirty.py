@@ -119,7 +119,7 @@ def the_dirty_rings_are_reset(scene: Scene) -> None:
             for _, page in kvm.dirty_ring(vcpu).harvest():
                 dirty[0] |= 1 << page
         kvm.reset_dirty_rings()
-        copy.take(dirty)
+        copy.take(bytes(dirty))
 
     scene.actor("vcpu0", writing(first))
     scene.actor("vcpu1", second.store, GFN, b"second's")
