@@ -125,7 +125,8 @@ def hmm_pfn_to_map_order(word: int) -> int:
 def hmm_range_fault(range: HmmRange) -> None:
     """Fills ``range.hmm_pfns``.
 
-    Raises MmError: EBUSY when the range was invalidated since ``notifier_seq`` was taken, EFAULT for a page that is
+    Raises MmError: EBUSY when the range was invalidated since ``notifier_seq`` was taken, which a fault does by itself
+    that copies a page, so that a range of n pages may take n + 1 tries with nobody else about; EFAULT for a page that is
     wanted and is not to be had, EPERM for one that is wanted to write to in an area that must not be written, ENOMEM
     when there was no frame, EDEADLK.
     """

@@ -110,7 +110,8 @@ def a_page_comes_back(scene: Scene) -> None:
     device.migrate_to_dev(hva, 1)
     scene.actor("queue0", device.write, hva, NEW)
     scene.actor("cpu", HostThread(mm).store, hva + 64, NEW)
-    scene.afterwards(lambda: (expect(mm, hva, NEW), expect(mm, hva + 64, NEW)))
+    scene.afterwards(lambda: expect(mm, hva, NEW))
+    scene.afterwards(lambda: expect(mm, hva + 64, NEW))
 
 
 @scenario(protocols=("modern",))

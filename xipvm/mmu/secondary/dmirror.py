@@ -62,6 +62,7 @@ from xipvm.mmu.migrate_device import (
 from xipvm.mmu.pte import PRESENT
 from xipvm.mmu.secondary.base import FAULT, RETRY_WALK, WRITE
 from xipvm.mmu.secondary.device import IntervalMmu
+from xipvm.mmu.secondary.odp import point_if_others_wait
 from xipvm.mmu.vma import PROT_READ, TASK_SIZE, Vma
 from xipvm.notifier import RangeEvent
 
@@ -210,7 +211,7 @@ class Dmirror(IntervalMmu):
         """Pages ``[first, last)`` into the mirror. Raises MmError as hmm_range_fault, and EBUSY for too many tries."""
         wanted = HMM_PFN_REQ_FAULT | (HMM_PFN_REQ_WRITE if write else 0)
         self.mm.check_alive(f"fault of {self.name}")
-        for _ in range(TRIES):
+        for _ in range(TRIES + last - first):  # a fault that copies a page invalidates, too
             span = HmmRange(
                 self.mm,
                 self,
@@ -273,7 +274,7 @@ class Dmirror(IntervalMmu):
                     pfn, _ = self.table[page]
                     at = hva & ~PAGE_MASK
                     found = int.from_bytes(self._load(pfn, at, 8), "little")
-                    point("dmirror.atomic")
+                    point_if_others_wait("dmirror.atomic")
                     self._store(pfn, at, ((found + value) % (1 << 64)).to_bytes(8, "little"))
                     return found
             self._exclusive(page, page + 1)

@@ -23,6 +23,7 @@ import errno
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
+from xipvm import actors
 from xipvm.actors import give_way, point
 from xipvm.address import PAGE_MASK, PAGE_SHIFT, page_up
 from xipvm.errors import DeadlockError, MmError
@@ -48,6 +49,16 @@ TRIES: Final = 1000
 """How often a fault begins again before it gives up: what Linux does for a second."""
 FIRST_TLB: Final = 0x4000
 """Numbers of what the hardware has in flight, in traces, begin here."""
+
+
+def point_if_others_wait(label: str) -> None:
+    """A point where a lock is held, or an access is in flight, for which an invalidation has to wait.
+
+    Only for actors of a scheduler. What a hook does stands on the stack of what it interrupts, so it cannot wait; and a
+    start that raises leaves the operation that it was for half done.
+    """
+    if actors.current.greenlet is not None:
+        point(label)
 
 
 class Flights:
@@ -123,10 +134,12 @@ class OdpUmem(IntervalMmu):
         if not gone:
             return
         self.zapped(start, end)
-        self.wait_for_hardware(start, end)
-        for pfn, write in gone.values():
-            if write:
-                self.set_page_dirty(pfn)
+        try:
+            self.wait_for_hardware(start, end)
+        finally:
+            for pfn, write in gone.values():
+                if write:
+                    self.set_page_dirty(pfn)
 
     def wait_for_hardware(self, start: int, end: int) -> None:
         """Returns when no access to ``[start, end)`` is in flight."""
@@ -167,7 +180,7 @@ class OdpUmem(IntervalMmu):
         assert hva is not None
         wanted = HMM_PFN_REQ_FAULT | (HMM_PFN_REQ_WRITE if write else 0)
         span = HmmRange(self.mm, self, hva, hva + (pages << PAGE_SHIFT), default_flags=wanted)
-        for _ in range(TRIES):
+        for _ in range(TRIES + pages):  # a fault that copies a page invalidates, too
             span.notifier_seq = self.read_begin()
             point("odp.fault.begin")
             try:
@@ -189,7 +202,7 @@ class OdpUmem(IntervalMmu):
         """Entries for what was looked up. Under the mutex, behind the last look at the sequence number."""
         for at, word in enumerate(words, page):
             entry = hmm_pfn_to_pfn(word), bool(word & HMM_PFN_WRITE) and self.writable
-            point("odp.fault.mapping")
+            point_if_others_wait("odp.fault.mapping")
             self.dma[at] = entry
             self.installed(at, entry[0], write=entry[1])
 
@@ -227,7 +240,7 @@ class OdpUmem(IntervalMmu):
         number = self._flights.begin(self, page)
         self.tlb_filled(number, page, entry[0], write=write)
         try:
-            point("odp.dma")
+            point_if_others_wait("odp.dma")
             return access(entry[0])
         finally:
             del self._flights.taken[number]
