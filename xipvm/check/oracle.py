@@ -25,6 +25,7 @@ from typing import Final
 
 from xipvm.address import PAGE_SHIFT
 from xipvm.check import pins, retry, rules
+from xipvm.check.explain import Reader, chain, mm_of, reads
 from xipvm.check.rules import Fields
 from xipvm.check.usual import Judge
 from xipvm.check.violation import INVARIANTS, Violation
@@ -77,6 +78,7 @@ class Oracle(Judge):
         stop: Callable[[Violation], None] = _nothing,
         history: int = HISTORY,
         usual: bool = True,
+        reader: Reader | None = None,
     ) -> None:
         super().__init__(_HANDLERS, INVARIANTS, History(history, each=EACH), usual)
         for name in invariants:
@@ -84,6 +86,8 @@ class Oracle(Judge):
                 raise BadInput(f"no invariant is called {name!r}; known are {', '.join(INVARIANTS)}")
         self.invariants = frozenset(invariants)
         self.violations: list[Violation] = []
+        self.reader = reader
+        """Gives reports the first bytes of host frames, while there is host memory."""
         self._stop = stop
         self._rules = [make(self) for make in (retry.Retries, pins.Pins, *rules.RULES)]
 
@@ -628,11 +632,32 @@ class Oracle(Judge):
         """Report that ``event`` breaks ``invariant`` about the page that ``hva`` (bytes), ``gfn`` and ``pfn`` name."""
         if invariant not in self.invariants or len(self.violations) >= VIOLATION_LIMIT:
             return
-        history = self.history.touching(hva=hva, gfn=gfn, pfn=pfn, mm=event.fields.get("mm"), last=EACH, kinds=True)
-        history = [known for known in history if known.seq != event.seq] + [event]
-        violation = Violation(invariant, message, event, history)
+        told, earlier = self._history_of(event, hva, gfn, pfn)
+        violation = Violation(
+            invariant,
+            message,
+            event,
+            history=[*(each for each in told if each.seq != event.seq), event],
+            earlier=earlier,
+            chain=chain(self, invariant, event, hva, gfn, pfn),
+            reads=[] if pfn is None else reads(self, event, pfn, self.reader),
+        )
         self.violations.append(violation)
         self._stop(violation)
+
+    def _history_of(self, event: Event, hva: int | None, gfn: int | None, pfn: int | None) -> tuple[list[Event], int]:
+        """What happened to a page at its address, its guest frame and its frame; and how much more there was."""
+        mm = event.fields.get("mm") or mm_of(self, event)
+        if mm is not None and hva is not None:
+            page = hva >> PAGE_SHIFT
+            if gfn is None:
+                gfn = next((gfn for vm in self.world.watchers(mm) for gfn in vm.gfns(page)), None)
+            if pfn is None:
+                pfn = self.world.mm(mm).entries.get(page, (None,))[0]
+        history = self.history
+        known = history.touching(hva=hva, gfn=gfn, pfn=pfn, mm=mm, last=history.kept_records)
+        told = history.touching(hva=hva, gfn=gfn, pfn=pfn, mm=mm, last=EACH, kinds=True)
+        return told, history.earlier(hva=hva, gfn=gfn, pfn=pfn, mm=mm) + len(known) - len(told)
 
 
 _HANDLERS: Final[dict[str, Callable[[Oracle, Event, Fields], None]]] = {

@@ -1,7 +1,8 @@
 """A violation of the protocol, and how it is told.
 
 ``INVARIANTS`` names what is checked. A violation carries the event at which it became visible, the page it is about
-and the remembered events that touched that page: who mapped it, who invalidated it, who freed it, who used it.
+and the remembered events that touched that page: who mapped it, who invalidated it, who freed it, who used it; which
+steps of the protocol are missing; and what is read from the page by those who should have forgotten it.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from xipvm.check.explain import Step
 from xipvm.trace.events import Event
 from xipvm.trace.show import format_event
 
@@ -33,12 +35,19 @@ INVARIANTS = {
 
 @dataclass(frozen=True)
 class Violation:
-    """One broken invariant. ``history`` ends with ``event``."""
+    """One broken invariant. ``history`` ends with ``event``.
+
+    ``earlier`` events of the page are not in it. ``chain``: the steps that have to come up to ``event``, in order, with
+    those that are missing. ``reads``: what those who still translate to the page find there.
+    """
 
     invariant: str
     message: str
     event: Event
     history: Sequence[Event] = ()
+    earlier: int = 0
+    chain: Sequence[Step] = ()
+    reads: Sequence[str] = ()
 
     def render(self) -> str:
         """Several lines, the first of which says it all."""
@@ -48,5 +57,13 @@ class Violation:
         ]
         if self.history:
             lines.append("  what touched the page, oldest first:")
+            if self.earlier:
+                lines.append(f"    ... {self.earlier} more events, of which none is the last of its kind")
             lines += [f"    {format_event(event)}" for event in self.history]
+        if self.chain:
+            lines.append("  what has to come, in this order:")
+            lines += [f"    {step}" for step in self.chain]
+        if self.reads:
+            lines.append("  what is read there now:")
+            lines += [f"    {line}" for line in self.reads]
         return "\n".join(lines)

@@ -71,7 +71,7 @@ def run_guest(
     machine: Machine | None = None
     oracle: Oracle | None = None
     if check:
-        from xipvm.check import Oracle
+        from xipvm.check import Oracle, reader_of
 
         def broken(violation: Violation) -> None:
             if machine is not None:
@@ -123,6 +123,8 @@ def run_guest(
                 storm=None if storm is None else parse_storm(storm),
             ) as machine:
                 machine.history = history
+                if oracle is not None:
+                    oracle.reader = reader_of(machine.host)
                 served = _export(machine, exports, quiet)
                 result = machine.run(timeout=timeout, max_instructions=max_instructions, until=until)
                 notes = () if machine.placement is None else machine.placement.notes

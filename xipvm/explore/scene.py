@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, TypeVar, overload
 
 from xipvm import locks
-from xipvm.check import INVARIANTS, Oracle, Violation
+from xipvm.check import INVARIANTS, Oracle, Violation, reader_of
 from xipvm.console import Console
 from xipvm.errors import XipvmError
 from xipvm.explore.choices import Question, Recording
@@ -77,6 +77,7 @@ class Scene:
         self.oracle = Oracle(invariants, stop=self._stop)
         self.trace.attach(self.oracle)
         self.host = HostMemory(host_memory, poison="frame")
+        self.oracle.reader = reader_of(self.host)
         self.scheduler = Scheduler(self._choose, trace=self.trace)
         self.mms: list[Mm] = []
         self.mmus: list[SecondaryMmu] = []
@@ -143,6 +144,7 @@ class Scene:
         self._undo.append(machine.close)
         if code:
             machine.flash[0].device.place(0, code)
+        self.oracle.reader = reader_of(machine.host)
         self._machines.append((machine, VcpuActors(machine, self.scheduler)))
         return machine
 
