@@ -107,6 +107,14 @@ class GuestError(XipvmError):
     """The guest did something it cannot be resumed from. Exit status 1."""
 
 
+class GuestAccessError(XipvmError):
+    """There is nothing behind guest frame ``gfn``, or page ``gfn`` of a device: MMIO or no memory."""
+
+    def __init__(self, gfn: int, why: str) -> None:
+        super().__init__(f"guest frame {gfn:#x}: {why}")
+        self.gfn = gfn
+
+
 class DeadlockError(MmError):
     """Who waits can never go on; errno is EDEADLK. ``waiting``: (actor, what for, the locks that it holds) of each."""
 

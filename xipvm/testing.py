@@ -24,6 +24,7 @@ from xipvm.mmu.madvise import MADV_DONTNEED, MADV_FREE, MADV_PAGEOUT
 from xipvm.mmu.mm import Mm
 from xipvm.mmu.secondary.base import FAULT, FETCH, MMIO, READ, RETRY_WALK, WRITE, SecondaryMmu
 from xipvm.mmu.secondary.device import DeviceMmu, IntervalMmu
+from xipvm.mmu.secondary.table import TableMmu
 from xipvm.mmu.vma import PROT_EXEC, PROT_NONE, PROT_READ, PROT_WRITE
 from xipvm.notifier import MmuIntervalNotifier, MmuNotifier, MmuNotifierRange, RangeEvent
 from xipvm.trace import Event, Trace
@@ -69,6 +70,7 @@ __all__ = [
     "ScriptedVcpu",
     "Search",
     "SecondaryMmu",
+    "TableMmu",
     "Trace",
     "TraceLog",
     "Violation",

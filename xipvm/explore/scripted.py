@@ -10,21 +10,14 @@ from __future__ import annotations
 from typing import Final
 
 from xipvm.actors import give_way, point
-from xipvm.errors import DeadlockError, XipvmError
+from xipvm.errors import DeadlockError
+from xipvm.errors import GuestAccessError as GuestAccessError
 from xipvm.mmu.frames import HostMemory
 from xipvm.mmu.secondary.base import READ, RETRY_WALK, WRITE, SecondaryMmu
 from xipvm.trace.funnel import Trace
 
 RETRIES: Final = 2_000
 """Faults of one access after which nothing will come of it: the others have gone on meanwhile, as far as they can."""
-
-
-class GuestAccessError(XipvmError):
-    """There is nothing behind guest frame ``gfn``: MMIO or no memory."""
-
-    def __init__(self, gfn: int, why: str) -> None:
-        super().__init__(f"guest frame {gfn:#x}: {why}")
-        self.gfn = gfn
 
 
 class ScriptedVcpu:
