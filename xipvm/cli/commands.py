@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ import click
 
 from xipvm.address import parse_size
 from xipvm.cli.xip import xip
+from xipvm.errors import BadInput
 
 
 class Converted(click.ParamType):  # type: ignore[type-arg] # generic only since click 8.2
@@ -324,9 +326,16 @@ def check(paths: tuple[str, ...], invariants: tuple[str, ...], as_json: bool) ->
     default="random",
     help="How the interleavings are searched.",
 )
-@click.option("--runs", type=click.IntRange(min=1), default=1000, metavar="N", help="At most so many; 1000.")
+@click.option(
+    "--runs", type=click.IntRange(min=1), metavar="N", help="At most so many; 1000, and all there are if 'exhaustive'."
+)
 @click.option("--seed", type=int, default=0, metavar="N", help="Of all chance; 0.")
-@click.option("--preemptions", type=click.IntRange(min=0), default=2, metavar="N", help="Bound of 'exhaustive'; 2.")
+@click.option("--preemptions", default="2", metavar="N", help="Bound of 'exhaustive', or 'all'; 2.")
+@click.option(
+    "--reduction/--no-reduction",
+    default=True,
+    help="Of runs that are the same but for the order of independent steps 'exhaustive' makes one; or all.",
+)
 @click.option(
     "--protocol", type=click.Choice(["modern", "2008"]), default="modern", help="The notifier protocol of the run."
 )
@@ -344,9 +353,10 @@ def check(paths: tuple[str, ...], invariants: tuple[str, ...], as_json: bool) ->
 def explore(
     scenario: str | None,
     strategy: str,
-    runs: int,
+    runs: int | None,
     seed: int,
-    preemptions: int,
+    preemptions: str,
+    reduction: bool,
     protocol: str,
     mutants: tuple[str, ...],
     jobs: int,
@@ -367,7 +377,11 @@ def explore(
         return 0
     from xipvm.explore.shards import Shard
 
-    whole = Shard(scenario, strategy, str(seed), runs, preemptions, protocol, mutants)
+    if preemptions != "all" and not preemptions.isdecimal():
+        raise BadInput(f"--preemptions {preemptions}: a number, or 'all'")
+    bound = None if preemptions == "all" else int(preemptions)
+    runs = runs or (sys.maxsize if strategy == "exhaustive" else 1000)
+    whole = Shard(scenario, strategy, str(seed), runs, bound, protocol, mutants, reduce=reduction)
     return explore_scenario(whole, jobs=jobs, executor=executor, scheduler=scheduler, save=save, quiet=quiet)
 
 

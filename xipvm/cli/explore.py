@@ -98,4 +98,6 @@ def _report(whole: Shard, search: Search) -> None:
     extent = "all runs" if search.complete else f"{search.runs} runs"
     found = "1 is wrong" if search.failing is not None else "none is wrong"
     what = f"{whole.scenario}: {whole.strategy}: {extent} ({search.runs})"
+    if search.cut:
+        what += f" and {search.cut} cut short"
     print(f"{what}, {search.distinct} distinct, {asked} checks: {found}")

@@ -50,9 +50,9 @@ from xipvm.locks.order import LockClass
 from xipvm.notifier.srcu import Srcu
 from xipvm.trace.funnel import Trace
 
-MODEL: Final = ("xipvm.mmu", "xipvm.notifier", "xipvm.devices", "xipvm.xip")
+MODEL: Final = ("xipvm.mmu", "xipvm.notifier", "xipvm.devices", "xipvm.xip", "xipvm.xpmem")
 """Packages whose classes are watched."""
-_MORE: Final = ("xipvm.explore.scripted", "xipvm.explore.shared", "xipvm.mutants")
+_MORE: Final = ("xipvm.explore.scripted", "xipvm.explore.shared", "xipvm.flash_memory", "xipvm.mutants")
 
 Key = tuple[Hashable, Hashable]
 """The name of an object, and what of it. Names are the same in every run of the scenario in which the same steps made
@@ -71,6 +71,8 @@ _CONTAINERS: Final = frozenset(
 _DESCRIPTORS: Final = frozenset(("fd", "_fd"))
 """Attributes that stand for a file of the host: who looks at one may write to the file."""
 
+VIEWS: Final = "bytes behind memoryviews"
+"""A resource: whoever looks at a memoryview may write to what it shows."""
 _KNOWN: Final = _CODE | _VALUES | _DECLARED
 _FEW: Final = 8
 """So many numbers are said one by one."""
@@ -251,7 +253,9 @@ class Recorder:
                 inner = type(part)
                 if inner not in _KNOWN and inner not in _watched:
                     self._value(owner, name, part, inner)
-        elif not _harmless(kind):
+        elif kind is memoryview:
+            self.print.writes.add((VIEWS, ""))
+        elif not is_watched(kind):
             self.dont_know(f"{type(owner).__name__}.{name} is a {kind.__module__}.{kind.__qualname__}")
 
     def _look(self, container: Any, key: Key | None = None) -> None:
@@ -348,6 +352,8 @@ def _import_model() -> None:
         for module in pkgutil.walk_packages(package.__path__, f"{name}."):
             if module.name not in sys.modules:
                 importlib.import_module(module.name)
+    for name in ("xipvm.explore.shared", "xipvm.flash_memory"):
+        importlib.import_module(name)
 
 
 def _watch(kind: type) -> Callable[[], None] | None:

@@ -14,7 +14,7 @@ from functools import wraps
 from typing import Any, Final
 
 from xipvm.explore import footprint
-from xipvm.mmu.frames import HostMemory
+from xipvm.mmu.frames import DEVICE_PFN, HostMemory
 from xipvm.mmu.pte import HUGE, pte_pfn
 from xipvm.mmu.tables import Gather, PageTable
 
@@ -202,6 +202,8 @@ class RecordedMemory(HostMemory):
     def _data(self, pfn: int, write: bool) -> None:
         now = footprint.current()
         if now is not None:
+            if pfn >= DEVICE_PFN:  # others see the same bytes through a memoryview
+                now.access(footprint.VIEWS, "", write)
             now.access(self, ("data", pfn), write)
 
     def _whole(self, what: str, write: bool) -> None:

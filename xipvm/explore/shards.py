@@ -17,6 +17,7 @@ from typing import Any, Final
 from xipvm.errors import BadInput
 from xipvm.explore.explorer import Run, Search, explore, run_once
 from xipvm.explore.find import find
+from xipvm.explore.reduction import Reduced
 from xipvm.explore.strategies import Exhaustive, strategy
 from xipvm.mutants import planted
 
@@ -36,6 +37,8 @@ class Shard:
     protocol: str = "modern"
     mutants: tuple[str, ...] = ()
     root: tuple[int, ...] = ()
+    reduce: bool = True
+    """Of runs that are the same but for the order of independent steps, an exhaustive search makes one."""
 
 
 @dataclass
@@ -49,13 +52,14 @@ class ShardResult:
     failing: Run | None = None
     failing_at: int = 0
     shard: Shard | None = field(default=None, repr=False)
+    cut: int = 0
 
 
 def run_shard(shard: Shard) -> ShardResult:
     """Search ``shard``, to its first wrong run."""
     scenario = find(shard.scenario)
     if shard.strategy == "exhaustive":
-        search_by: Any = Exhaustive(shard.preemptions, root=shard.root)
+        search_by: Any = (Reduced if shard.reduce else Exhaustive)(shard.preemptions, root=shard.root)
     else:
         search_by = strategy(shard.strategy, shard.seed)
     with planted(*shard.mutants):
@@ -64,7 +68,7 @@ def run_shard(shard: Shard) -> ShardResult:
     if failing is not None and failing.failure is not None:  # exceptions do not travel
         failing = replace(failing, failure=replace(failing.failure, error=None))
     return ShardResult(
-        search.runs, search.complete, search.fingerprints, search.checks, failing, search.failing_at, shard
+        search.runs, search.complete, search.fingerprints, search.checks, failing, search.failing_at, shard, search.cut
     )
 
 
@@ -108,6 +112,7 @@ def explore_shards(
     complete = True
     for number, result in _results(shards, executor):
         search.runs += result.runs
+        search.cut += result.cut
         prints |= result.fingerprints
         complete = complete and result.complete
         for name, count in result.checks.items():

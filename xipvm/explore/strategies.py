@@ -222,9 +222,15 @@ STRATEGIES: dict[str, Callable[[int | str], Strategy]] = {
 
 
 def strategy(name: str, seed: int | str = 0, *, preemptions: int | None = 2, reduce: bool = False) -> Strategy:
-    """The strategy ``name``. Raises BadInput for an unknown one."""
+    """The strategy ``name``. Raises BadInput for an unknown one.
+
+    ``preemptions`` bound an exhaustive one, None: nothing does. ``reduce``: it leaves out what is the same but for the
+    order of independent steps (reduction.py), which only :func:`~xipvm.explore.explorer.explore` can do.
+    """
     if name == "exhaustive":
-        return Exhaustive(preemptions)
+        from xipvm.explore.reduction import Reduced  # which is derived from what is here
+
+        return Reduced(preemptions) if reduce else Exhaustive(preemptions)
     if name not in STRATEGIES:
         raise BadInput(f"no strategy is called {name!r}; known are {', '.join(STRATEGIES)}")
     return STRATEGIES[name](seed)

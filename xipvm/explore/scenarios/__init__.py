@@ -10,6 +10,7 @@ from xipvm.explore.scenarios import (
     dirty,
     faults,
     files,
+    flash,
     gru,
     huge,
     lifetime,
@@ -19,6 +20,7 @@ from xipvm.explore.scenarios import (
     rights,
     slots,
     sva,
+    xip,
     xpmem,
     youth,
 )
@@ -28,6 +30,7 @@ SCENARIOS: Final[dict[str, Scenario]] = {
     each.name: each
     for module in (
         faults,
+        flash,
         ranges,
         files,
         huge,
@@ -42,6 +45,7 @@ SCENARIOS: Final[dict[str, Scenario]] = {
         rights,
         pfncaches,
         device_memory,
+        xip,
     )
     for each in vars(module).values()
     if isinstance(each, Scenario)
