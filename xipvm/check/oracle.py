@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from xipvm.address import PAGE_SHIFT
-from xipvm.check import pins, retry, rules
+from xipvm.check import pins, retry, rules, xip
 from xipvm.check.explain import Reader, chain, mm_of, reads
 from xipvm.check.rules import Fields
 from xipvm.check.usual import Judge
@@ -89,7 +89,7 @@ class Oracle(Judge):
         self.reader = reader
         """Gives reports the first bytes of host frames, while there is host memory."""
         self._stop = stop
-        self._rules = [make(self) for make in (retry.Retries, pins.Pins, *rules.RULES)]
+        self._rules = [make(self) for make in (retry.Retries, pins.Pins, xip.XipFiles, *rules.RULES)]
 
     @property
     def returning(self) -> tuple[Range, ...]:

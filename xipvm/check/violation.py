@@ -29,6 +29,9 @@ INVARIANTS = {
     "I12": "when a dirty log is handed out, nobody can write unnoticed to a page that it does not name",
     "I13": "after it was unregistered or released, a notifier's MMU installs nothing",
     "I15": "a lookup in a watched range counts only if no invalidation touched that meanwhile",
+    "I16": "a page of a file that is used in place is mapped as a hole only while it is one",
+    "I17": "nobody may write to the page that stands for every hole",
+    "I18": "a read returns what it has stored, and no more than it was asked for",
 }
 """By name, as in the kernel's own terms; see docs/check.md for how each is judged from events."""
 

@@ -112,6 +112,11 @@ class ReverseMap:
         """What ksm.py knows of this memory."""
         self.thp: object = None
         """What thp.py knows of it."""
+        self.sparse_page = 0
+        """The page that stands for every hole of files used in place (xip/sparse.py), 0 before there is one.
+
+        It has no root: its entries are found by the files that they are holes of.
+        """
         self.thp_always = False
         """Faults make huge pages where nobody asked for them."""
         self.gru: object = None

@@ -83,10 +83,12 @@ def verify(host: HostMemory, *, held: Mapping[int, int] | None = None) -> None:
     zero = thp_of(host).zero_pfn
     if zero:
         references[zero] += 1
+    if rmap.sparse_page:
+        references[rmap.sparse_page] += 1
     for pfn, found in list(mappings.items()):
         references[host.compound_head(pfn)] += len(found)
         expected = found | _huge_places(host, mappings, pfn)
-        if set(rmap.walk(host, pfn)) != expected:
+        if pfn != rmap.sparse_page and set(rmap.walk(host, pfn)) != expected:
             finds = len(list(rmap.walk(host, pfn)))
             wrong.append(f"frame {pfn:#x}: the reverse map finds {finds} of {len(expected)} entries")
     for file in rmap.files():
@@ -260,6 +262,9 @@ def _entry(area: Vma, hva: int, entry: int) -> list[str]:
             wrong.append("is a writable entry of a shared page")
         if entry & ANON and area.shared:
             wrong.append("maps a private page in a shared area")
+    elif not entry & SPECIAL and pfn == area.mm.rmap.sparse_page:
+        if area.file is None or not area.file.mixed or entry & (WRITE | DIRTY):
+            wrong.append("maps the page that stands for holes, and must not so")
     elif not entry & SPECIAL:
         if not isinstance(area.file, PageCache | HugetlbFile) or area.file.pages.get(area.page_offset(hva)) != pfn:
             wrong.append("maps a page that is not in the page cache there")

@@ -32,5 +32,6 @@ del (
     _pfncache,
     _protocol_2008,
     _sva,
-    _xip, _xpmem,
+    _xip,
+    _xpmem,
 )

@@ -211,6 +211,8 @@ define(
 define("xip_sparse_page", "pfn:pfn", "from now on this page of zeros is what a hole is mapped as")
 define("xip_map", "file:str mm:str start:hva end:hva pgoff:int", "an XIP file is about to be mapped")
 define("xip_allocate", "file:str pgoff:int pfn:pfn", "a hole got a block, of zeros")
+define("xip_unmapped", "file:str pgoff:int", "nobody maps the page as a hole any more")
+define("xip_read", "file:str pos:int count:int result:int stored:int", "a read; result as read(2)'s, an error below 0")
 define("dax_entry", "file:str pgoff:int pfn:pfn", "what a page of a DAX file is mapped as: its block, or the zero page")
 define("xip_free", "file:str first:int end:int", "these pages are holes now; their blocks may be another file's")
 define("device_tlb_drop", "mm:str start:hva end:hva device:str", "a device forgot its translations of the range")

@@ -37,6 +37,7 @@ from xipvm.xip.sparse import need_sparse_page, sparse_page
 
 if TYPE_CHECKING:
     from xipvm.mmu.frames import HostMemory
+    from xipvm.mmu.mm import Mm
     from xipvm.mmu.vma import Vma
     from xipvm.trace.funnel import Trace
     from xipvm.xip.buffer import UserBuffer
@@ -82,27 +83,39 @@ class XipFile(AddressSpace):
         self._check("read", pos, count)
         if not buffer.access_ok(count):
             raise MmError(errno.EFAULT, f"read of {count} bytes of {self.name}")
-        size, done = self.size, 0
+        done, stored, error = self._read_pages(buffer, count, pos)
+        if self.trace.on:
+            result = -(error.errno or 0) if error is not None and not done else done
+            self.trace.emit("xip_read", file=self.name, pos=pos, count=count, result=result, stored=stored)
+        if error is not None and not done:
+            raise error
+        self.inode.accessed()
+        return done
+
+    def _read_pages(self, buffer: UserBuffer, count: int, pos: int) -> tuple[int, int, MmError | None]:
+        """do_xip_mapping_read: how many bytes count, how many were stored, and why there are no more."""
+        size, done, stored = self.size, 0, 0
         while done < min(count, size - pos):
             at = pos + done
             offset = at & (PAGE_SIZE - 1)
             length = self._chunk(count, done, offset, size - at)
             try:
                 pfn = self.inode.find(at >> PAGE_SHIFT)
-            except MmError:
-                if done:
-                    break
-                raise
+            except MmError as error:
+                return done, stored, error
             data = bytes(length) if pfn is None else self.host.read(pfn, offset, length)
             copied = buffer.put(done, data)
-            done += copied
+            stored = done + copied
+            done += self._counted(copied, length)
             point("mm.xip.read")
             if copied < length:
-                if done:
-                    break
-                raise MmError(errno.EFAULT, f"read of {count} bytes of {self.name}")
-        self.inode.accessed()
-        return done
+                return done, stored, MmError(errno.EFAULT, f"read of {count} bytes of {self.name}")
+        return done, stored, None
+
+    @staticmethod
+    def _counted(copied: int, length: int) -> int:
+        """How many of the bytes of a chunk that were stored count."""
+        return copied
 
     @staticmethod
     def _chunk(count: int, done: int, offset: int, left: int) -> int:
@@ -163,16 +176,22 @@ class XipFile(AddressSpace):
 
     def _block(self, pgoff: int) -> int:
         """The frame of page ``pgoff``, allocated if it is a hole, which nobody maps any more then. Raises MmError."""
-        pfn = self.inode.find(pgoff)
-        if pfn is not None:
-            return pfn
-        with self.sparse_mutex.write:
-            pfn = self.inode.get_xip_mem(pgoff, create=True)
+        found = self.inode.find(pgoff)
+        if found is not None:
+            return found
+        pfn = self._create(pgoff)
         if self.trace.on:
             self.trace.emit("xip_allocate", file=self.name, pgoff=pgoff, pfn=pfn)
         point("mm.xip.allocated")
         self._filled(pgoff)
+        if self.trace.on:
+            self.trace.emit("xip_unmapped", file=self.name, pgoff=pgoff)
         return pfn
+
+    def _create(self, pgoff: int) -> int:
+        """Allocates the block of a hole, or finds what somebody else has allocated. Raises MmError."""
+        with self.sparse_mutex.write:
+            return self.inode.get_xip_mem(pgoff, create=True)
 
     # ---- mapped
 
@@ -201,28 +220,40 @@ class XipFile(AddressSpace):
         if pgoff >= page_up(self.size) >> PAGE_SHIFT:
             return VmFault.SIGBUS
         try:
-            pfn = self.inode.find(pgoff)
+            found: int | None = self.inode.find(pgoff)
             point("mm.xip.looked_up")
-            if pfn is None and self._allocates(area):
-                self._block(pgoff)
+            if found is None and self._allocates(area):
+                found = self._block(pgoff)
             with self.i_mmap.read:
-                # Now, behind all points: the file may have been cut, or a hole filled, since.
-                if pgoff >= page_up(self.size) >> PAGE_SHIFT:
+                if not self._still_there(pgoff):
                     return VmFault.SIGBUS
-                return self._insert(area, hva, self.inode.find(pgoff), write)
+                return self._insert(area, hva, self._look_again(pgoff, found), write)
         except MmError as error:
             if error.errno == errno.EDEADLK:
                 raise
-            return VmFault.SIGBUS
+            return self._failed(error)
+
+    def _still_there(self, pgoff: int) -> bool:
+        """Whether the file still has page ``pgoff``, which it had when the fault began."""
+        return pgoff < page_up(self.size) >> PAGE_SHIFT
+
+    def _look_again(self, pgoff: int, found: int | None) -> int | None:
+        """What is mapped: behind all points, as a hole may have been filled since it was ``found`` to be one."""
+        return self.inode.find(pgoff)
+
+    @staticmethod
+    def _failed(error: MmError) -> VmFault:
+        """What a fault gives when the file system has an error."""
+        return VmFault.SIGBUS
 
     def _allocates(self, area: Vma) -> bool:
         """Whether a fault in ``area`` gives a hole its block, even to read: it may be written and is shared."""
-        return area.shared and self.writable
+        return area.shared and self.writable and not self.inode.read_only
 
     def _insert(self, area: Vma, hva: int, pfn: int | None, write: bool) -> VmFault:
         """Fills the entry of ``hva`` with a block or the sparse page; one that is there stays. Passes no point."""
         mm = area.mm
-        if mm.pgd.get(hva >> PAGE_SHIFT):
+        if mm.pgd.get(hva >> PAGE_SHIFT):  # another thread was faster
             return VmFault.NOPAGE
         if pfn is None:
             sparse = need_sparse_page(self.host, self.trace)
@@ -259,22 +290,21 @@ class XipFile(AddressSpace):
                 if hva is not None:
                     self._unmap_sparse(area, hva, sparse)
 
-    @staticmethod
-    def _unmap_sparse(area: Vma, hva: int, sparse: int) -> None:
+    def _unmap_sparse(self, area: Vma, hva: int, sparse: int) -> None:
         mm = area.mm
-
-        def shows_it() -> bool:
-            entry = mm.pgd.get(hva >> PAGE_SHIFT)
-            return bool(entry & MAPPED) and pte_pfn(entry) == sparse
-
-        if not shows_it():
+        self._settle(area, hva)
+        if not _shows(mm, hva, sparse):
             return
         with mm.notifiers.around_entry(hva, hva + PAGE_SIZE, RangeEvent.CLEAR), mm.ptl(hva >> PMD_SHIFT):
-            if not shows_it():
+            if not _shows(mm, hva, sparse):
                 return
             mm.ptep_clear_flush_notify(hva)
             mm.host.add_mapcount(sparse, -1)
         mm.put_frame(sparse)
+
+    def _settle(self, area: Vma, hva: int) -> None:
+        """Nobody is in the middle of changing the entry of ``hva``, which would not show what it maps."""
+        area.mm.ptl.not_others(hva >> PMD_SHIFT)
 
     # ---- truncated
 
@@ -329,3 +359,8 @@ class XipFile(AddressSpace):
     def _check(self, call: str, pos: int, count: int) -> None:
         if min(pos, count) < 0:
             raise MmError(errno.EINVAL, f"{call}: {count} bytes at {pos:#x} of {self.name}")
+
+
+def _shows(mm: Mm, hva: int, pfn: int) -> bool:
+    entry = mm.pgd.get(hva >> PAGE_SHIFT)
+    return bool(entry & MAPPED) and pte_pfn(entry) == pfn

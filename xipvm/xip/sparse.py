@@ -7,28 +7,27 @@ that mapped the hole, and no others. It is made when the first hole is mapped, a
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
-from weakref import WeakKeyDictionary
 
 from xipvm.address import Pfn
+from xipvm.mmu.rmap import reverse_map
 
 if TYPE_CHECKING:
     from xipvm.mmu.frames import HostMemory
     from xipvm.trace.funnel import Trace
 
-_pages: WeakKeyDictionary[HostMemory, Pfn] = WeakKeyDictionary()
-
 
 def sparse_page(host: HostMemory) -> Pfn | None:
     """The sparse page, None before the first hole was mapped."""
-    return _pages.get(host)
+    pfn = reverse_map(host).sparse_page
+    return Pfn(pfn) if pfn else None
 
 
 def need_sparse_page(host: HostMemory, trace: Trace) -> Pfn:
     """The sparse page, made if need be. Raises OutOfFrames."""
-    pfn = _pages.get(host)
-    if pfn is None:
-        pfn = _pages[host] = Pfn(host.alloc())
+    rmap = reverse_map(host)
+    if not rmap.sparse_page:
+        rmap.sparse_page = host.alloc()
         if trace.on:
-            trace.emit("page_alloc", pfn=pfn)
-            trace.emit("xip_sparse_page", pfn=pfn)
-    return pfn
+            trace.emit("page_alloc", pfn=rmap.sparse_page)
+            trace.emit("xip_sparse_page", pfn=rmap.sparse_page)
+    return Pfn(rmap.sparse_page)

@@ -1,0 +1,165 @@
+"""I16 to I18: files that are used in place, by what their operations say.
+
+* ``xip_map`` tells which pages of a file an area shows; ``xip_sparse_page`` which frame a hole is mapped as. In a DAX
+  file that is the zero page.
+* From ``xip_allocate`` on a page is no hole. Who still maps the hole then has to lose it before ``xip_unmapped``; and
+  nobody may map it again from the allocation on (I16).
+* Nobody may write to the page that stands for holes (I17): by an entry of the host, a shadow entry, or a TLB.
+* ``xip_read`` says what was asked for, what came of it and how much was stored in the buffer (I18).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from xipvm.address import PAGE_SHIFT
+from xipvm.check.rules import Fields
+from xipvm.mmu.pte import DIRTY, WRITE
+from xipvm.trace.events import Event
+
+if TYPE_CHECKING:
+    from xipvm.check.oracle import Oracle
+
+_ZERO_PFN = 0
+
+
+class XipFiles:
+    """Judges one oracle's events. Costs nothing until a file is mapped in place."""
+
+    def __init__(self, oracle: Oracle) -> None:
+        self._oracle = oracle
+        self._sparse = -1
+        self._areas: dict[str, list[tuple[int, int, str, int]]] = {}
+        """By mm: first page, end, file and its page at the first."""
+        self._filled: dict[tuple[str, int], int] = {}
+        """Pages of files that have a block, and the event that gave it."""
+        self._shown: dict[tuple[str, int], tuple[str, int]] = {}
+        """Where a hole is mapped, and which."""
+        self._watching = False
+        oracle.on("xip_map", self._mapped)
+        oracle.on("xip_sparse_page", self._sparse_page)
+        oracle.on("xip_allocate", self._allocated)
+        oracle.on("xip_unmapped", self._unmapped)
+        oracle.on("xip_free", self._freed)
+        oracle.on("xip_read", self._read)
+        oracle.on("mm_fork", self._forked)
+
+    def _mapped(self, event: Event, fields: Fields) -> None:
+        if not self._watching:
+            self._watching = True
+            oracle = self._oracle
+            oracle.on("pte_set", self._entry)
+            oracle.on("pte_clear", self._cleared)
+            oracle.on("pte_copy", self._copied)
+            oracle.on("pte_protect", self._protected)
+            oracle.on("vma_unmap", self._area_gone)
+            oracle.on("vma_remap", self._area_gone)
+            oracle.on("spte_set", self._shadow)
+            oracle.on("tlb_insert", self._shadow)
+            oracle.on("device_tlb_insert", self._shadow)
+        first, end = fields["start"] >> PAGE_SHIFT, fields["end"] >> PAGE_SHIFT
+        self._areas.setdefault(fields["mm"], []).append((first, end, fields["file"], fields["pgoff"]))
+
+    def _area_gone(self, event: Event, fields: Fields) -> None:
+        first, end = fields["start"] >> PAGE_SHIFT, fields["end"] >> PAGE_SHIFT
+        left = []
+        for start, stop, file, pgoff in self._areas.get(fields["mm"], ()):
+            if start < first:
+                left.append((start, min(stop, first), file, pgoff))
+            if stop > end:
+                at = max(start, end)
+                left.append((at, stop, file, pgoff + at - start))
+        self._areas[fields["mm"]] = left
+
+    def _forked(self, event: Event, fields: Fields) -> None:
+        if fields["mm"] in self._areas:
+            self._areas[fields["child"]] = list(self._areas[fields["mm"]])
+
+    def _copied(self, event: Event, fields: Fields) -> None:
+        mm, first, end = fields["mm"], fields["start"] >> PAGE_SHIFT, -(-fields["end"] >> PAGE_SHIFT)
+        for (owner, page), hole in list(self._shown.items()):
+            if owner == mm and first <= page < end:
+                self._shown[fields["child"], page] = hole
+
+    def _sparse_page(self, event: Event, fields: Fields) -> None:
+        self._sparse = fields["pfn"]
+
+    # ---- I16
+
+    def _entry(self, event: Event, fields: Fields) -> None:
+        mm, page = fields["mm"], fields["hva"] >> PAGE_SHIFT
+        self._shown.pop((mm, page), None)
+        pfn = fields["pfn"]
+        if pfn == self._sparse:
+            self._no_writer(event, "an entry", bool(fields["flags"] & (WRITE | DIRTY)), fields["hva"])
+        if pfn not in (self._sparse, _ZERO_PFN):
+            return
+        for start, stop, file, pgoff in self._areas.get(mm, ()):
+            if start <= page < stop:
+                hole = file, pgoff + page - start
+                self._shown[mm, page] = hole
+                self._oracle.checks["I16"] += 1
+                filled = self._filled.get(hole)
+                if filled is not None:
+                    what = f"page {hole[1]:#x} of {file} is mapped as a hole, and has a block since #{filled}"
+                    self._oracle.broken("I16", what, event, hva=fields["hva"])
+                return
+
+    def _cleared(self, event: Event, fields: Fields) -> None:
+        if not self._shown:
+            return
+        mm, first, end = fields["mm"], fields["start"] >> PAGE_SHIFT, -(-fields["end"] >> PAGE_SHIFT)
+        for key in [key for key in self._shown if key[0] == mm and first <= key[1] < end]:
+            del self._shown[key]
+
+    def _allocated(self, event: Event, fields: Fields) -> None:
+        self._filled[fields["file"], fields["pgoff"]] = event.seq
+
+    def _unmapped(self, event: Event, fields: Fields) -> None:
+        hole = fields["file"], fields["pgoff"]
+        self._oracle.checks["I16"] += 1
+        for (mm, page), shown in self._shown.items():
+            if shown == hole:
+                hva = page << PAGE_SHIFT
+                what = f"page {hole[1]:#x} of {hole[0]} has a block, and {mm} still maps the hole at {hva:#x}"
+                self._oracle.broken("I16", what, event, hva=hva)
+                return
+
+    def _freed(self, event: Event, fields: Fields) -> None:
+        file, first, end = fields["file"], fields["first"], fields["end"]
+        for hole in [hole for hole in self._filled if hole[0] == file and first <= hole[1] < end]:
+            del self._filled[hole]
+
+    # ---- I17
+
+    def _protected(self, event: Event, fields: Fields) -> None:
+        if not self._shown or not fields["flags"] & WRITE:
+            return
+        mm, first, end = fields["mm"], fields["start"] >> PAGE_SHIFT, -(-fields["end"] >> PAGE_SHIFT)
+        for shown, page in self._shown:
+            if shown == mm and first <= page < end:
+                self._no_writer(event, "an entry", True, page << PAGE_SHIFT)
+
+    def _shadow(self, event: Event, fields: Fields) -> None:
+        if fields["pfn"] == self._sparse:
+            self._no_writer(event, "a secondary MMU", "w" in fields["rights"], None)
+
+    def _no_writer(self, event: Event, who: str, writes: bool, hva: int | None) -> None:
+        self._oracle.checks["I17"] += 1
+        if writes:
+            self._oracle.broken("I17", f"{who} may write to the page that stands for every hole", event, hva=hva)
+
+    # ---- I18
+
+    def _read(self, event: Event, fields: Fields) -> None:
+        self._oracle.checks["I18"] += 1
+        count, result, stored = fields["count"], fields["result"], fields["stored"]
+        if result > count or stored > count:
+            what = f"a read of {count} bytes of {fields['file']} returned {result}, and stored {stored}"
+        elif stored != max(result, 0):
+            what = f"a read of {fields['file']} stored {stored} bytes, and returned {result}"
+        elif not count and result:
+            what = f"a read of no bytes of {fields['file']} returned {result}"
+        else:
+            return
+        self._oracle.broken("I18", what, event)

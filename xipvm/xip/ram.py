@@ -1,0 +1,100 @@
+"""A file system in memory, for scenarios and tests: a few blocks, files without names, nothing kept.
+
+Freed blocks are given out again, the last one first, so that a translation that should have gone shows another file's
+data.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from typing import TYPE_CHECKING
+
+from xipvm.actors import point
+from xipvm.address import PAGE_SIZE, Pfn
+from xipvm.errors import MmError
+from xipvm.xip.inode import XipInode
+from xipvm.xip.memory import XipMemory
+
+if TYPE_CHECKING:
+    from xipvm.mmu.frames import HostMemory
+
+
+class RamVolume:
+    """``blocks`` blocks of memory. :meth:`close` it when nothing maps its files any more."""
+
+    def __init__(self, host: HostMemory, blocks: int) -> None:
+        self.host = host
+        self.read_only = False
+        self._fd = os.memfd_create("xipvm-xip", os.MFD_CLOEXEC)
+        os.ftruncate(self._fd, blocks * PAGE_SIZE)
+        self.memory = XipMemory(host, self._fd, blocks * PAGE_SIZE)
+        self.free = list(range(blocks))[::-1]
+        self._files = 0
+
+    def close(self) -> None:
+        """Give the memory back."""
+        self.memory.close()
+        os.close(self._fd)
+
+    def file(self, size: int = 0) -> RamInode:
+        """A new file of ``size`` bytes, all holes."""
+        self._files += 1
+        return RamInode(self, f"file{self._files}", size)
+
+
+class RamInode(XipInode):
+    """A file of a :class:`RamVolume`."""
+
+    def __init__(self, volume: RamVolume, name: str, size: int) -> None:
+        self.volume = volume
+        self.name = name
+        self._size = size
+        self.blocks: dict[int, int] = {}
+        self.failing = False
+        """Every look-up is an I/O error from now on."""
+
+    @property
+    def read_only(self) -> bool:  # type: ignore[override]
+        """See the base."""
+        return self.volume.read_only
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return self._size
+
+    def get_xip_mem(self, pgoff: int, *, create: bool) -> Pfn:
+        """See the base."""
+        if self.failing:
+            raise MmError(errno.EIO, f"page {pgoff:#x} of {self.name}")
+        if pgoff not in self.blocks:
+            if not create:
+                raise MmError(errno.ENODATA, f"page {pgoff:#x} of {self.name}")
+            if self.read_only:
+                raise MmError(errno.EROFS, self.name)
+            point("xip.allocate")
+            if not self._found_meanwhile(pgoff):
+                if not self.volume.free:
+                    raise MmError(errno.ENOSPC, self.name)
+                block = self.volume.free.pop()
+                self.volume.host.write(self.volume.memory.pfn(block), 0, bytes(PAGE_SIZE))
+                self.blocks[pgoff] = block
+        return self.volume.memory.pfn(self.blocks[pgoff])
+
+    def _found_meanwhile(self, pgoff: int) -> bool:
+        """Somebody else has allocated the block since it was looked up."""
+        return pgoff in self.blocks
+
+    def set_size(self, size: int) -> None:
+        """See the base."""
+        if self.read_only:
+            raise MmError(errno.EROFS, self.name)
+        self._size = size
+
+    def free_blocks(self, first: int, end: int) -> int:
+        """See the base."""
+        gone = [page for page in self.blocks if first <= page < end]
+        for page in gone:
+            self.volume.free.append(self.blocks.pop(page))
+        return len(gone)
