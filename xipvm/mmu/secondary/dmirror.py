@@ -79,7 +79,7 @@ _Access = Callable[[int, int, int], object]
 
 
 class Snapshot(IntFlag):
-    """What ``snapshot`` says of a page, as test_hmm's HMM_DMIRROR_PROT_*: rights, and what kind of page it is."""
+    """What ``snapshot`` says of a page, with the names of test_hmm's HMM_DMIRROR_PROT_*: rights, and what page it is."""
 
     NONE = 0x00
     READ = 0x01
@@ -88,9 +88,9 @@ class Snapshot(IntFlag):
     """Mapped by a huge entry."""
     ZERO = 0x10
     DEV_PRIVATE_LOCAL = 0x20
-    DEV_COHERENT_LOCAL = 0x30
-    DEV_COHERENT_REMOTE = 0x40
-    ERROR = 0xFF
+    DEV_COHERENT_LOCAL = 0x40
+    DEV_COHERENT_REMOTE = 0x80
+    ERROR = 0x100
 
 
 class Done(NamedTuple):
