@@ -98,6 +98,7 @@ GUESTS: tuple[Guest | System, ...] = (
     Guest("panic", "crash.c", ("VECTORS",)),
     Guest("user", "user.c"),
     Guest("paging", "paging.c"),
+    Guest("rights", "rights.c"),
     Guest("clocks", "clocks.c"),
     Guest("pages", "pages.c"),
     Guest("dma", "dma.c"),

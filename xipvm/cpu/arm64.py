@@ -57,7 +57,7 @@ TTBR1_EL1 = (3, 0, 2, 0, 1)
 TCR_EL1 = (3, 0, 2, 0, 2)
 PAR_EL1 = (3, 0, 7, 4, 0)
 MAIR_EL1 = (3, 0, 10, 2, 0)
-PAR_RES1 = 1 << 11
+PAR_NS, PAR_RES1 = 1 << 9, 1 << 11
 MPIDR_EL1 = (3, 0, 0, 0, 5)
 PMCCNTR_EL0 = (3, 3, 9, 13, 0)
 
@@ -289,7 +289,7 @@ class Arm64:
             return
         attributes = int(engine.cp_reg(*MAIR_EL1)) >> 8 * (leaf >> 2 & 7) & 0xFF if leaf else 0
         shareable = leaf >> 8 & 3
-        engine.set_cp_reg(*PAR_EL1, attributes << 56 | gpa & ~OFFSET_MASK | PAR_RES1 | shareable << 7)
+        engine.set_cp_reg(*PAR_EL1, attributes << 56 | gpa & ~OFFSET_MASK | PAR_RES1 | PAR_NS | shareable << 7)
 
     # Reports
 

@@ -121,6 +121,7 @@ cdef enum:
     NO_EXIT_REQUEST = 2034      # bytes of struct uc_struct of that release, where long has 64 bits
     INIT_DONE = 2035
     POOLED_BYTES = 64 << 20
+    POOLED_WITH_MEMORY = 4
     LOOK_GAP = 64               # ticks between two looks at a clock that count as waiting
     LOOKS = 32
     SKIP = 1000                 # ns
@@ -182,12 +183,30 @@ def pooled():
     return sum(len(free_ones) for free_ones in _pool.values())
 
 
-def take_engine(int isa, bint counted):
-    """An engine for ``isa`` in its reset state, from the pool where one is free."""
-    free_ones = _pool.get((isa, counted))
-    if free_ones:
-        return free_ones.pop()
+def take_engine(int isa, bint counted, EngineGroup group=None):
+    """An engine for ``isa`` in its reset state, from the pool where one is free.
+
+    With the ``group`` that it is to join: one that has that memory mapped already, if there is one.
+    """
+    cdef Engine engine
+    wanted = None if group is None else _memory_of(group.host)
+    free_ones = _pool.get((isa, counted), ())
+    for mapped in (wanted, []):
+        for engine in free_ones:
+            if engine.maps == mapped:
+                free_ones.remove(engine)
+                return engine
     return Engine(isa, counted)
+
+
+cdef list _memory_of(HostMemory host):
+    """What an engine maps: address, size and where it is."""
+    cdef int n
+    maps = [(0, host.nr_frames << 12, <size_t>host.base)]
+    for n in range(host.nr_regions):
+        if host.regions[n].count:
+            maps.append((host.regions[n].first << 12, host.regions[n].count << 12, <size_t>host.regions[n].base))
+    return maps
 
 
 def drain_pool():
@@ -322,11 +341,7 @@ cdef class Engine:
         self.hot.paged = 0
         self.probe = None
         group.engines.append(self)
-        self._map(0, self.host.nr_frames << 12, self.host.base)
-        cdef int n
-        for n in range(self.host.nr_regions):
-            if self.host.regions[n].count:
-                self._map(self.host.regions[n].first << 12, self.host.regions[n].count << 12, self.host.regions[n].base)
+        self._map(_memory_of(self.host))
         self.hot.ticks = self.hot.skipped = self.hot.looked = self.hot.looks = 0
         self.time_offset = 0
         self.hot.kick = 0
@@ -338,15 +353,28 @@ cdef class Engine:
         self.stale = self.fetching = False
         self.dropped.clear()
 
-    cdef int _map(self, uint64_t address, uint64_t size, void *base) except -1:
-        _check(api.mem_map_ptr(self.uc, address, size, UC_PROT_ALL, base), "uc_mem_map_ptr")
-        self.maps.append((address, size))
+    cdef int _map(self, list wanted) except -1:
+        if self.maps == wanted:
+            return 0
+        self._unmap()
+        for address, size, base in wanted:
+            _check(api.mem_map_ptr(self.uc, address, size, UC_PROT_ALL, <void *><size_t>base), "uc_mem_map_ptr")
+            self.maps.append((address, size, base))
+        return 0
+
+    cdef int _unmap(self) except -1:
+        sptes, self.sptes = self.sptes, None    # unmapping looks addresses up once more: nothing may be found
+        for address, size, _ in self.maps:
+            _check(api.mem_unmap(self.uc, address, size), "uc_mem_unmap")
+        self.maps.clear()
+        self.sptes = sptes
         return 0
 
     def release(self):
         """Leaves the machine and goes back to the pool, in its reset state.
 
-        Unmapping costs 0.1 us a page, so an engine with much memory is closed instead.
+        Unmapping costs 0.1 us a page, so an engine keeps much memory mapped: a machine that has the same memory at the
+        same place takes it as it is. Nobody looks at that memory meanwhile, which may be gone.
         """
         if self.group is None:
             return
@@ -361,11 +389,9 @@ cdef class Engine:
             api.hook_del(self.uc, self.poll_hook)
             self.hot.polled = 0
         self.stop_at_blocks(True)
-        large = sum(size for _, size in self.maps) > POOLED_BYTES
+        large = sum(size for _, size, _ in self.maps) > POOLED_BYTES
         if not large:
-            for address, size in self.maps:
-                _check(api.mem_unmap(self.uc, address, size), "uc_mem_unmap")
-        self.maps.clear()
+            self._unmap()
         _check(api.ctl(self.uc, UC_CTL_WRITE(UC_CTL_TB_FLUSH, 0)), "TB flush")
         api.ctl(self.uc, UC_CTL_WRITE(UC_CTL_TLB_FLUSH, 0))
         _check(api.context_restore(self.uc, self.pristine), "uc_context_restore")
@@ -377,10 +403,13 @@ cdef class Engine:
         self.group = None
         self.host = None
         self.handed = None
+        free_ones = _pool.setdefault((self.isa, self.counted), [])
         if large:
-            self.close()
-        else:
-            _pool.setdefault((self.isa, self.counted), []).append(self)
+            mapped = [engine for engine in free_ones if (<Engine>engine).maps]
+            if len(mapped) >= POOLED_WITH_MEMORY:
+                free_ones.remove(mapped[0])
+                mapped[0].close()
+        free_ones.append(self)
 
     def close(self):
         """Closes the engine for good. It must have been released."""

@@ -156,7 +156,8 @@ cdef int _fault(Walk *walk, int kind, int level) noexcept:
     return WALK_FAULT
 
 
-cdef int _miss(Walk *walk, uint64_t gpa, int access) noexcept:
+cdef int _miss(Walk *walk, uint64_t gpa, int access, int level) noexcept:
+    walk.level = level
     walk.gpa = gpa & ~<uint64_t>4095
     walk.access = access
     return WALK_MISS
@@ -178,7 +179,7 @@ cdef int _read_entry(Engine engine, uint64_t gpa, int level, Walk *walk) noexcep
         return WALK_DONE
     entry = engine.entry_of(gpa >> 12) if gpa >> 12 < INDEX_LIMIT else 0
     if not (entry & SPTE_PRESENT and entry & SPTE_READ):
-        return _miss(walk, gpa, C_READ)
+        return _miss(walk, gpa, C_READ, level)
     pfn = (entry >> 12) & PFN_MASK
     if entry & SPTE_HUGE:
         pfn += gpa >> 12 & 511
@@ -189,14 +190,14 @@ cdef int _read_entry(Engine engine, uint64_t gpa, int level, Walk *walk) noexcep
     return WALK_DONE
 
 
-cdef int _set_bits(Engine engine, uint64_t gpa, uint64_t bits, Walk *walk) noexcept:
+cdef int _set_bits(Engine engine, uint64_t gpa, uint64_t bits, int level, Walk *walk) noexcept:
     """Sets accessed and dirty bits in the entry at ``gpa``, which ``walk`` has just read."""
     cdef uint64_t entry = engine.entry_of(gpa >> 12), pfn
     cdef uint64_t generation = engine.hot.generation
     cdef FrameMeta *meta
     cdef uint8_t *page
     if not (entry & SPTE_PRESENT and entry & SPTE_WRITE):
-        return _miss(walk, gpa, C_WRITE)
+        return _miss(walk, gpa, C_WRITE, level)
     pfn = (entry >> 12) & PFN_MASK
     if entry & SPTE_HUGE:
         pfn += gpa >> 12 & 511
@@ -264,7 +265,7 @@ cdef int _walk_riscv(Engine engine, uint64_t gva, Walk *walk) noexcept:
             return _fault(walk, C_PERMISSION, level)
         bits = PTE_A | PTE_D if walk.access == C_WRITE else PTE_A
         if bits & ~pte and not walk.probe:
-            found = _set_bits(engine, at, bits, walk)
+            found = _set_bits(engine, at, bits, level, walk)
             if found == WALK_FAULT:
                 return _fault(walk, C_PERMISSION, level)
             if found != WALK_DONE:

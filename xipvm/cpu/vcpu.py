@@ -118,7 +118,7 @@ class Vcpu:
         """Pages and accesses that were found to be a device's since the last flush. The engine's TLB forgets them as
         it likes, and asks again; how often must be seen neither in a trace nor in ``faults``."""
         self.isa: Isa
-        self.engine = core.take_engine(isa, counted)
+        self.engine = core.take_engine(isa, counted, group)
         self.engine.bind(group, secondary.sptes, keep=secondary.keeps_entries)
         self.engine.on_miss = self._miss
         self.engine.on_read = bus.read
