@@ -645,9 +645,20 @@ class Oracle(Judge):
         self.violations.append(violation)
         self._stop(violation)
 
+    def _mapped_at(self, pfn: int) -> tuple[str | None, int | None, int | None]:
+        """Address space, address and guest frame at which a secondary MMU has frame ``pfn``."""
+        for vm in self.world.vms.values():
+            for gfn, entry in vm.sptes.items():
+                if entry.pfn == pfn:
+                    page = vm.page(gfn)
+                    return vm.mm, None if page is None else page << PAGE_SHIFT, gfn
+        return None, None, None
+
     def _history_of(self, event: Event, hva: int | None, gfn: int | None, pfn: int | None) -> tuple[list[Event], int]:
         """What happened to a page at its address, its guest frame and its frame; and how much more there was."""
         mm = event.fields.get("mm") or mm_of(self, event)
+        if pfn is not None and gfn is None and hva is None:
+            mm, hva, gfn = self._mapped_at(pfn)
         if mm is not None and hva is not None:
             page = hva >> PAGE_SHIFT
             if gfn is None:
