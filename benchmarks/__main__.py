@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.status import Status
 from rich.table import Table
 
-from benchmarks import explore, flash, kernels, memory, operations, startup
+from benchmarks import explore, flash, kernels, memory, operations, startup, tlb_only
 from benchmarks.harness import Bench, Benchmark, Figure, MissingPeerError, Spread
 from benchmarks.peers import RAW_UNICORN, qemu_version
 
@@ -34,6 +34,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "operations": operations.operations,
     "sparse": operations.sparse,
     "metadata": operations.metadata,
+    "tlbs": tlb_only.tlbs,
     "modeswitch": flash.modeswitch,
     "trace": kernels.trace,
     "check": explore.check,

@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from xipvm.mmu.mm import Mm
     from xipvm.mmu.tables import GupPage
 
-FLUSH_ALL: Final = 16 * GRUMAXINVAL
+FLUSH_ALL: Final = 64 * GRUMAXINVAL
 """Pages from which on a whole ASID is given up: cheaper than that many commands."""
 
 
