@@ -26,6 +26,7 @@ from zlib import crc32
 from xipvm.actors import point
 from xipvm.address import PAGE_SHIFT, PAGE_SIZE
 from xipvm.mmu.cow import wp_page_copy
+from xipvm.mmu.device_private import PG_COHERENT
 from xipvm.mmu.frames import HUGE_PAGES, PG_DIRTY, PG_KSM, PG_SWAPCACHE, HostMemory
 from xipvm.mmu.huge_page import split_if_compound
 from xipvm.mmu.pte import (
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
     from xipvm.trace.funnel import Trace
 
 UNFIT: Final = VM_SHARED | VM_HUGETLB | VM_MIXEDMAP
+_UNFIT_PAGES: Final = PG_KSM | PG_SWAPCACHE | PG_COHERENT
 """Areas with one of these are left as they are by MADV_MERGEABLE."""
 
 Place = tuple["Mm", int]
@@ -125,7 +127,7 @@ class Ksm:
     def _consider(self, mm: Mm, hva: int, before: dict[Place, int]) -> int:
         host = self._host
         pfn = self._mapped(mm, hva)
-        if pfn is None or host.flags(pfn) & (PG_KSM | PG_SWAPCACHE):
+        if pfn is None or host.flags(pfn) & _UNFIT_PAGES:
             return 0
         content = host.read(pfn, 0, PAGE_SIZE)
         root = self._stable.get(content)
@@ -139,7 +141,7 @@ class Ksm:
         if other is None or other_pfn is None or host.read(other_pfn, 0, PAGE_SIZE) != content:
             self._unstable[content] = mm, hva
             return 0
-        if other_pfn == pfn or host.flags(other_pfn) & (PG_KSM | PG_SWAPCACHE):
+        if other_pfn == pfn or host.flags(other_pfn) & _UNFIT_PAGES:
             return 0
         if not self._merge(mm, hva, pfn, None):
             return 0

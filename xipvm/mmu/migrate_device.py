@@ -244,7 +244,7 @@ def _migration(pfn: int, entry: int) -> int:
 def _movable(args: MigrateVma, entry: int) -> bool:
     """Whether the page of an entry is of a kind that was asked for, and one that can move."""
     mm, pfn = args.mm, pte_pfn(entry)
-    if entry & (SPECIAL | HUGE) or not entry & ANON or not entry & PRESENT:
+    if entry & (SPECIAL | HUGE) or not entry & ANON:
         return False
     if mm.host.is_compound(pfn) or mm.host.flags(pfn) & (PG_KSM | PG_RESERVED) or not mm.host.mapping(pfn):
         return False
