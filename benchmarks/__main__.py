@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.status import Status
 from rich.table import Table
 
-from benchmarks import explore, flash, kernels, memory, operations, startup, tlb_only
+from benchmarks import explore, flash, kernels, memory, mirrors, operations, startup, tlb_only
 from benchmarks.harness import Bench, Benchmark, Figure, MissingPeerError, Spread
 from benchmarks.peers import RAW_UNICORN, qemu_version
 
@@ -35,10 +35,12 @@ BENCHMARKS: dict[str, Benchmark] = {
     "sparse": operations.sparse,
     "metadata": operations.metadata,
     "tlbs": tlb_only.tlbs,
+    "mirrors": mirrors.mirrors,
     "modeswitch": flash.modeswitch,
     "trace": kernels.trace,
     "check": explore.check,
     "interleavings": explore.interleavings,
+    "reset": explore.reset,
     "campaign": explore.campaign,
     "hello": startup.hello,
     "uboot": startup.uboot,

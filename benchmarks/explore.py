@@ -7,10 +7,14 @@ import sys
 import time
 from collections.abc import Iterator
 from functools import partial
+from itertools import count
 
 from benchmarks.harness import Bench, Figure, Target, compare, value
 from benchmarks.machines import guest, timed
+from xipvm.boards import virt_arm64
 from xipvm.check import Oracle
+from xipvm.cpu import core
+from xipvm.devices.flash import mapping
 from xipvm.explore import explore, strategy
 from xipvm.explore.find import KNOWN
 from xipvm.explore.shards import Shard, explore_shards, local_executor, run_shard, shards_of
@@ -41,6 +45,25 @@ def check(bench: Bench) -> Iterator[Figure]:
     for name, what, limit in (("coldfault", "faults all the time", 2.0), ("sort", "calm", 1.05)):
         times = bench.rounds(plain=partial(run, name, False), judged=partial(run, name, True))
         yield compare(what, times["judged"], "not judged", times["plain"], unit="ms", target=Target(limit))
+
+
+def reset(bench: Bench) -> Iterator[Figure]:
+    """A machine for the next schedule, ms: of the memory and the engine that the last one had, or of nothing."""
+    sizes = count(4 << 20, 4096)
+
+    def made(size: int) -> float:
+        start = time.process_time()
+        Machine(board="virt-arm64", memory=size).close()
+        return (time.process_time() - start) * _MS
+
+    def anew() -> float:
+        core.drain_pool()
+        mapping.drop_kept()
+        virt_arm64.device_tree.cache_clear()
+        return made(next(sizes))  # no arena of that size was there before
+
+    kept = bench.rounds(kept=lambda: min(made(4 << 20) for _ in range(20)), anew=lambda: min(anew() for _ in range(20)))
+    yield compare("a machine, made and closed", kept["kept"], "of nothing", kept["anew"], unit="ms")
 
 
 def interleavings(bench: Bench) -> Iterator[Figure]:

@@ -188,16 +188,50 @@ def test_32_engines_and_no_more(isa: int, make_box: Callable[..., Box]) -> None:
     assert one_more.bit == 1 << 7
 
 
-def test_an_engine_with_much_memory_is_closed_instead(isa: int) -> None:
-    host = HostMemory(65 << 20)
-    group = core.EngineGroup(host)
-    engine = core.take_engine(isa, True)
-    engine.bind(group, PageTable(3))
-    group.close()
-    assert core.pooled() == 0
+def test_an_engine_with_much_memory_keeps_it_mapped(isa: int) -> None:
+    hosts = [HostMemory(65 << 20), HostMemory(65 << 20)]
+    groups = [core.EngineGroup(host) for host in hosts]
+    engine = core.take_engine(isa, True, groups[0])
+    engine.bind(groups[0], PageTable(3))
+    engine.release()
+    assert core.pooled() == 1
     engine.flush_tlb("late")  # what a notifier may still ask for
     engine.leave(core.KICK_EXIT)
+    assert core.take_engine(isa, True, groups[1]) is not engine  # that has other memory
+    again = core.take_engine(isa, True, groups[0])
+    assert again is engine
+    again.bind(groups[0], PageTable(3))
+    again.release()
+    engine.bind(groups[1], PageTable(3))  # one that has other memory mapped takes this instead
+    engine.release()
+    for group, host in zip(groups, hosts, strict=True):
+        group.close()
+        host.close()
+
+
+def test_few_engines_keep_much_memory(isa: int) -> None:
+    host = HostMemory(65 << 20)
+    group = core.EngineGroup(host)
+    engines = [core.take_engine(isa, True, group) for _ in range(7)]
+    for engine in engines:
+        engine.bind(group, PageTable(3))
+    for engine in engines:
+        engine.release()
+    assert core.pooled() == 4
+    group.close()
     host.close()
+
+
+def test_an_arena_is_at_its_old_address_again_and_empty() -> None:
+    """So that the engine that has it mapped can be taken."""
+    small = HostMemory(1 << 20)
+    address = small.arena_address
+    small.write(small.alloc(), 0, b"old")
+    small.close()
+    small = HostMemory(1 << 20)
+    assert small.arena_address == address
+    assert small.read(small.alloc(zero=False), 0, 3) == b"\0\0\0"
+    small.close()
 
 
 def test_device_frames_are_mapped_and_run(isa: int, make_box: Callable[..., Box]) -> None:

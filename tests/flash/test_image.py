@@ -125,15 +125,45 @@ def test_views_end_with_the_image_and_a_stray_slice_of_one_is_no_crash(path):
     FlashImage.open(path, SIZE).close()  # the lock is gone all the same
 
 
-def test_memory_is_given_back():
+def test_memory_is_given_back(tmp_path):
     def mapped():
         return any(line.startswith(f"{address:x}-") for line in Path("/proc/self/maps").read_text().splitlines())
 
-    image = FlashImage.erased(SIZE)
+    path = tmp_path / "flash.img"
+    path.write_bytes(bytes(SIZE))
+    image = FlashImage.open(str(path), SIZE, snapshot=True)
     address = image.address
     assert mapped()
     image.close()
     assert not mapped()
+
+
+def test_erased_memory_is_kept_for_the_next_and_erased_again():
+    image = FlashImage.erased(SIZE)
+    address = image.address
+    view = image.view(0, SIZE)
+    view[:4] = b"\0\0\0\0"
+    view[-1] = 0
+    held = view[:4]
+    image.close()
+    other = FlashImage.erased(SIZE)
+    assert other.address != address  # somebody still looks at it
+    held.release()
+    again = FlashImage.erased(SIZE)
+    assert again.address == address
+    assert bytes(again.view(0, SIZE)) == b"\xff" * SIZE
+    other.close()
+    again.close()
+
+
+def test_not_all_erased_memory_is_kept():
+    images = [FlashImage.erased(SIZE) for _ in range(20)]
+    addresses = {image.address for image in images}
+    assert len(addresses) == 20
+    for image in images:
+        image.close()
+    mapped = Path("/proc/self/maps").read_text()
+    assert sum(f"{address:x}-" in mapped for address in addresses) <= 8
 
 
 @pytest.mark.parametrize(("offset", "size"), [(-1, 4), (SIZE, 1), (4, SIZE)])

@@ -7,6 +7,8 @@ device tree stands at the start of RAM, where U-Boot looks for it.
 
 from __future__ import annotations
 
+import functools
+
 from xipvm.boards.board import Board, FlashBank, Machine, Platform, Region
 from xipvm.boards.fdt import Fdt
 from xipvm.devices.arch_timer import ArchTimer
@@ -59,6 +61,7 @@ def build(board: Board, machine: Machine) -> Platform:
     return platform
 
 
+@functools.lru_cache(maxsize=64)
 def device_tree(board: Board, memory_size: int, cpus: int, *, rdma: bool = False) -> bytes:
     """The DTB of a board with ``memory_size`` bytes of RAM and ``cpus`` vCPUs; ``rdma``: and the DMA engine."""
     fdt = Fdt()

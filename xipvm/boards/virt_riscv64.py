@@ -8,6 +8,8 @@ at the top of RAM below 3 GiB.
 
 from __future__ import annotations
 
+import functools
+
 from xipvm.address import PAGE_SIZE
 from xipvm.boards.board import Board, FlashBank, Machine, Platform, Region, RiscvVcpu
 from xipvm.boards.fdt import Fdt
@@ -76,6 +78,7 @@ def dtb_address(memory_size: int, dtb_size: int) -> int:
     return (min(RAM_BASE + memory_size, _DTB_LIMIT) - dtb_size) // align * align
 
 
+@functools.lru_cache(maxsize=64)
 def device_tree(board: Board, memory_size: int, cpus: int, *, rdma: bool = False) -> bytes:
     """The DTB of a board with ``memory_size`` bytes of RAM and ``cpus`` harts; ``rdma``: and the DMA engine."""
     fdt = Fdt()

@@ -105,7 +105,8 @@ cdef class Engine:
     cdef public object on_miss, on_read, on_write, on_insert, on_flush, on_drop, on_sysreg, on_insn
     cdef int _add_hook(self, int kind, void *callback, void *user) except -1
     cdef int _add_insn_hook(self, void *callback, int insn) except -1
-    cdef int _map(self, uint64_t address, uint64_t size, void *base) except -1
+    cdef int _map(self, list wanted) except -1
+    cdef int _unmap(self) except -1
     cdef void stop_at_blocks(self, bint on) noexcept
     cdef void poll(self) noexcept
     cdef void grow(self) noexcept

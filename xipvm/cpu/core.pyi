@@ -110,8 +110,11 @@ class EngineGroup:
 def pooled() -> int:
     """How many engines wait in the pool."""
 
-def take_engine(isa: int, counted: bool) -> Engine:
-    """An engine in its reset state, from the pool where one is free. ``counted``: instructions are its clock."""
+def take_engine(isa: int, counted: bool, group: EngineGroup | None = None) -> Engine:
+    """An engine in its reset state, from the pool where one is free. ``counted``: instructions are its clock.
+
+    With the ``group`` that it is to join: one that has that memory mapped already, if there is one.
+    """
 
 def drain_pool() -> None:
     """Closes the engines that wait in the pool."""

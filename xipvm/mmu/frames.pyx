@@ -30,7 +30,7 @@ from cpython.buffer cimport PyBuffer_FillInfo
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
-from posix.mman cimport MAP_ANONYMOUS, MAP_FAILED, MAP_PRIVATE, PROT_READ, PROT_WRITE, mmap, munmap
+from posix.mman cimport MAP_ANONYMOUS, MAP_FAILED, MAP_PRIVATE, MADV_DONTNEED, PROT_READ, PROT_WRITE, madvise, mmap, munmap
 
 from xipvm.errors import HostMemoryError, InternalError, MmError, OutOfFrames
 
@@ -92,6 +92,38 @@ cdef class _Window:
         self.owner.views -= 1
 
 
+cdef enum:
+    NR_ARENAS = 4
+    KEPT_BYTES = 64 << 20
+
+# Arenas that nobody has, zeroed again: the next one of that size is at the same address, so that an engine that has it
+# mapped need not map it anew (cpu/core.pyx). Only the GIL guards them.
+cdef void *arenas[NR_ARENAS]
+cdef size_t arena_sizes[NR_ARENAS]
+
+
+cdef void *_take_arena(size_t size) noexcept:
+    cdef int i
+    cdef void *base
+    for i in range(NR_ARENAS):
+        if arenas[i] != NULL and arena_sizes[i] == size:
+            base = arenas[i]
+            arenas[i] = NULL
+            return base
+    return NULL
+
+
+cdef void _put_arena(void *base, size_t size) noexcept:
+    cdef int i
+    if size <= KEPT_BYTES and madvise(base, size, MADV_DONTNEED) == 0:
+        for i in range(NR_ARENAS):
+            if arenas[i] == NULL:
+                arenas[i] = base
+                arena_sizes[i] = size
+                return
+    munmap(base, size)
+
+
 cdef class HostMemory:
     def __cinit__(self, size_bytes, *, str poison="head"):
         if size_bytes <= 0 or size_bytes % PAGE or size_bytes // PAGE < 2 or size_bytes // PAGE > FIRST_DEVICE:
@@ -103,7 +135,9 @@ cdef class HostMemory:
         self.nr_frames = size_bytes // PAGE
         # Anonymous: the kernel supplies its pages in half the time that a memfd's take.
         cdef int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE
-        cdef void *base = mmap(NULL, size_bytes, PROT_READ | PROT_WRITE, flags, -1, 0)
+        cdef void *base = _take_arena(size_bytes)
+        if base == NULL:
+            base = mmap(NULL, size_bytes, PROT_READ | PROT_WRITE, flags, -1, 0)
         if base == MAP_FAILED:
             raise HostMemoryError(size_bytes, f"cannot map {size_bytes} bytes of host memory")
         self.base = <uint8_t *>base
@@ -124,7 +158,7 @@ cdef class HostMemory:
             free(self.regions[i].meta)
         self.nr_regions = 0
         if self.base != NULL:
-            munmap(self.base, self.nr_frames * PAGE)
+            _put_arena(self.base, self.nr_frames * PAGE)
             self.base = NULL
         free(self.meta)
         self.meta = NULL

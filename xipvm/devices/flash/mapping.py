@@ -2,7 +2,9 @@
 
 ``mmap.mmap`` gives out no address of a read-only mapping and cannot place one mapping behind another, so
 the calls are made directly. Erased memory is one small page-cache object full of 0xFF, mapped privately as
-often as the size takes: an array costs one mapping a MiB, and no page until somebody writes to it.
+often as the size takes: an array costs one mapping a MiB, and no page until somebody writes to it. Such an array that
+nobody has any more is kept for the next one of its size, what was written to it forgotten: 64 calls of mmap(2) are most
+of what it takes to make a machine whose flash is 64 MiB.
 
 A mapping lives as long as a memoryview of it, so a forgotten view is never a crash.
 """
@@ -14,8 +16,10 @@ import functools
 import mmap
 import os
 import weakref
+from collections.abc import Callable
 
 _ERASED_CHUNK = 1 << 20
+_KEPT = 8
 _PIECE = 16 << 10
 _MAP_FIXED = 0x10
 _MAP_NORESERVE = 0x4000
@@ -32,12 +36,14 @@ _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 class Mapping:
     """``size`` bytes at the host address ``address``, as made by :func:`map_file` or :func:`map_erased`."""
 
-    def __init__(self, address: int, size: int, *, writable: bool) -> None:
+    def __init__(
+        self, address: int, size: int, *, writable: bool, give_back: Callable[[int, int], object] = _libc.munmap
+    ) -> None:
         self.address = address
         self.size = size
         array = (ctypes.c_ubyte * size).from_address(address)
         # At exit the kernel unmaps; doing it earlier would pull memory from under native code that still runs.
-        weakref.finalize(array, _libc.munmap, address, size).atexit = False
+        weakref.finalize(array, give_back, address, size).atexit = False
         whole = memoryview(array).cast("B")
         self.bytes = whole if writable else whole.toreadonly()
         """All of it; slices and casts keep the mapping alive."""
@@ -62,6 +68,31 @@ def map_file(fd: int, size: int, *, shared: bool, writable: bool) -> Mapping:
 
 def map_erased(size: int) -> Mapping:
     """Map ``size`` bytes of private memory that reads 0xFF. Raises OSError."""
+    address = min((address for address, length in _kept if length == size), default=0)
+    if address:
+        _kept.remove((address, size))
+    return Mapping(address or _map_erased(size), size, writable=True, give_back=_keep)
+
+
+_kept: list[tuple[int, int]] = []
+"""Erased memory that nobody has: address and size."""
+
+
+def _keep(address: int, size: int) -> None:
+    """Nobody has these bytes any more."""
+    if len(_kept) < _KEPT and not _libc.madvise(address, size, _MADV_DONTNEED):
+        _kept.append((address, size))
+    else:
+        _libc.munmap(address, size)
+
+
+def drop_kept() -> None:
+    """Give the host what is kept."""
+    while _kept:
+        _libc.munmap(*_kept.pop())
+
+
+def _map_erased(size: int) -> int:
     fd = _erased_chunk()
     base = _mmap(None, size, 0, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE, -1)
     try:
@@ -71,7 +102,7 @@ def map_erased(size: int) -> Mapping:
     except OSError:
         _libc.munmap(base, size)
         raise
-    return Mapping(base, size, writable=True)
+    return base
 
 
 def in_words(view: memoryview, width: int) -> memoryview:
