@@ -8,6 +8,8 @@ values (vectorcall) and no dictionary is built. The attributes that whoever swit
 ``clock``) are slots of the Python class, which the interpreter reads and writes quickest; C finds them by their offset.
 """
 
+from sys import intern
+
 from cpython.object cimport PyObject
 from cpython.ref cimport Py_INCREF, Py_XDECREF
 from libc.stdint cimport int64_t, uint64_t
@@ -52,7 +54,7 @@ cdef class Layout:
         if len(kind.fields) > MAX_FIELDS:
             raise InternalError(f"event kind {kind.name} has more than {MAX_FIELDS} fields")
         self.name = kind.name
-        self.names = tuple(field.name for field in kind.fields)
+        self.names = tuple(intern(field.name) for field in kind.fields)  # as the names of keywords are, see _ordered
         self.number = number
         self.count = len(self.names)
         self.mm = self.names.index("mm") if "mm" in self.names else -1
