@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
+from xipvm.actors import point
 from xipvm.address import PAGE_SIZE
 from xipvm.explore.scenarios.faults import GFN, NEW, OLD, RW
 from xipvm.explore.scenarios.huge import BASE, HOST, transparent
@@ -118,6 +119,7 @@ def the_dirty_rings_are_reset(scene: Scene) -> None:
         for vcpu in kvm.vcpus:
             for _, page in kvm.dirty_ring(vcpu).harvest():
                 dirty[0] |= 1 << page
+        point("migration.harvested")
         kvm.reset_dirty_rings()
         copy.take(bytes(dirty))
 

@@ -89,7 +89,7 @@ class SecondaryMmu(ABC):
         """All that have been given out, each once; for checks when everything is at rest."""
         yield self
 
-    def vcpu_enter(self, vcpu: TlbOwner) -> None:
+    def vcpu_enter(self, vcpu: TlbOwner) -> None:  # noqa: B027, most have nothing to do
         """The current actor is about to run ``vcpu`` in the guest: may be held up, or do what has to be done before."""
 
     def again(self, page: int, access: int) -> bool:

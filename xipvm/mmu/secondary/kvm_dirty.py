@@ -219,13 +219,15 @@ class KvmDirtyLog(KvmState):
                 self.trace.emit("dirty_log", vm=self.name, slot=slot)
             return dirty
 
-    def _protect_dirty(self, gfn: int, dirty: bytes) -> None:
-        """Take W from the pages of a log whose bits were cleared; all that lies between two of them has none."""
-        first = next(iter(dirty_runs(dirty)), None)
-        if first is not None:
-            last = len(dirty.rstrip(b"\0"))
-            end = 8 * (last - 1) + dirty[last - 1].bit_length()
-            self._write_protect(gfn + first[0], gfn + end)
+    def _protect_dirty(self, gfn: int, dirty: bytes) -> bool:
+        """Take W from the pages of a log, from ``gfn`` on, whose bits were cleared, and no others; if there are any.
+
+        A page may have W and its bit not yet: it keeps both for the next round.
+        """
+        page = -1
+        for page, count in dirty_runs(dirty):
+            self._write_protect(gfn + page, gfn + page + count)
+        return page >= 0
 
     def clear_dirty_log(self, slot: int, first_page: int, num_pages: int, bitmap: bytes) -> None:
         """Forget, and write-protect, those of ``num_pages`` pages from ``first_page`` on that ``bitmap`` names.
@@ -247,14 +249,11 @@ class KvmDirtyLog(KvmState):
                 raise MmError(errno.EINVAL, f"clear_dirty_log: {what}: not whole words of the log")
             wanted = int.from_bytes(bitmap, "little") & (1 << num_pages) - 1
             at, size = first_page // 8, num_pages + 7 >> 3
-            flush = False
             with self.mmu_lock.write:
                 there = int.from_bytes(log[at : at + size], "little")
                 cleared = (there & wanted).to_bytes(size, "little")
                 log[at : at + size] = (there & ~wanted).to_bytes(size, "little")
-                for page, count in dirty_runs(cleared):
-                    flush = True
-                    self._write_protect(found.gfn + first_page + page, found.gfn + first_page + page + count)
+                flush = self._protect_dirty(found.gfn + first_page, cleared)
             point("kvm.dirty_log.unflushed")
             if flush:
                 self._flush_tlbs("dirty_log")
