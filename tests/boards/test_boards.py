@@ -18,7 +18,12 @@ from xipvm.clock import EventClock
 from xipvm.console import Console
 from xipvm.devices import clint, gic, ns16550, pl011, plic, psci
 from xipvm.devices.bus import Bus
+from xipvm.devices.rdma import DmaSpace
 from xipvm.errors import BoardError
+from xipvm.mmu.frames import HostMemory
+from xipvm.mmu.mm import Mm
+from xipvm.mmu.secondary.odp import OdpContext
+from xipvm.trace.funnel import Trace
 
 Properties = dict[str, bytes]
 
@@ -48,7 +53,7 @@ class FakeMachine:
         self.memory_size = memory_size
         self.vcpus = [Vcpu() for _ in range(cpus)]
         self.current_vcpu = 0
-        self.dma = None
+        self.dma: DmaSpace | None = None
         self.log: list[Any] = []
 
     def request_exit(self, reason: str, status: int) -> None:
@@ -273,13 +278,37 @@ class TestRiscv64:
         assert by_handle[cells(nodes["/poweroff"]["regmap"])[0]] == "/soc/test@100000"
 
 
+@pytest.mark.parametrize(
+    ("name", "node", "source"),
+    [("virt-arm64", "/rdma@b100000", [0, 200, 4]), ("virt-riscv64", "/soc/rdma@b100000", [12])],
+)
+def test_the_dma_engine_is_there_when_it_is_asked_for(name: str, node: str, source: list[int]) -> None:
+    board = boards.get(name)
+    assert node not in flat(board.build(FakeMachine()).dtb)
+    machine = FakeMachine()
+    machine.dma = OdpContext(Mm(HostMemory(1 << 20), Trace()), lambda gpa, size: None)
+    platform = board.build(machine)
+    found = flat(platform.dtb)[node]
+    assert found["compatible"] == b"xipvm,rdma\0"
+    assert quads(found["reg"]) == [0xB10_0000, 0x1000]
+    assert cells(found["interrupts"]) == source
+    assert machine.bus.read(0xB10_0000, 4) == 0x4D44_4150
+    assert [(region.base, region.end) for region in board.optional] == [(0xB10_0000, 0xB10_1000)]
+    assert all(end <= 0xB10_0000 or base >= 0xB10_1000 for base, end, _ in board.memory_map())
+    platform.reset()
+
+
+@pytest.mark.parametrize("rdma", [False, True])
 @pytest.mark.parametrize("name", boards.names())
-def test_dtc_finds_no_fault(name: str, tmp_path: Path) -> None:
+def test_dtc_finds_no_fault(name: str, rdma: bool, tmp_path: Path) -> None:
     dtc = shutil.which("dtc")
     if dtc is None:
         pytest.skip("dtc is missing: apt-get install device-tree-compiler")
     path = tmp_path / "board.dtb"
-    path.write_bytes(boards.get(name).build(FakeMachine(cpus=2)).dtb)
+    machine = FakeMachine(cpus=2)
+    if rdma:
+        machine.dma = OdpContext(Mm(HostMemory(1 << 20), Trace()), lambda gpa, size: None)
+    path.write_bytes(boards.get(name).build(machine).dtb)
     # The harts' local controllers have no #address-cells, in QEMU's tree neither; nothing maps interrupts to them.
     command = [dtc, "-W", "no-interrupt_provider", "-I", "dtb", "-O", "dts", str(path)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)

@@ -19,7 +19,7 @@ the rest, one that says what it does not do is judged for that.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING
 
 from xipvm.address import PAGE_SHIFT, PAGE_SIZE, Gfn, Hva
@@ -39,6 +39,13 @@ from xipvm.notifier.notifier import implements
 
 if TYPE_CHECKING:
     from xipvm.mmu.mm import Mm
+
+
+def pages_of(table: Collection[int], start: int, end: int) -> list[int]:
+    """The pages of ``[start, end)`` that are in ``table``, a set or a dictionary by page; ascending."""
+    if end - start <= len(table):
+        return [page for page in range(start, end) if page in table]
+    return sorted(page for page in table if start <= page < end)
 
 
 class DeviceTables(SecondaryMmu):
@@ -115,8 +122,7 @@ class DeviceTables(SecondaryMmu):
 
     def zapped(self, start: int, end: int) -> None:
         """There are no entries in ``[start, end)`` any more. Nothing is said where there were none."""
-        gone = [page for page in self._said if start <= page < end]
-        runs = [(self._said.pop(page), 1) for page in sorted(gone)]
+        runs = [(self._said.pop(page), 1) for page in pages_of(self._said, start, end)]
         if runs and self.trace.on:
             self.trace.emit("spte_zap", vm=self.name, start=start, end=end, pages=runs)
 

@@ -61,7 +61,7 @@ from xipvm.mmu.migrate_device import (
 )
 from xipvm.mmu.pte import PRESENT
 from xipvm.mmu.secondary.base import FAULT, RETRY_WALK, WRITE
-from xipvm.mmu.secondary.device import IntervalMmu
+from xipvm.mmu.secondary.device import IntervalMmu, pages_of
 from xipvm.mmu.secondary.odp import point_if_others_wait
 from xipvm.mmu.vma import PROT_READ, TASK_SIZE, Vma
 from xipvm.notifier import RangeEvent
@@ -79,7 +79,7 @@ _Access = Callable[[int, int, int], object]
 
 
 class Snapshot(IntFlag):
-    """What ``snapshot`` says of a page, with the names of test_hmm's HMM_DMIRROR_PROT_*: rights, and what page it is."""
+    """What ``snapshot`` says of a page, as test_hmm's HMM_DMIRROR_PROT_* call it: rights, and kind of page."""
 
     NONE = 0x00
     READ = 0x01
@@ -197,15 +197,14 @@ class Dmirror(IntervalMmu):
 
     def _erase(self, start: int, end: int) -> None:
         """Bytes ``[start, end)`` are not mirrored any more. Under the mutex."""
-        first, last = start >> PAGE_SHIFT, -(-end >> PAGE_SHIFT)
-        gone = [page for page in self.table if first <= page < last]
+        gone = pages_of(self.table, start >> PAGE_SHIFT, -(-end >> PAGE_SHIFT))
         for page in gone:
             pfn, write = self.table.pop(page)
             self.atomic.discard(page)
             if write and pfn < DEVICE_PRIVATE_PFN:
                 self.set_page_dirty(pfn)
         if gone:
-            self.zapped(min(gone), max(gone) + 1)
+            self.zapped(gone[0], gone[-1] + 1)
 
     def _fault(self, first: int, last: int, write: bool) -> None:
         """Pages ``[first, last)`` into the mirror. Raises MmError as hmm_range_fault, and EBUSY for too many tries."""

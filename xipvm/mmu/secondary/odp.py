@@ -39,7 +39,7 @@ from xipvm.mmu.hmm import (
     hmm_range_fault,
 )
 from xipvm.mmu.secondary.base import FAULT, RETRY_WALK, WRITE
-from xipvm.mmu.secondary.device import IntervalMmu
+from xipvm.mmu.secondary.device import IntervalMmu, pages_of
 
 if TYPE_CHECKING:
     from xipvm.mmu.mm import Mm
@@ -130,7 +130,7 @@ class OdpUmem(IntervalMmu):
 
     def _unmap(self, start: int, end: int) -> None:
         """Pages ``[start, end)`` are not mapped for DMA any more when this returns. Under the mutex."""
-        gone = {page: self.dma.pop(page) for page in [page for page in self.dma if start <= page < end]}
+        gone = {page: self.dma.pop(page) for page in pages_of(self.dma, start, end)}
         if not gone:
             return
         self.zapped(start, end)
