@@ -87,6 +87,36 @@ def test_a_storm_over_a_gru_does_not_show(isa: str, protocol: str) -> None:
         assert storm.done.total() > 30
 
 
+@pytest.mark.parametrize("secondary", SECONDARIES)
+@pytest.mark.parametrize(
+    ("guest", "devices"), [("reprogram", ()), pytest.param("dma", ("sva",), marks=pytest.mark.slow)]
+)
+def test_at_every_quiescent_point_every_view_is_the_host_s(
+    guest: str, devices: tuple[str, ...], secondary: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_due = Storm.run_due
+    looked = 0
+
+    def looks(self: Storm, now: int) -> None:
+        nonlocal looked
+        run_due(self, now)
+        looked += 1
+        assert [at_rest.difference(mmu) for mmu in machine.secondaries()] == [""] * (1 + len(devices))
+
+    monkeypatch.setattr(Storm, "run_due", looks)
+    storm = Storm(11, rate=30 if devices else 1000)
+    with Machine(
+        elf(guest),
+        memory=4 << 20,
+        secondary=secondary,
+        devices=devices,
+        storm=storm,
+        console=Console(io.BytesIO()),
+    ) as machine:
+        assert machine.run().status == 0
+    assert looked > 10
+
+
 def test_a_stormy_run_is_a_function_of_its_inputs(tmp_path: Path) -> None:
     for name in ("one", "two"):
         options = ["--quiet", "--secondary", "gru", "--storm", "3,rate=300", "--trace", tmp_path / name]

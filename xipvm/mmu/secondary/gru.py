@@ -207,8 +207,11 @@ class GruContext(SecondaryMmu):
         return self.gru.describe(page)
 
     def backing(self) -> Iterator[tuple[int, Hva]]:
-        """The guest frames of all memslots."""
-        return self.gru.backing()
+        """The pages that its chiplet's TLB has."""
+        for page, _ in self.space.tlb.entries(0, GFN_LIMIT):
+            slot = self.gru.memslots.find(page)
+            if slot is not None:
+                yield page, slot.hva_of(Gfn(page))
 
     def destroy(self) -> None:
         """Unload it; its GRU goes when that is destroyed."""
