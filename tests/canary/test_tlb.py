@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from unicorn import arm64_const as arm
+from unicorn import riscv_const as riscv
 from unicorn import unicorn_const as uc
 
 from tests.asm import a64, join, rv64, words
@@ -10,6 +12,7 @@ from tests.canary.conftest import CODE, DATA, FETCH, PAGE, READ, WRITE, R, Raw, 
 
 VIRTUAL = DATA  # a virtual page that tests map here and there
 OTHER = DATA + PAGE
+ELR_EL1, SPSR_EL1, ERET = (3, 0, 4, 0, 1), (3, 0, 4, 0, 0), 0xD69F03E0
 
 
 def load_then_wait(raw: Raw) -> bytes:
@@ -185,3 +188,54 @@ def test_a_fetch_that_fails_inside_a_block_leaves_before_the_block(riscv64: Raw)
     assert riscv64.fills[-1] == (CODE + PAGE, FETCH)
     assert riscv64.pc == start
     assert riscv64[3] == 0
+
+
+def test_every_privilege_has_a_tlb_of_its_own_and_the_fill_hook_sees_which(raw: Raw) -> None:
+    """Rights of guest tables depend on it; no flush is needed, nor made, when a trap is taken or returned from."""
+    privileges: list[tuple[int, int]] = []
+
+    def fill(address: int, access: int) -> None:
+        if address == VIRTUAL:
+            register = arm.UC_ARM64_REG_PSTATE if raw.arm else riscv.UC_RISCV_REG_PRIV
+            privileges.append((access, int(raw.uc.reg_read(register)) & (0xC if raw.arm else 3)))
+
+    below = CODE + 0x100
+    if raw.arm:
+        code = join(a64.ldr(2, 1), a64.msr(ELR_EL1, 3), a64.msr(SPSR_EL1, 4), ERET)
+        raw[4] = 0x3C0
+    else:
+        code = join(rv64.ld(2, 1, 0), rv64.csrrw(0, rv64.MEPC, 3), rv64.MRET)
+    load = a64.ldr(2, 1) if raw.arm else rv64.ld(2, 1, 0)
+    raw.code(code.ljust(0x100, b"\0") + join(load, load, a64.svc() if raw.arm else rv64.ECALL))
+    raw.map(VIRTUAL)
+    raw[1], raw[3] = VIRTUAL, below
+    raw.on_fill = fill
+    raw.run()
+    assert raw.interrupts == [2 if raw.arm else 8]
+    assert privileges == [(READ, 4 if raw.arm else 3), (READ, 0)]
+
+
+def test_an_unprivileged_load_at_el1_has_the_tlb_of_el0_and_looks_like_el1(arm64: Raw) -> None:
+    """The walker has to look at the instruction."""
+    seen: list[int] = []
+    arm64.on_fill = lambda address, access: (
+        seen.append(int(arm64.uc.reg_read(arm.UC_ARM64_REG_PSTATE)) & 0xC) if address == VIRTUAL else None
+    )
+    arm64.code(words(a64.ldr(2, 1), 0xF8400822, a64.WFI))  # ldr x2, [x1]; ldtr x2, [x1]
+    arm64.map(VIRTUAL)
+    arm64[1] = VIRTUAL
+    assert arm64.run() == uc.UC_ERR_OK
+    assert seen == [4, 4]
+
+
+def test_page_table_pointers_are_written_without_a_flush(raw: Raw) -> None:
+    """Of the same ASID. The walker hooks the instruction."""
+    satp = 8 << 60 | 0x80000
+    if raw.arm:
+        raw.code(words(a64.ldr(2, 1), a64.msr((3, 0, 2, 0, 0), 3), a64.ldr(2, 1), a64.WFI))
+    else:
+        raw.code(words(rv64.ld(2, 1, 0), rv64.csrrw(0, rv64.SATP, 3), rv64.ld(2, 1, 0), rv64.WFI))
+    raw.map(VIRTUAL)
+    raw[1], raw[3] = VIRTUAL, 0x80000000 if raw.arm else satp
+    assert raw.run() == uc.UC_ERR_OK
+    assert raw.fills.count((VIRTUAL, READ)) == 1
