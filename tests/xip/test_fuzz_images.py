@@ -19,6 +19,7 @@ def test_damaged_images_give_proper_errors(tmp_path: Path) -> None:
     for seed in range(400):
         path.write_bytes(damage(good, used, seed))
         said += exercise(path)
+    assert not said["unprintable"]
     assert min(said[what] for what in ("done", "refused", "EUCLEAN", "ESTALE")) > 10
 
 

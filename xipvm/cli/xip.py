@@ -19,12 +19,10 @@ if TYPE_CHECKING:
     from xipvm.xip.filemap import XipFile
     from xipvm.xip.volume import Status, Volume
 
-_CHUNK = 1 << 20
-
 
 @click.group(no_args_is_help=False)
 def xip() -> None:
-    """Look into images of files that are used in place (ext2), and change them."""
+    """Look into images of files that are used in place (ext2, romfs), and change them (ext2)."""
 
 
 @xip.command()
@@ -58,11 +56,8 @@ def ls(image: str, path: str, as_json: bool) -> None:
 @click.argument("path")
 def cat(image: str, path: str) -> None:
     """Print a file of IMAGE."""
-    from xipvm.xip.open_file import OpenFile
-
     with _volume(image, read_only=True) as (volume, host, trace):
-        file = OpenFile(volume.file(host, trace, volume.lookup(path)), os.O_RDONLY)
-        while data := file.get(_CHUNK):
+        for data in volume.read_whole(host, trace, volume.lookup(path)):
             sys.stdout.buffer.write(data)
         sys.stdout.buffer.flush()
 
@@ -140,6 +135,63 @@ def truncate(image: str, path: str, size: str) -> None:
         raise BadInput(str(error)) from None
     with _volume(image) as (volume, host, trace):
         volume.file(host, trace, volume.lookup(path)).truncate(wanted)
+
+
+@xip.command("map")
+@click.argument("image")
+@click.argument("path")
+@click.option("--trace", metavar="FILE", help="Also who maps the pages at the end of this recorded run.")
+@click.option("--json", "as_json", is_flag=True, help="As a JSON list.")
+def map_(image: str, path: str, trace: str | None, as_json: bool) -> None:
+    """Show which pages of a file are holes, and which blocks of IMAGE, used in place, the others are."""
+    from xipvm.address import PAGE_SHIFT, page_up
+    from xipvm.cli.output import print_json, print_table
+
+    with _volume(image, read_only=True) as (volume, host, funnel):
+        inode = volume.lookup(path)
+        volume.file(host, funnel, inode)
+        pages = page_up(inode.size) >> PAGE_SHIFT
+        runs: list[tuple[int, int, int | None]] = []
+        at = 0
+        for first, block, count in volume.extents(inode):
+            if first > at:
+                runs.append((at, first, None))
+            runs.append((first, first + count, block))
+            at = first + count
+        if at < pages:
+            runs.append((at, pages, None))
+    mappers = {} if trace is None else _mappers(trace, inode.name)
+    rows = []
+    for first, end, start in runs:
+        begin = first
+        while begin < end:  # as far as the same ones map it
+            stop = begin + 1
+            while stop < end and not (mappers.get(stop) or mappers.get(begin)):
+                stop += 1
+            who = mappers.get(begin, [])
+            rows.append((begin, stop - begin, None if start is None else start + begin - first, who))
+            begin = stop
+    if as_json:
+        print_json([{"page": p, "pages": n, "block": b, "mapped": who} for p, n, b, who in rows])
+        return
+    columns = ("page", "pages", "block") if trace is None else ("page", "pages", "block", "mapped by")
+    print_table(
+        columns,
+        [
+            (f"{p:#x}", str(n), "hole" if b is None else f"{b:#x}", ", ".join(who))[: len(columns)]
+            for p, n, b, who in rows
+        ],
+    )
+
+
+def _mappers(trace: str, name: str) -> dict[int, list[str]]:
+    from xipvm.trace.reader import TraceReader
+    from xipvm.xip.mappers import Mappers
+
+    mappers = Mappers()
+    with TraceReader(trace) as reader:
+        mappers.feed(reader)
+    return mappers.of(name)
 
 
 @xip.command()

@@ -47,6 +47,8 @@ class AddressSpace:
     """What its areas are called in traces."""
     mixed: ClassVar[bool] = False
     """Its frames have no reference count (VM_MIXEDMAP)."""
+    devmap: ClassVar[bool] = False
+    """Its device frames are pages to everybody else all the same (pte_devmap): those of a file system's device."""
     hugetlb: ClassVar[bool] = False
     """Its pages are huge ones, of hugetlbfs: its i_mmap lock comes before those of other files."""
     closed: bool = False

@@ -126,8 +126,8 @@ def hmm_range_fault(range: HmmRange) -> None:
     """Fills ``range.hmm_pfns``.
 
     Raises MmError: EBUSY when the range was invalidated since ``notifier_seq`` was taken, which a fault does by itself
-    that copies a page, so that a range of n pages may take n + 1 tries with nobody else about; EFAULT for a page that is
-    wanted and is not to be had, EPERM for one that is wanted to write to in an area that must not be written, ENOMEM
+    that copies a page, so that a range of n pages may take n + 1 tries with nobody else about; EFAULT for a page that
+    is wanted and is not to be had, EPERM for one that is wanted to write to in an area that must not be written, ENOMEM
     when there was no frame, EDEADLK.
     """
     mm = range.mm
@@ -196,9 +196,13 @@ def _answer(range: HmmRange, hva: int) -> int:
     pfn = pte_pfn(entry)
     if entry & HUGE:
         writable |= _PMD_ORDER << _ORDER_SHIFT
-    elif entry & SPECIAL and pfn != ZERO_PFN:
+    elif entry & SPECIAL and pfn != ZERO_PFN and not _devmap(mm.find_vma(hva)):
         return HMM_PFN_ERROR  # no page that anybody could hold on to
     return pfn | HMM_PFN_VALID | writable
+
+
+def _devmap(area: Vma | None) -> bool:
+    return area is not None and area.file is not None and area.file.devmap
 
 
 def _must_fault(wanted: int, word: int) -> bool:

@@ -9,6 +9,7 @@ import errno
 from collections.abc import Iterator
 from contextlib import ExitStack, nullcontext
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 from xipvm.actors import point
 from xipvm.address import PAGE_SHIFT, PAGE_SIZE, page_up
@@ -67,16 +68,16 @@ def hole_mapped_behind_its_filling() -> Iterator[None]:
 @mutant("xip-nonlinear-areas-keep-the-hole", "B4", "I16", "AssertionError", protocol="2008")
 def nonlinear_areas_keep_the_hole() -> Iterator[None]:
     """What remap_file_pages has mapped is not among the areas in which __xip_unmap looks."""
-    nonlinear: set[tuple[str, int]] = set()
+    nonlinear: WeakKeyDictionary[Mm, set[int]] = WeakKeyDictionary()
     remap = remap_file_pages.remap_file_pages
     unmap = XipFile._unmap_sparse
 
     def remapped(mm: Mm, addr: int, size: int, pgoff: int) -> None:
         remap(mm, addr, size, pgoff)
-        nonlinear.update((mm.name, at) for at in range(addr, addr + size, PAGE_SIZE))
+        nonlinear.setdefault(mm, set()).update(range(addr, addr + size, PAGE_SIZE))
 
     def unmapped(self: XipFile, area: Vma, hva: int, sparse: int) -> None:
-        if (area.mm.name, hva) not in nonlinear:
+        if hva not in nonlinear.get(area.mm, ()):
             unmap(self, area, hva, sparse)
 
     from xipvm.explore.scenarios import xip as scenarios

@@ -51,6 +51,7 @@ class XipFile(AddressSpace):
 
     kind = "xip"
     mixed = True
+    devmap = True
 
     def __init__(self, host: HostMemory, trace: Trace, inode: XipInode, *, writable: bool = True) -> None:
         super().__init__(host, trace, inode.name, writable=writable and not inode.read_only)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple, Self
 from xipvm.errors import MmError, XipImageError
 from xipvm.xip.dax import DaxFile
 from xipvm.xip.filemap import XipFile
+from xipvm.xip.open_file import OpenFile
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from xipvm.mmu.frames import HostMemory
     from xipvm.trace.funnel import Trace
     from xipvm.xip.inode import XipInode
+
+_PIECE = 1 << 20
 
 FORMS: dict[str, type[XipFile]] = {"2008": XipFile, "modern": DaxFile}
 """What a file is under each notifier protocol."""
@@ -95,6 +98,12 @@ class Volume(ABC):
             self._files[inode] = FORMS[protocol](host, trace, inode)
         return self._files[inode]
 
+    def read_whole(self, host: HostMemory, trace: Trace, inode: XipInode) -> Iterator[bytes]:
+        """A file's bytes, in pieces. Raises MmError EISDIR and what reading does."""
+        file = OpenFile(self.file(host, trace, inode), os.O_RDONLY)
+        while data := file.get(_PIECE):
+            yield data
+
     def forget(self, inode: XipInode) -> None:
         """``inode`` is about to go away. Raises MmError EBUSY while it is mapped."""
         file = self._files.get(inode)
@@ -120,6 +129,8 @@ def open_volume(
     """The file system in the image at ``path``. Raises XipImageError."""
     from xipvm.xip.ext2.layout import MAGIC, SUPERBLOCK_AT
     from xipvm.xip.ext2.tree import Ext2Volume
+    from xipvm.xip.romfs import MAGIC as ROMFS_MAGIC
+    from xipvm.xip.romfs import RomfsVolume
 
     try:
         with open(path, "rb") as file:
@@ -129,4 +140,6 @@ def open_volume(
         raise XipImageError(path, str(reason).lower()) from None
     if int.from_bytes(head[SUPERBLOCK_AT + 56 : SUPERBLOCK_AT + 58], "little") == MAGIC:
         return Ext2Volume(host, path, read_only=read_only, snapshot=snapshot, now=now)
-    raise XipImageError(path, f"is no ext2 image{'' if os.path.getsize(path) else ': it is empty'}")
+    if head.startswith(ROMFS_MAGIC):
+        return RomfsVolume(host, path)
+    raise XipImageError(path, f"is no ext2 or romfs image{'' if head else ': it is empty'}")
