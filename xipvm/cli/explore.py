@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
+from collections.abc import Callable
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from xipvm.cli import INTERRUPTED
 from xipvm.errors import BadInput
 from xipvm.explore.explorer import Search, replay
 from xipvm.explore.files import Counterexample
@@ -16,6 +19,9 @@ from xipvm.explore.shrink import shrink
 from xipvm.explore.story import needed, tell
 from xipvm.mutants import planted
 from xipvm.trace.show import format_event
+
+_SHOWN = 16
+"""The bar moves every so many runs."""
 
 
 def list_scenarios() -> None:
@@ -40,16 +46,18 @@ def explore_scenario(
         transient=True,
     ) as bar:
         task = bar.add_task(scenario.name, total=None if whole.strategy == "exhaustive" else whole.runs)
+        done = 0
 
-        def progress(done: int) -> None:
-            bar.update(task, completed=done)
+        def progress(runs: int) -> None:
+            nonlocal done
+            done = runs
+            if not bar.disable and not runs % _SHOWN:
+                bar.update(task, completed=runs)
 
-        if jobs == 1 and executor == "local":
-            search = explore_shards([whole], None, progress=progress)
-        else:
-            pieces = shards_of(whole, pieces=64)
-            with dask_executor(scheduler) if executor == "dask" else local_executor(jobs) as pool:
-                search = explore_shards(pieces, pool, progress=progress)
+        try:
+            search = _search(whole, jobs=jobs, executor=executor, scheduler=scheduler, progress=progress)
+        except KeyboardInterrupt:
+            return _interrupted(whole, done)
     _report(whole, search)
     if search.failing is None:
         return 0
@@ -63,6 +71,32 @@ def explore_scenario(
     Counterexample(whole.scenario, failure, needed(small.choices), whole.mutants, whole.protocol).save(path)
     print(f"xipvm replay {path}")
     return 1
+
+
+def _search(
+    whole: Shard, *, jobs: int, executor: str, scheduler: str | None, progress: Callable[[int], None]
+) -> Search:
+    if jobs == 1 and executor == "local":
+        return explore_shards([whole], None, progress=progress)
+    pieces = shards_of(whole, pieces=64)
+    with dask_executor(scheduler) if executor == "dask" else local_executor(jobs) as pool:
+        return explore_shards(pieces, pool, progress=progress)
+
+
+def _interrupted(whole: Shard, done: int) -> int:
+    """Says how far a search got, and how to go on."""
+    print(f"{whole.scenario}: {whole.strategy}: interrupted after {done} runs; none of them is wrong")
+    if whole.strategy == "exhaustive":
+        print("it begins from the start again; --runs N bounds it, --preemptions N makes it smaller")
+        return INTERRUPTED
+    again = ["xipvm", "explore", whole.scenario, "--strategy", whole.strategy]
+    again += ["--runs", str(max(whole.runs - done, 1)), "--seed", str(int(whole.seed) + 1)]
+    if whole.protocol != "modern":
+        again += ["--protocol", whole.protocol]
+    for name in whole.mutants:
+        again += ["--mutant", name]
+    print(f"other runs: {shlex.join(again)}")
+    return INTERRUPTED
 
 
 def replay_file(path: str, *, go_on: bool, events: bool) -> int:

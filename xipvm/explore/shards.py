@@ -6,6 +6,7 @@ finds the same wherever it runs, so the whole does, however many work at it.
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, ProcessPoolExecutor, wait
 from contextlib import contextmanager
@@ -55,7 +56,7 @@ class ShardResult:
     cut: int = 0
 
 
-def run_shard(shard: Shard) -> ShardResult:
+def run_shard(shard: Shard, progress: Callable[[int], None] | None = None) -> ShardResult:
     """Search ``shard``, to its first wrong run."""
     scenario = find(shard.scenario)
     if shard.strategy == "exhaustive":
@@ -63,7 +64,7 @@ def run_shard(shard: Shard) -> ShardResult:
     else:
         search_by = strategy(shard.strategy, shard.seed)
     with planted(*shard.mutants):
-        search = explore(scenario, search_by, runs=shard.runs, protocol=shard.protocol)
+        search = explore(scenario, search_by, runs=shard.runs, protocol=shard.protocol, progress=progress)
     failing = search.failing
     if failing is not None and failing.failure is not None:  # exceptions do not travel
         failing = replace(failing, failure=replace(failing.failure, error=None))
@@ -110,7 +111,12 @@ def explore_shards(
     search = Search()
     prints: set[str] = set()
     complete = True
-    for number, result in _results(shards, executor):
+
+    def inside(done: int) -> None:
+        if progress is not None:
+            progress(search.runs + done)
+
+    for number, result in _results(shards, executor, inside):
         search.runs += result.runs
         search.cut += result.cut
         prints |= result.fingerprints
@@ -126,11 +132,13 @@ def explore_shards(
     return search
 
 
-def _results(shards: Sequence[Shard], executor: Executor | None) -> Iterator[tuple[int, ShardResult]]:
+def _results(
+    shards: Sequence[Shard], executor: Executor | None, progress: Callable[[int], None]
+) -> Iterator[tuple[int, ShardResult]]:
     """As they come; none that is behind the first wrong one need be waited for."""
     if executor is None:
         for number, shard in enumerate(shards):
-            result = run_shard(shard)
+            result = run_shard(shard, progress)
             yield number, result
             if result.failing is not None:
                 return
@@ -154,7 +162,12 @@ def _results(shards: Sequence[Shard], executor: Executor | None) -> Iterator[tup
 
 def local_executor(jobs: int) -> ProcessPoolExecutor:
     """``jobs`` processes of this machine."""
-    return ProcessPoolExecutor(jobs, mp_context=get_context("spawn"))
+    return ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_ignore_interrupts)
+
+
+def _ignore_interrupts() -> None:
+    """Ctrl-C reaches everybody at the terminal; who asked for the work decides what becomes of it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 @contextmanager
