@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+from pathlib import Path
 
 import pytest
 
+from tests.run.command import inside
 from xipvm.explore.choices import Recording
 from xipvm.testing import (
     FAULT,
@@ -179,3 +181,44 @@ def test_destroying_twice_is_once() -> None:
         mirror.destroy()
         mirror.destroy()
         assert mirror.translate(0x10) is None
+
+
+READER = """
+from xipvm.testing import MADV_DONTNEED, PAGE_SIZE, Scene, scenario
+
+
+@scenario(protocols=("modern",))
+def reader(scene: Scene) -> None:
+    '''A vCPU that reads a page which the host gives away.'''
+    mm = scene.mm()
+    hva = mm.mmap(PAGE_SIZE, 3)
+    kvm = scene.kvm(mm, hva)
+    kvm._zap = lambda start, end: None
+    vcpu = scene.vcpu(kvm)
+    vcpu.store(0, b"mine")
+
+    def work() -> None:
+        vcpu.load(0)
+        vcpu.load(0, 4)
+
+    def give_away() -> None:
+        mm.madvise(hva, PAGE_SIZE, MADV_DONTNEED)
+        other = scene.mm()
+        other.write(other.mmap(PAGE_SIZE, 3), b"another's")
+
+    scene.actor("host", give_away)
+    scene.actor("vcpu0", work)
+"""
+
+
+def test_a_report_tells_what_the_guest_reads_from_a_page_that_is_another_s(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(READER)
+    outcome = inside("explore", "mine.py:reader", "--runs", 50, cwd=tmp_path)
+    assert outcome.status == 1, outcome
+    assert "I3 broken at event #" in outcome.out
+    assert "     missing  spte_zap of guest frame 0x0 by vm0\n" in outcome.out
+    assert "    it holds 6d 69 6e 65 00" in outcome.out
+    assert "what comes of it, if the run goes on in the plain order:\n" in outcome.out
+    assert f"  vcpu0 reads {b'another'.hex(' ')} 27 at guest frame 0x0, in frame 0x1, which is mapped at" in outcome.out
+    again = inside("replay", "reader.xipvm.json", cwd=tmp_path)
+    assert f"  vcpu0 reads {b'another'.hex(' ')} 27 at guest frame 0x0" in again.out

@@ -186,7 +186,7 @@ def reads(oracle: Oracle, event: Event, pfn: int, reader: Reader | None) -> list
     if not found:
         return []
     lines = [f"{who} reads frame {pfn:#x}" for who in dict.fromkeys(found)]
-    lines.append(f"frame {pfn:#x} {_belongs(oracle, event, pfn)}")
+    lines.append(f"frame {pfn:#x} {belongs(oracle, pfn, event)}")
     if reader is not None:
         try:
             data = reader(pfn)[:SHOWN]
@@ -197,9 +197,10 @@ def reads(oracle: Oracle, event: Event, pfn: int, reader: Reader | None) -> list
     return lines
 
 
-def _belongs(oracle: Oracle, event: Event, pfn: int) -> str:
-    """Whose it is now, as far as events tell."""
-    if event.kind == "page_free" and any(first <= pfn < first + count for first, count in event.fields["pages"]):
+def belongs(oracle: Oracle, pfn: int, event: Event | None = None) -> str:
+    """Whose frame ``pfn`` is, as far as events tell; ``event``: the one that is being judged."""
+    freed_now = event.fields["pages"] if event is not None and event.kind == "page_free" else []
+    if event is not None and any(first <= pfn < first + count for first, count in freed_now):
         return f"is free from #{event.seq} on"
     freed = oracle.world.freed.get(pfn)
     if freed is not None:

@@ -23,7 +23,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, TypeVar, overload
 
 from xipvm import locks
+from xipvm.address import PAGE_SHIFT, PAGE_SIZE
 from xipvm.check import INVARIANTS, Oracle, Violation, reader_of
+from xipvm.check.explain import POISON, belongs
 from xipvm.console import Console
 from xipvm.errors import XipvmError
 from xipvm.explore.choices import Question, Recording
@@ -32,6 +34,7 @@ from xipvm.explore.scripted import GuestAccessError, ScriptedVcpu
 from xipvm.mmu.frames import HostMemory
 from xipvm.mmu.host_thread import HostThread
 from xipvm.mmu.mm import Mm
+from xipvm.mmu.pte import PRESENT, pte_pfn
 from xipvm.mmu.secondary.at_rest import difference
 from xipvm.mmu.secondary.base import SecondaryMmu
 from xipvm.mmu.secondary.gru import GruBase
@@ -46,6 +49,8 @@ if TYPE_CHECKING:
     from xipvm.machine import Machine
     from xipvm.machine_actors import VcpuActors
 
+POISONED: Final = bytes([POISON]) * PAGE_SIZE
+"""What a frame holds that is free."""
 HOST_MEMORY: Final = 1 << 20
 """Of a scene, bytes; frames are poisoned as a whole."""
 
@@ -91,6 +96,9 @@ class Scene:
         self._undo: list[Callable[[], object]] = []
         self._stopped = False
         self._ended = False
+        self.goes_on = False
+        """What the oracle finds does not end the run; what comes of it is in ``aftermath``. Not with machines."""
+        self.aftermath: list[str] = []
         self.fingerprint = Fingerprint()
         """What has happened, up to commuting steps."""
         self.trace.attach(self.fingerprint)
@@ -158,6 +166,7 @@ class Scene:
         """A vCPU without code: its accesses are calls."""
         index = sum(len(other.vcpus) for other in self.mmus)
         vcpu = ScriptedVcpu(mmu.port(len(mmu.vcpus)), self.host, self.trace, index)
+        vcpu.heard = self._accessed if self.goes_on else None
         mmu.vcpus.append(vcpu)
         return vcpu
 
@@ -237,7 +246,22 @@ class Scene:
     def _stop(self, violation: Violation) -> None:
         if not self._stopped:
             self._stopped = True
-            raise BrokenError(violation)
+            if not self.goes_on or self._machines:
+                raise BrokenError(violation)
+
+    def _accessed(self, vcpu: ScriptedVcpu, gfn: int, pfn: int, data: bytes, write: bool) -> None:
+        """Behind the first violation: keeps who accesses a page that the host has taken away."""
+        if not self._stopped or self._ended or holds(vcpu.mmu, gfn, pfn):
+            return
+        what = f"{'writes' if write else 'reads'} {data.hex(' ')}{' (poison)' if data == POISONED[: len(data)] else ''}"
+        whose = belongs(self.oracle, pfn)
+        self.aftermath.append(f"vcpu{vcpu.index} {what} at guest frame {gfn:#x}, in frame {pfn:#x}, which {whose}")
+
+
+def holds(mmu: SecondaryMmu, gfn: int, pfn: int) -> bool:
+    """Whether the host has frame ``pfn`` behind guest frame ``gfn``."""
+    entries = (mmu.mm.pgd.pte(hva >> PAGE_SHIFT) for page, hva in mmu.backing() if page == gfn)
+    return any(entry & PRESENT and pte_pfn(entry) == pfn for entry in entries)
 
 
 def check_mmu(mmu: SecondaryMmu) -> None:

@@ -7,6 +7,7 @@ comes in between.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Final
 
 from xipvm.actors import give_way, point
@@ -30,6 +31,8 @@ class ScriptedVcpu:
         self.index = index
         self.tlb: dict[int, tuple[int, bool]] = {}
         """Frame and writability by gfn."""
+        self.heard: Callable[[ScriptedVcpu, int, int, bytes, bool], None] | None = None
+        """Is told of every access: the guest frame, the frame, the bytes, whether they were written."""
 
     def flush_tlb(self, reason: str) -> None:
         """Forget every translation."""
@@ -42,11 +45,18 @@ class ScriptedVcpu:
 
     def load(self, gfn: int, size: int = 8, offset: int = 0) -> bytes:
         """``size`` bytes at ``offset`` of guest frame ``gfn``. Raises GuestAccessError."""
-        return self.host.read(self._translate(gfn, False), offset, size)
+        pfn = self._translate(gfn, False)
+        data = self.host.read(pfn, offset, size)
+        if self.heard is not None:
+            self.heard(self, gfn, pfn, data, False)
+        return data
 
     def store(self, gfn: int, data: bytes, offset: int = 0) -> None:
         """Put ``data`` there. Raises GuestAccessError."""
-        self.host.write(self._translate(gfn, True), offset, data)
+        pfn = self._translate(gfn, True)
+        self.host.write(pfn, offset, data)
+        if self.heard is not None:
+            self.heard(self, gfn, pfn, data, True)
 
     def _translate(self, gfn: int, write: bool) -> int:
         point("vcpu.access")

@@ -27,6 +27,8 @@ class Story:
     run: Run
     turns: list[str] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
+    aftermath: list[str] = field(default_factory=list)
+    """What would have come of it: accesses to pages that the host has taken away, a line each."""
 
     def timeline(self) -> str:
         """Every event, a column for each actor; an arrow where it became wrong."""
@@ -40,6 +42,9 @@ class Story:
         if self.turns:
             lines.append("the order, where it is not the plain one:")
             lines += [f"  {turn}" for turn in self.turns]
+        if self.aftermath:
+            lines.append("what comes of it, if the run goes on in the plain order:")
+            lines += [f"  {line}" for line in self.aftermath]
         return "\n".join(lines)
 
 
@@ -60,7 +65,22 @@ def tell(scenario: Furnish, run: Run, **options: Any) -> Story:
         if again.failure.violation is not None:  # what follows is only the end of the scene
             last = again.failure.violation.event  # which the oracle kept from those behind it
             story.events = [*(event for event in story.events if event.seq < last.seq), last]
+            story.aftermath = _aftermath(scenario, run, **options)
     return story
+
+
+def _aftermath(scenario: Furnish, run: Run, **options: Any) -> list[str]:
+    """Makes ``run`` once more, and does not end it where it became wrong."""
+    scenes: list[Scene] = []
+
+    def furnish(scene: Scene) -> object:
+        scene.goes_on = True
+        scenes.append(scene)
+        return scenario(scene)
+
+    going_on = replace(scenario, furnish=furnish) if isinstance(scenario, Scenario) else furnish
+    run_once(going_on, Replay(run.choices), **options)
+    return [line for scene in scenes for line in scene.aftermath]
 
 
 def _heard(scenario: Furnish, sink: Callable[[Event], None]) -> Furnish:
