@@ -59,11 +59,11 @@ def handle_read_late() -> Iterator[None]:
 
 @mutant("gru-write-not-checked", "16 (drop-in)", "I3", "I4", "AssertionError")
 def write_not_checked() -> Iterator[None]:
-    """An access that writes is given what a lookup for reading finds."""
+    """The interrupt handler gives an access that writes what a lookup for reading finds."""
     look_up = GruBase.look_up
 
     def looked_up(self: GruBase, page: int, write: bool, may_sleep: bool) -> GupPage | None:
-        return look_up(self, page, False, may_sleep)
+        return look_up(self, page, write and may_sleep, may_sleep)
 
     with replaced(GruBase, "look_up", looked_up):
         yield
