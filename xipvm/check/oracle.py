@@ -14,7 +14,10 @@ a word when rights are raised, a change inside every range, a word about where m
 that go away, or about MADV_COLD.
 
 When an event breaks an invariant the oracle remembers a :class:`Violation` and calls ``stop`` with it. What it keeps
-is bounded by what is mapped: entries go when they are unmapped, history is a ring.
+is bounded by the memory that is touched: entries go when they are unmapped, a page's history is sorted out.
+
+The rules here say what holds for an event of their kind in every case. For the usual case of the kinds that come most
+often usual.pyx comes to the same without asking them: change both, tests/check/test_usual.py compares.
 """
 
 from __future__ import annotations
