@@ -34,11 +34,7 @@ class Fingerprint:
 
     def __call__(self, event: Event) -> None:
         """Place ``event`` behind what it depends on."""
-        if event.kind == "memslot_set":
-            slot = event.fields["gfn"], event.fields["pages"], event.fields["hva"] >> PAGE_SHIFT
-            self._slots.setdefault(event.fields["vm"], {})[event.fields["slot"]] = slot
-        elif event.kind in ("mmu_notifier_register", "mmu_interval_notifier_insert"):
-            self._mms[event.fields["notifier"]] = event.fields["mm"]
+        self.learn(event)
         keys, spaces = self.resources(event)
         level = self._level
         deepest = 0
@@ -65,6 +61,14 @@ class Fingerprint:
     def digest(self) -> str:
         """A hexadecimal number; the same for equal runs, on every machine. The sum of its events' hashes."""
         return f"{self._sum % (1 << 128):032x}"
+
+    def learn(self, event: Event) -> None:
+        """Remember what ``event`` says of guest frames and pages of the host."""
+        if event.kind == "memslot_set":
+            slot = event.fields["gfn"], event.fields["pages"], event.fields["hva"] >> PAGE_SHIFT
+            self._slots.setdefault(event.fields["vm"], {})[event.fields["slot"]] = slot
+        elif event.kind in ("mmu_notifier_register", "mmu_interval_notifier_insert"):
+            self._mms[event.fields["notifier"]] = event.fields["mm"]
 
     def resources(self, event: Event) -> tuple[Iterable[Any], set[str]]:
         """What an event touches: keys, and names of spaces that it touches as a whole. A guest's page is the host's."""

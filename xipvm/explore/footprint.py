@@ -358,25 +358,26 @@ def _import_model() -> None:
 
 def _watch(kind: type) -> Callable[[], None] | None:
     """Watches the attributes of ``kind``; the result ends it. None where that cannot be."""
-    read, write, delete = kind.__getattribute__, kind.__setattr__, kind.__delattr__
+    base: Any = kind
+    read, write, delete = base.__getattribute__, base.__setattr__, base.__delattr__
 
-    def __getattribute__(self: Any, name: str) -> Any:
+    def getattribute(self: Any, name: str) -> Any:
         value = read(self, name)
         if _now is not None and type(value) not in _CODE:
             _now.saw(self, name, value)
         return value
 
-    def __setattr__(self: Any, name: str, value: Any) -> None:
+    def set_attribute(self: Any, name: str, value: Any) -> None:
         if _now is not None:
             _now.set(self, name, value)
         write(self, name, value)
 
-    def __delattr__(self: Any, name: str) -> None:
+    def delete_attribute(self: Any, name: str) -> None:
         if _now is not None:
             _now.set(self, name)
         delete(self, name)
 
-    hooks = {each.__name__: each for each in (__getattribute__, __setattr__, __delattr__)}
+    hooks = {"__getattribute__": getattribute, "__setattr__": set_attribute, "__delattr__": delete_attribute}
     own = {name: vars(kind)[name] for name in hooks if name in vars(kind)}
     try:
         for name, hook in hooks.items():
@@ -396,7 +397,8 @@ def _watch(kind: type) -> Callable[[], None] | None:
 
 def _derived(kind: type) -> Iterator[type]:
     yield kind
-    for each in type.__subclasses__(kind):
+    derived: list[type] = type.__subclasses__(kind)
+    for each in derived:
         yield from _derived(each)
 
 

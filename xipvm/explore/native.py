@@ -5,6 +5,8 @@ a table by page, and by 2 MiB the table itself; of a host memory ``("data", pfn)
 as wholes the free list, the LRU lists and the pool of huge pages.
 """
 
+# ruff: noqa: D102  # methods do what those do for which they stand
+
 from __future__ import annotations
 
 import sys
@@ -58,10 +60,10 @@ class RecordedTable(PageTable):
         now = footprint.current()
         if now is not None:
             now.access(self, index, old != new)
-            now.access(self, _of(index), (old ^ new) & HUGE != 0 or (old | new) & HUGE != 0 and old != new)
+            now.access(self, _of(index), old != new and (old | new) & HUGE != 0)
 
     @property
-    def present(self) -> int:
+    def present(self) -> int:  # type: ignore[override]  # as the native one, which cannot be set either
         self._span(0, 1 << 9 * self.levels)
         return int(_present.__get__(self))
 
@@ -279,7 +281,9 @@ class RecordedMemory(HostMemory):
         return super().read(pfn, offset, size)
 
     def write(self, pfn: int, offset: int, data: Any) -> None:
-        same = HostMemory.read(self, pfn, offset, len(data)) == bytes(data) if footprint.current() is not None else False
+        same = (
+            HostMemory.read(self, pfn, offset, len(data)) == bytes(data) if footprint.current() is not None else False
+        )
         self._data(pfn, not same)
         super().write(pfn, offset, data)
 

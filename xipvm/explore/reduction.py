@@ -98,6 +98,7 @@ class Reduced(Exhaustive):
         """Follows the run of ``scene``, which is about to begin."""
         self._scene = scene
         self._trail = Trail(recorder, scene.scheduler, scene.fingerprint, on_step=self._step, on_turn=self._turn)
+        scene.trace.detach(scene.fingerprint)  # the trace of the steps says it better
         scene.trace.attach(self._trail)
         return self._trail
 
@@ -160,7 +161,11 @@ class Reduced(Exhaustive):
         asleep = dict(node.asleep)
         if node.actors and not node.fixed:
             for answer, step in node.tried.items():
-                if step is not None and answer != node.answer and (self._bound is None or (node.preempts and not answer)):
+                if (
+                    step is not None
+                    and answer != node.answer
+                    and (self._bound is None or (node.preempts and not answer))
+                ):
                     asleep[node.actors[answer]] = step.print
         return asleep
 
@@ -171,9 +176,7 @@ class Reduced(Exhaustive):
 
     def _step(self, step: Step, races: list[Step]) -> None:
         if self._live and self._asleep:
-            self._asleep = {
-                actor: print_ for actor, print_ in self._asleep.items() if not print_.conflicts(step.print)
-            }
+            self._asleep = {actor: print_ for actor, print_ in self._asleep.items() if not print_.conflicts(step.print)}
         if self._bound is not None:
             self._raced.update(each.id for each in races)
         else:

@@ -23,6 +23,7 @@ from xipvm.scheduler import Scheduler
 from xipvm.trace.events import Event
 
 _BITS: Final = 128
+_ALL: Final = 1 << 64
 _LOOKS: Final = frozenset(
     (
         "kvm_page_fault",
@@ -67,6 +68,8 @@ class Step:
 class Trail:
     """A watcher of ``scheduler`` and a sink of its trace: the steps of one run so far.
 
+    ``events`` knows which pages an event names; ``events_are_mine``: nobody else tells it of events from now on.
+
     ``on_step`` is called with each step and the other actors' steps that it is in a race with: that it depends on, and
     not only by way of others. ``on_turn`` is called with the number of who goes on.
     """
@@ -77,6 +80,7 @@ class Trail:
         scheduler: Scheduler,
         events: Fingerprint,
         *,
+        events_are_mine: bool = True,
         on_step: Callable[[Step, list[Step]], None] = lambda step, races: None,
         on_turn: Callable[[int], None] = lambda actor: None,
     ) -> None:
@@ -86,6 +90,7 @@ class Trail:
         self.recorder = recorder
         self._scheduler = scheduler
         self._events = events
+        self._events_are_mine = events_are_mine
         self._on_step = on_step
         self._on_turn = on_turn
         self._numbers: dict[Actor, int] = {}
@@ -126,14 +131,20 @@ class Trail:
 
     def __call__(self, event: Event) -> None:
         """A sink: the step touches what ``event`` names."""
+        if self._events_are_mine:
+            self._events.learn(event)
         if not self.recorder.listens:  # the scene is being closed
             return
         keys, spaces = self._events.resources(event)
-        writes = self.recorder.print.writes
-        pages = self.recorder.print.reads if event.kind in _LOOKS else writes
+        print_ = self.recorder.print
+        writes, changes = print_.writes, event.kind not in _LOOKS
         for key in keys:
             if type(key) is tuple:
-                (writes if key[0] == "vcpu" else pages).add(key)
+                if key[0] == "vcpu":
+                    writes.add(key)
+                else:
+                    (writes if changes else print_.reads).add(key)
+                    print_.numbers.append((*key, changes))
         for owner in ("thread", "device"):
             if owner in event.fields:
                 writes.add((owner, event.fields[owner]))
@@ -141,7 +152,7 @@ class Trail:
             if space == event.kind:
                 writes.add(("trace", space))
             else:
-                self.recorder.dont_know(f"{event.kind} of many pages")
+                print_.ranges.append((space, 0, _ALL, changes))
 
     # ---- a watcher
 
@@ -223,7 +234,8 @@ class Trail:
         races = {
             each.index: each
             for each in before.values()
-            if each.actor != step.actor and not any(each is not other and each.before(other) for other in before.values())
+            if each.actor != step.actor
+            and not any(each is not other and each.before(other) for other in before.values())
         }
         if step.resumed >= 0:
             for each in self.steps_made[step.resumed + 1 :]:
