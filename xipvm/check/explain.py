@@ -61,11 +61,11 @@ def holders(oracle: Oracle, pfn: int) -> list[Holder]:
     world = oracle.world
     found: list[Holder] = []
     for vm in world.vms.values():
-        for table in vm.tables():
+        for until, table in (("spte_zap", vm.sptes), *((_chiplet(n), tlb) for n, tlb in vm.chiplets.items())):
             for gfn, entry in table.items():
                 if entry.pfn == pfn:
                     where = f"guest frame {gfn:#x}"
-                    found.append(Holder(vm.name, where, entry, f"{vm.name} maps {where}", f"spte_zap of {where}"))
+                    found.append(Holder(vm.name, where, entry, f"{vm.name} maps {where}", f"{until} of {where}"))
     for vcpu, tlb in world.tlbs.items():
         for gfn, entry in tlb.items():
             if entry.pfn == pfn:
@@ -107,7 +107,7 @@ def chain(
         return []
     if invariant in ("I1", "I3", "I10"):
         return [_start(oracle, mm, hva), *_stale(oracle, mm, hva), last]
-    if invariant == "I2" and event.kind.startswith("spte_set"):
+    if invariant == "I2" and event.kind.startswith(("spte_set", "tlb_dropin")):
         opened = _start(oracle, mm, hva)
         return [opened, Step(0, f"mmu_notifier_invalidate_range_end of {hva:#x}"), last]
     if invariant == "I4":
@@ -155,8 +155,14 @@ def _stale(oracle: Oracle, mm: str, hva: int) -> list[Step]:
         spte = vm.sptes.get(gfn)
         if spte is not None or zapped:
             zaps.append(Step(0 if spte is not None else zapped, f"spte_zap of guest frame {gfn:#x} by {vm.name}"))
+        chiplets = (n for n, tlb in vm.chiplets.items() if gfn in tlb)
+        zaps += [Step(0, f"{_chiplet(n)} of guest frame {gfn:#x} by {vm.name}") for n in chiplets]
         flushes += [Step(0, f"tlb_flush of vcpu{vcpu}") for vcpu, _ in _in_tlbs(oracle, gfn)]
     return [*zaps, *dict.fromkeys(flushes)]
+
+
+def _chiplet(number: int) -> str:
+    return f"tlb_invalidate on chiplet {number}"
 
 
 def _removes(event: Event, vm: str) -> bool:
