@@ -12,7 +12,15 @@ import pytest
 
 from tests.run.command import DEADLINE, ROOT, environment
 
-PAGES = ("README.md", "docs/hugetlb.md", "docs/thp.md", "docs/userfaultfd.md", "docs/odp.md", "docs/dmirror.md")
+PAGES = (
+    "README.md",
+    "docs/hugetlb.md",
+    "docs/thp.md",
+    "docs/userfaultfd.md",
+    "docs/xpmem.md",
+    "docs/odp.md",
+    "docs/dmirror.md",
+)
 
 
 class Block(NamedTuple):
