@@ -139,7 +139,7 @@ def test_other_file_systems_are_named(make_image: MakeImage, options: tuple[str,
 def test_what_is_no_image(tmp_path: Path) -> None:
     path = tmp_path / "not"
     path.write_bytes(b"\x7fELF" * 1000)
-    with pytest.raises(BadInput, match="is no ext2 image"):
+    with pytest.raises(BadInput, match="is no ext2 or romfs image"):
         xip("ls", path)
     with pytest.raises(BadInput, match="no such file"):
         xip("ls", tmp_path / "missing")

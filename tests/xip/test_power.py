@@ -1,4 +1,4 @@
-"""The process that uses an ext2 image dies in the middle: e2fsck finds lost blocks and wrong counts, and nothing else."""
+"""The process that uses an ext2 image dies in the middle: e2fsck finds lost blocks and wrong counts, nothing else."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ _LOSSES = re.compile(
     | (Deleted\ inode|Inode)\ \d+\ (was\ part\ of|has\ zero\ dtime).*
     | Inode\ \d+\ ref\ count\ is\ \d+,\ should\ be\ \d+.*
     | Inode\ \d+,\ i_size\ is\ \d+,\ should\ be\ \d+\..*  # as in Linux: the size is written first
-    | Connect\ to\ /lost\+found\?\ no
+    | Connect\ to\ /lost\+found\?\ no | Unconnected\ directory\ inode\ .*
+    | '\.\.'\ in\ .*\(\d+\)\ is\ .*  # of a directory that nobody has named yet
     | .*\*+\ WARNING.* | .*:\ \d+/\d+\ files.*
     """,
     re.VERBOSE,
@@ -78,7 +79,7 @@ def test_a_kill_at_any_store_loses_no_more_than_ext2_may(make_image: MakeImage) 
     good = image.read_bytes()
     choose = random.Random(5)
     cut = 0
-    for last in sorted(choose.sample(range(1, 500), 16)):
+    for last in sorted(choose.sample(range(1, 430), 16)):
         image.write_bytes(good)
         words = [sys.executable, "-c", _WORKER, str(image), "3", str(last)]
         done = subprocess.run(words, capture_output=True, text=True, timeout=60)

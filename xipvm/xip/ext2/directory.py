@@ -121,6 +121,7 @@ def create(image: Ext2Image, path: str, mode: int = 0o644) -> Ext2Inode:
     _absent(directory, name, path)
     inode = image.allocate_inode(layout.S_IFREG | mode, directory.number)
     try:
+        inode.links = 1
         _add(directory, name, inode.number, FT_REG_FILE)
     except MmError:
         image.release_inode(inode)

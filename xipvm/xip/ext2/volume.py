@@ -301,7 +301,9 @@ class Ext2Image:
         return found
 
     def allocate_inode(self, mode: int, parent: int) -> Ext2Inode:
-        """A new inode of type and rights ``mode``, with one link. Raises MmError ENOSPC, EROFS."""
+        """A new inode of type and rights ``mode``. It counts as deleted until it has links. Raises ENOSPC, EROFS."""
+        from xipvm.xip.ext2.inode import Ext2Inode
+
         self.may_write()
         count = len(self.groups)
         first = (parent - 1) // self.sb.inodes_per_group
@@ -318,13 +320,12 @@ class Ext2Image:
             self.bytes[at + 100 : at + 104] = generation
             now = self.now() & 0xFFFF_FFFF
             struct.pack_into("<3I", self.bytes, at + layout.I_ATIME, now, now, now)
-            self._put16(at + layout.I_LINKS, 1)
             self._put16(at + layout.I_MODE, mode)
             self._count(group, layout.BG_FREE_INODES, layout.S_FREE_INODES, -1)
             if mode & layout.S_IFMT == layout.S_IFDIR:
                 self._count(group, layout.BG_USED_DIRS, 0, 1)
-            self._inodes.pop(number, None)
-            return self.inode(number)
+            inode = self._inodes[number] = Ext2Inode(self, number, at)
+            return inode
         raise MmError(errno.ENOSPC, f"{self.path}: no inode is free")
 
     def release_inode(self, inode: Ext2Inode) -> None:
@@ -332,8 +333,8 @@ class Ext2Image:
         self.may_write()
         at = inode.at
         is_dir = inode.is_dir
-        self._put32(at + layout.I_DTIME, max(self.now() & 0xFFFF_FFFF, 1))
         self._put16(at + layout.I_LINKS, 0)
+        self._put32(at + layout.I_DTIME, max(self.now() & 0xFFFF_FFFF, 1))
         group, bit = divmod(inode.number - 1, self.sb.inodes_per_group)
         if self._clear_bit(self.groups[group].inode_bitmap, bit):
             self._count(group, layout.BG_FREE_INODES, layout.S_FREE_INODES, 1)
