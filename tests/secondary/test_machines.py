@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.run.command import inside
+from tests.run.command import UBOOT, inside, needs_uboot
 from xipvm.check import Oracle
 from xipvm.console import Console
 from xipvm.errors import BadInput
@@ -128,6 +128,31 @@ def test_a_stormy_run_is_a_function_of_its_inputs(tmp_path: Path) -> None:
 def test_a_guest_that_has_no_room_behind_a_gru() -> None:
     swapping = Job(elf("pages"), secondary="gru", host_memory=8 << 20, swap="64M")
     assert difference(run_once(Job(elf("pages"))), run_once(swapping)) == ""
+
+
+@pytest.mark.slow
+@needs_uboot
+def test_a_firmware_behind_a_gru(tmp_path: Path) -> None:
+    script = tmp_path / "script"
+    script.write_text("\nsetenv greeting hello\nsaveenv\nprintenv greeting\n")
+    assert inside("flash", "create", "flash.img", "--board", "virt-arm64", cwd=tmp_path).status == 0
+    options = ["--secondary", "gru", "--flash", "flash.img", "--input", script, "--until", "=> "]
+    calm = inside("storm", *options, "--seeds", 1, UBOOT, cwd=tmp_path)
+    assert calm.status == 0, calm
+    outcome = inside("run", "--check", *options, UBOOT, cwd=tmp_path)
+    assert outcome.status == 0, outcome
+    assert "greeting=hello" in outcome.lines
+    assert " 0 violations" in outcome.err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("guest", ["paging", "processes"])
+def test_a_guest_with_its_own_page_tables_behind_a_gru(guest: str, isa: str) -> None:
+    kvm, job = run_once(Job(elf(guest, isa))), Job(elf(guest, isa), secondary="gru")
+    calm = run_once(job)
+    assert difference(kvm, calm) == ""
+    assert difference(calm, run_once(job, Storm(4, rate=100), limit=stormy_limit(calm))) == ""
 
 
 # ---- a DMA engine by SVA
