@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.status import Status
 from rich.table import Table
 
-from benchmarks import explore, flash, kernels, memory, mirrors, operations, startup, tlb_only
+from benchmarks import explore, flash, kernels, memory, mirrors, operations, secondaries, startup, tlb_only, xip
 from benchmarks.harness import Bench, Benchmark, Figure, MissingPeerError, Spread
 from benchmarks.peers import RAW_UNICORN, qemu_version
 
@@ -36,6 +36,9 @@ BENCHMARKS: dict[str, Benchmark] = {
     "metadata": operations.metadata,
     "tlbs": tlb_only.tlbs,
     "mirrors": mirrors.mirrors,
+    "secondaries": secondaries.secondaries,
+    "dirty": secondaries.dirty,
+    "xip": xip.xip,
     "modeswitch": flash.modeswitch,
     "trace": kernels.trace,
     "check": explore.check,

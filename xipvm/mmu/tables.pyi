@@ -67,6 +67,12 @@ class PageTable:
     def clear_bits(self, start: int, end: int, mask: int, where: int = 0) -> int:
         """Clears ``mask`` in entries that have all bits of ``where``; how many changed."""
 
+    def clear_bits_of(self, first: int, bitmap: bytes, mask: int, where: int = 0) -> int:
+        """Clears ``mask`` in the entries of those pages from ``first`` on whose bits are set in ``bitmap``.
+
+        Only in entries that have all bits of ``where``; how many changed.
+        """
+
     def set_bits(self, start: int, end: int, mask: int, where: int = 0) -> int:
         """Sets ``mask`` in entries that have all bits of ``where``; how many changed."""
 

@@ -19,7 +19,7 @@ that none calls anything per page, and that needs the type's C fields and functi
 """
 
 cimport cython
-from libc.stdint cimport int32_t, int64_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport free, realloc
 from libc.string cimport memset
 from posix.mman cimport MAP_ANONYMOUS, MAP_FAILED, MAP_PRIVATE, PROT_READ, PROT_WRITE, mmap
@@ -498,6 +498,28 @@ cdef class PageTable:
 
     def clear_bits(self, uint64_t start, uint64_t end, uint64_t mask, uint64_t where=0):
         return self.change_bits(start, end, mask, 0, where)
+
+    def clear_bits_of(self, uint64_t first, const uint8_t[::1] bitmap, uint64_t mask, uint64_t where=0):
+        cdef Py_ssize_t at
+        cdef uint64_t changed = 0
+        cdef uint64_t page
+        cdef uint64_t *slot = NULL
+        cdef int level = 0, bit
+        self.check_range(first, first)
+        for at in range(bitmap.shape[0]):
+            if bitmap[at] == 0:
+                continue
+            for bit in range(8):
+                if bitmap[at] >> bit & 1:
+                    page = first + 8 * at + bit
+                    if bit and slot != NULL and level == 1 and bitmap[at] >> (bit - 1) & 1 and page & (ENTRIES - 1):
+                        slot += 1   # the page before was the one before in the same table
+                    else:
+                        slot = self.lookup(page, &level)
+                    if slot != NULL and slot[0] & where == where and slot[0] & mask:
+                        slot[0] &= ~mask
+                        changed += 1
+        return changed
 
     def set_bits(self, uint64_t start, uint64_t end, uint64_t mask, uint64_t where=0):
         return self.change_bits(start, end, 0, mask, where)

@@ -219,15 +219,16 @@ class KvmDirtyLog(KvmState):
                 self.trace.emit("dirty_log", vm=self.name, slot=slot)
             return dirty
 
-    def _protect_dirty(self, gfn: int, dirty: bytes) -> bool:
-        """Take W from the pages of a log, from ``gfn`` on, whose bits were cleared, and no others; if there are any.
+    def _protect_dirty(self, gfn: int, dirty: bytes) -> None:
+        """Take W from the pages of a log, from ``gfn`` on, whose bits were cleared, and from no others.
 
         A page may have W and its bit not yet: it keeps both for the next round.
         """
-        page = -1
-        for page, count in dirty_runs(dirty):
-            self._write_protect(gfn + page, gfn + page + count)
-        return page >= 0
+        if self.trace.on:
+            for page, count in dirty_runs(dirty):
+                self._write_protect(gfn + page, gfn + page + count)
+        elif self.sptes.clear_bits_of(gfn, dirty, SPTE_WRITE, SPTE_PRESENT):
+            self.tlbs_dirty = True
 
     def clear_dirty_log(self, slot: int, first_page: int, num_pages: int, bitmap: bytes) -> None:
         """Forget, and write-protect, those of ``num_pages`` pages from ``first_page`` on that ``bitmap`` names.
@@ -251,11 +252,11 @@ class KvmDirtyLog(KvmState):
             at, size = first_page // 8, num_pages + 7 >> 3
             with self.mmu_lock.write:
                 there = int.from_bytes(log[at : at + size], "little")
-                cleared = (there & wanted).to_bytes(size, "little")
+                cleared = there & wanted
                 log[at : at + size] = (there & ~wanted).to_bytes(size, "little")
-                flush = self._protect_dirty(found.gfn + first_page, cleared)
+                self._protect_dirty(found.gfn + first_page, cleared.to_bytes(size, "little"))
             point("kvm.dirty_log.unflushed")
-            if flush:
+            if cleared:
                 self._flush_tlbs("dirty_log")
 
     def _logged(self, slot: int, what: str) -> tuple[Memslot, bytearray]:
