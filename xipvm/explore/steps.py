@@ -26,22 +26,19 @@ _BITS: Final = 128
 _ALL: Final = 1 << 64
 _LOOKS: Final = frozenset(
     (
-        "kvm_page_fault",
-        "kvm_retry",
         "spte_lookup",
         "tlb_insert",
-        "mm_fault",
-        "host_access",
         "host_tlb_insert",
         "device_tlb_insert",
         "iotlb_insert",
-        "page_request",
         "mmu_interval_read_begin",
         "mmu_interval_read_retry",
     )
 )
 """Events that change nothing about the pages that they name: in which order two of them come is nobody's business. But
 they change what they name besides: a TLB."""
+_REMARKS: Final = frozenset(("kvm_page_fault", "kvm_retry", "mm_fault", "host_access", "page_request", "mm_madvise"))
+"""Events that say what their actor is about, and that no invariant is about: what it touches is known besides."""
 
 
 class Step:
@@ -136,6 +133,8 @@ class Trail:
         if not self.recorder.listens:  # the scene is being closed
             return
         keys, spaces = self._events.resources(event)
+        if event.kind in _REMARKS:
+            return
         print_ = self.recorder.print
         writes, changes = print_.writes, event.kind not in _LOOKS
         for key in keys:
