@@ -19,7 +19,7 @@ from xipvm.mutants.reach import counting, sites
 
 RUNS = 150
 DEMANDED = {
-    *["1", "2", "3", "4", "6", "7", "8", "9", "10", "11", "13", "14", "19", "20", "29", "30", "32", "42"],
+    *["1", "2", "3", "4", "6", "7", "8", "9", "10", "11", "13", "14", "15", "19", "20", "29", "30", "32", "42"],
     *(f"M{number}" for number in (*range(1, 15), 16, 17, 18, 20, 21, 22, 25, 26, 27, 30, 31, 32, 34, 35, 38)),
 }
 SLOW = {
@@ -27,6 +27,8 @@ SLOW = {
     "check-only-count",
     "code-not-dropped",
     "count-read-after-seq",
+    "device-fault-holds-what-it-waits-for",
+    "dma-not-waited-for",
     "exit-unlinks-first",
     "faults-after-release",
     "flush-without-a-kick",

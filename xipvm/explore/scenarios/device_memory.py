@@ -137,6 +137,22 @@ def a_page_of_the_device_is_shared(scene: Scene) -> None:
 
 
 @scenario(protocols=("modern",))
+def two_cpus_want_a_page_of_the_device(scene: Scene) -> None:
+    """Two processes that share a page in a device's memory read it, at once."""
+    mm = scene.mm()
+    hva = mm.mmap(PAGE_SIZE, RW)
+    device = scene.watch(Dmirror(mm, pages=4))
+    device.write(hva, OLD)
+    device.migrate_to_dev(hva, 1)
+    child = mm.fork()
+    scene.mms.append(child)
+    scene.actor("parent", HostThread(mm).load, hva, len(OLD))
+    scene.actor("child", HostThread(child).load, hva, len(OLD))
+    scene.afterwards(lambda: expect(mm, hva, OLD))
+    scene.afterwards(lambda: expect(child, hva, OLD))
+
+
+@scenario(protocols=("modern",))
 def a_page_of_the_device_is_given_up(scene: Scene) -> None:
     """A process gives up a page that goes to a device's memory, and uses it again."""
     mm = scene.mm()
