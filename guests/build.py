@@ -99,6 +99,7 @@ GUESTS: tuple[Guest | System, ...] = (
     Guest("user", "user.c"),
     Guest("paging", "paging.c"),
     Guest("rights", "rights.c"),
+    Guest("shootdown", "shootdown.c"),
     Guest("clocks", "clocks.c"),
     Guest("pages", "pages.c"),
     Guest("dma", "dma.c"),

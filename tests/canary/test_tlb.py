@@ -228,6 +228,14 @@ def test_an_unprivileged_load_at_el1_has_the_tlb_of_el0_and_looks_like_el1(arm64
     assert seen == [4, 4]
 
 
+def test_every_engine_says_that_it_is_cpu_0(arm64: Raw) -> None:
+    """Whatever was written to MPIDR_EL1; reads are answered with the vCPU's number."""
+    arm64.code(words(a64.mrs(2, (3, 0, 0, 0, 5)), a64.WFI))
+    arm64.uc.reg_write(arm.UC_ARM64_REG_CP_REG, (0, 0, 3, 0, 5, 1 << 31 | 3))
+    assert arm64.run() == uc.UC_ERR_OK
+    assert arm64[2] & 0xFF == 0
+
+
 def test_page_table_pointers_are_written_without_a_flush(raw: Raw) -> None:
     """Of the same ASID. The walker hooks the instruction."""
     satp = 8 << 60 | 0x80000

@@ -105,7 +105,6 @@ class Arm64:
         engine = self.engine
         engine.reset_cpu()
         engine.set_reg(core.ARM64_PSTATE, PSTATE_DAIF | PSTATE_EL1H)
-        engine.set_cp_reg(*MPIDR_EL1, 1 << 31 | self.vcpu.index)
         engine.set_reg(core.ARM64_X0, arg)
         engine.set_reg(core.ARM64_PC, pc)
 
@@ -272,10 +271,15 @@ class Arm64:
             return 0
         if key == PMCCNTR_EL0 and value is None:
             return self.services.cycles(self.vcpu, self.engine.ticks_at(self.pc()))
-        if op0 == 1 and op1 == 0 and op2 < 4 and value is not None and int(self.engine.reg(core.ARM64_PSTATE)) & 0xC:
+        if key == MPIDR_EL1 and value is None and self._privileged():
+            return 1 << 31 | self.vcpu.index
+        if op0 == 1 and op1 == 0 and op2 < 4 and value is not None and self._privileged():
             self._translate(op2, value)
             return 0
         return None
+
+    def _privileged(self) -> bool:
+        return int(self.engine.reg(core.ARM64_PSTATE)) & 0xC != 0
 
     def _translate(self, op2: int, gva: int) -> None:
         """AT S1E1R, S1E1W, S1E0R, S1E0W. The engine would look for the tables in the host's frames."""

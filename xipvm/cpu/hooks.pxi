@@ -143,8 +143,11 @@ cdef uint32_t _sysreg(Engine engine, int regid, const uc_arm64_cp_reg *cp, bint 
 
 
 cdef uint32_t _mrs(uc_engine *uc, int regid, const uc_arm64_cp_reg *cp, void *user) noexcept:
-    # Timers (CRn 14) and the performance monitors (op1 3, CRn 9) show the host's time unless answered here.
-    if cp.crn != 14 and not (cp.crn == 9 and cp.op1 == 3):
+    # Timers (CRn 14) and the performance monitors (op1 3, CRn 9) show the host's time unless answered here; MPIDR_EL1 is
+    # that of CPU 0 in every engine.
+    if cp.crn != 14 and not (cp.crn == 9 and cp.op1 == 3) and not (
+        cp.crn == 0 and cp.crm == 0 and cp.op1 == 0 and cp.op2 == 5
+    ):
         return 0
     cdef Engine engine = <Engine><PyObject *>user
     cdef uint64_t value = 0
