@@ -45,6 +45,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "interleavings": explore.interleavings,
     "reset": explore.reset,
     "campaign": explore.campaign,
+    "exhaustive": explore.exhaustive,
     "hello": startup.hello,
     "uboot": startup.uboot,
 }

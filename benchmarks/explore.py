@@ -23,6 +23,21 @@ from xipvm.trace.funnel import Trace
 
 _MS = 1e3
 _MINUTE = 60.0
+FAULTS = (
+    "fault-against-munmap",
+    "fault-against-dontneed",
+    "fault-against-mprotect",
+    "fault-against-cow",
+    "fault-against-swapout",
+    "fault-against-migrate",
+    "fault-against-ksm",
+    "fault-against-truncate",
+    "fault-against-flash-mode",
+    "fault-against-memslot-move",
+)
+"""A fault of two vCPUs against everything that takes their page away."""
+_EVERY = 200_000
+"""Schedules of a scenario after which they are not counted any more."""
 _SLICE = 100
 """Runs of a scenario, a protocol and a strategy in a round of the campaign."""
 
@@ -91,6 +106,23 @@ def interleavings(bench: Bench) -> Iterator[Figure]:
     yield compare(
         "two processes against one", times["one"], "two", times["two"], unit="s", target=Target(1.8, at_least=True)
     )
+
+
+def exhaustive(bench: Bench) -> Iterator[Figure]:
+    """All schedules of a fault of two vCPUs against each operation, of at most three preemptions; with reduction, too.
+
+    ``--repeat 1`` and ``2`` are smaller bounds.
+    """
+    bound = min(bench.repeat, 3)
+    for name in FAULTS:
+        every = run_shard(Shard(name, "exhaustive", "", _EVERY, bound, reduce=False))
+        reduced = run_shard(Shard(name, "exhaustive", "", sys.maxsize, bound))
+        for result in (every, reduced):
+            if result.failing is not None:
+                raise RuntimeError(f"{name} is wrong: {result.failing.failure}")
+        left = f"{reduced.runs} and {reduced.cut} cut short"
+        what = f"{name}: {'' if every.complete else 'more than '}{every.runs} schedules, with reduction {left}"
+        yield compare(what, [reduced.runs + reduced.cut], "all", [every.runs], unit="schedules")
 
 
 def campaign(bench: Bench) -> Iterator[Figure]:
