@@ -57,7 +57,7 @@ def test_a_user_s_broken_mmu_is_found_shrunk_saved_and_replayed(tmp_path: Path) 
     (tmp_path / "mine.py").write_text(BROKEN)
     outcome = inside("explore", "mine.py:careless", "--runs", 200, cwd=tmp_path)
     assert outcome.status == 1, outcome
-    assert "I4 broken" in outcome.out or "I2 broken" in outcome.out
+    assert any(f"{name} broken" in outcome.out for name in ("I2", "I4", "I7"))
     assert outcome.out.endswith("xipvm replay careless.xipvm.json\n")
     again = inside("replay", "careless.xipvm.json", cwd=tmp_path)
     assert again.status == 1
