@@ -215,3 +215,27 @@ def test_like_a_dict(sequence: list[tuple[str, int, int]]) -> None:
         assert table.present == len(model)
         assert table.tables == 1 + len({p >> 9 for p in model}) + len({p >> 18 for p in model})
         assert table.next_present(0, 1 << 27) == min(model, default=-1)
+
+
+@given(
+    st.dictionaries(st.integers(500, 540), st.integers(0, 255), max_size=20),
+    st.integers(0, 20),
+    st.lists(st.integers(4000, 4400), max_size=300),
+)
+def test_clear_bits_of_a_bitmap(pattern: dict[int, int], shift: int, pages: list[int]) -> None:
+    """As clear_bits of each page whose bit is set; huge entries as a whole."""
+    bitmap = bytearray(64)
+    for at, value in pattern.items():
+        bitmap[at - 500] = value
+    one, other = PageTable(3), PageTable(3)
+    for table in (one, other):
+        for page in pages:
+            table.set(page, page << 12 | (3 if page % 3 else 1))
+        table.set(4608, 9 << 21 | 0x83)
+    first = 4090 + shift
+    changed = one.clear_bits_of(first, bytes(bitmap), 2, 1)
+    expected = sum(
+        other.clear_bits(first + bit, first + bit + 1, 2, 1) for bit in range(512) if bitmap[bit >> 3] >> (bit & 7) & 1
+    )
+    assert changed == expected
+    assert one.entries(0, 1 << 27) == other.entries(0, 1 << 27)

@@ -501,21 +501,28 @@ cdef class PageTable:
 
     def clear_bits_of(self, uint64_t first, const uint8_t[::1] bitmap, uint64_t mask, uint64_t where=0):
         cdef Py_ssize_t at
-        cdef uint64_t changed = 0
-        cdef uint64_t page
-        cdef uint64_t *slot = NULL
+        cdef uint64_t changed = 0, page
+        cdef uint64_t *slot
+        cdef uint64_t entry
         cdef int level = 0, bit
+        cdef uint8_t wanted
         self.check_range(first, first)
         for at in range(bitmap.shape[0]):
-            if bitmap[at] == 0:
+            wanted = bitmap[at]
+            if wanted == 0:
+                continue
+            page = first + 8 * at
+            slot = self.lookup(page, &level) if page & (ENTRIES - 1) <= ENTRIES - 8 else NULL
+            if slot != NULL and level == 1:     # all eight are in one table
+                for bit in range(8):
+                    entry = slot[bit]
+                    if wanted >> bit & 1 and entry & where == where and entry & mask:
+                        slot[bit] = entry & ~mask
+                        changed += 1
                 continue
             for bit in range(8):
-                if bitmap[at] >> bit & 1:
-                    page = first + 8 * at + bit
-                    if bit and slot != NULL and level == 1 and bitmap[at] >> (bit - 1) & 1 and page & (ENTRIES - 1):
-                        slot += 1   # the page before was the one before in the same table
-                    else:
-                        slot = self.lookup(page, &level)
+                if wanted >> bit & 1:
+                    slot = self.lookup(page + bit, &level)
                     if slot != NULL and slot[0] & where == where and slot[0] & mask:
                         slot[0] &= ~mask
                         changed += 1
