@@ -308,7 +308,8 @@ class XpmemNode:
     def _drop(self, attachment: NodeAttachment, first: int, end: int) -> list[int]:
         """Forgets translations; of which pages."""
         table = attachment.table
-        pages = sorted(page for page in table if first <= page < end)
+        few = range(first, end) if end - first < len(table) else sorted(table)
+        pages = [page for page in few if first <= page < end and page in table]
         for page in pages:
             del table[page]
         if pages and self.memory is not None and self.memory.trace.on:

@@ -113,6 +113,13 @@ class Attachment:
         self.pins: dict[int, Pin] = {}
         """By page."""
 
+    def pins_in(self, first: int, last: int) -> dict[int, Pin]:
+        """Those of pages ``[first, last)``."""
+        pins = self.pins
+        if last - first > len(pins):
+            return {page: pin for page, pin in pins.items() if first <= page < last}
+        return {page: pins[page] for page in range(first, last) if page in pins}
+
     @property
     def write(self) -> bool:
         """The permit it was made by allows it."""
@@ -470,7 +477,7 @@ class Xpmem(DeviceMmu):
         """Takes the pages back: all nodes are asked, then each is waited for, and fenced when its time is over."""
         asked: dict[RemoteNode, tuple[float, list[tuple[Attachment, dict[int, Pin]]]]] = {}
         for attachment, first, last in hits:
-            pins = {page: pin for page, pin in attachment.pins.items() if first <= page < last}
+            pins = attachment.pins_in(first, last)
             if pins:
                 node = attachment.node
                 asked.setdefault(node, (node.link.patience(), []))[1].append((attachment, pins))
