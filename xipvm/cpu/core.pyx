@@ -669,7 +669,8 @@ cdef class Engine:
 
     def reset_cpu(self):
         """Puts the registers back to what they were when the engine was made, and turns translation off."""
-        self.check_open()
+        if self.group is None:
+            raise EngineError("this engine is closed, or in no machine")
         _check(api.context_restore(self.uc, self.pristine), "uc_context_restore")
         self.forget_gva()
 
