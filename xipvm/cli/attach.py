@@ -189,7 +189,7 @@ class Session:
             if self.link.fileno() in readable:
                 self.node.serve()
                 if self.link.closed:
-                    raise OwnerGoneError(self.node.gone or "the owner has cut this node off, or has ended")
+                    raise self.node.gone_error()
             elif readable:
                 return True
             elif until is not None and time.monotonic() >= until:
