@@ -350,6 +350,15 @@ def test_what_slots_say(scene: Scene) -> None:
         gru.delete_memslot(1)
 
 
+@pytest.mark.parametrize("gfn", [-1, 200, 1 << 27, 1 << 70])
+def test_a_guest_frame_that_is_none(scene: Scene, gfn: int) -> None:
+    _, _, gru = furnish(scene)
+    assert gru.fault(gfn, READ) == FAULT
+    assert gru.translate(gfn) is None
+    assert not gru.port(0).again(gfn, READ)
+    assert str(gru.describe(gfn)).endswith("no memslot")
+
+
 def test_no_dirty_log(scene: Scene) -> None:
     _, hva, gru = furnish(scene)
     for refused in (

@@ -192,7 +192,7 @@ class GruContext(SecondaryMmu):
 
     def again(self, page: int, access: int) -> bool:
         """See the base: what the chiplet's TLB has for ``page`` goes to who walks this context's entries."""
-        seen = self.space.tlb.get(page) if self.loaded else 0
+        seen = self.space.tlb.get(page) if self.loaded and 0 <= page < GFN_LIMIT else 0
         if not seen & 1 << access:
             return False
         self.sptes.set(page, seen)

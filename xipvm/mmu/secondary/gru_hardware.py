@@ -84,7 +84,7 @@ class AddressSpace:
 
     def entry(self, page: int) -> tuple[int, bool] | None:
         """Frame and writability of what the TLB has for ``page``."""
-        entry = self.tlb.get(page) if page < GFN_LIMIT else 0
+        entry = self.tlb.get(page) if 0 <= page < GFN_LIMIT else 0
         return (entry >> PFN_SHIFT, bool(entry & SPTE_WRITE)) if entry else None
 
     def drop_in(self, tfh: Tfh, asid: int, pfn: int, write: bool) -> bool:
