@@ -5,7 +5,6 @@ from __future__ import annotations
 from contextlib import suppress
 
 from xipvm.address import PAGE_SIZE
-from xipvm.errors import MmError
 from xipvm.explore.scenarios.faults import NEW, OLD, RW, expect
 from xipvm.explore.scene import Scene, scenario
 from xipvm.mmu.host_thread import HostThread
@@ -56,6 +55,17 @@ def sva_against_dontneed(scene: Scene) -> None:
     """The device may find a fresh page."""
     mm, hva, _ = furnish(scene)
     scene.actor("host", mm.madvise, hva, 2 * PAGE_SIZE, MADV_DONTNEED)
+
+
+@scenario(protocols=("modern",))
+def sva_first_access_against_dontneed(scene: Scene) -> None:
+    """The device's first access to a page that a thread has written, while the host gives the page up."""
+    mm = scene.mm()
+    hva = mm.mmap(PAGE_SIZE, RW)
+    device = scene.watch(Sva(mm))
+    HostThread(mm).store(hva, OLD)
+    scene.actor("sva0", device.store, hva, NEW)
+    scene.actor("host", mm.madvise, hva, PAGE_SIZE, MADV_DONTNEED)
 
 
 @scenario(protocols=("modern",))
