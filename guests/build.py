@@ -43,7 +43,7 @@ CFLAGS = (
     "-Werror",
     "-Icommon",
 )
-LDFLAGS = ("--gc-sections", "--build-id=none", "--no-relax", "--discard-locals", "-z", "max-page-size=16", "-Lcommon")
+LDFLAGS = ("--gc-sections", "--build-id=none", "--no-relax", "--discard-locals", "-z", "max-page-size=4096", "-Lcommon")
 
 
 @dataclass(frozen=True)
