@@ -39,6 +39,7 @@ from xipvm.devices.flash.cfi01 import PflashCfi01
 from xipvm.devices.flash.files import BankBytes, ImageOption, open_banks, parse_option
 from xipvm.devices.htif import Htif
 from xipvm.devices.rdma import DmaSpace
+from xipvm.dirty_log import DirtyLog
 from xipvm.errors import BadInput, GuestError, HostMemoryError, MmError, XipvmError
 from xipvm.firmware import Firmware
 from xipvm.flash_memory import FlashMemory
@@ -112,6 +113,7 @@ class Machine:
     an uncached window (what devices take out of RAM is not in it). ``hugetlb``: RAM is huge pages of a pool that the
     host has filled before, as with QEMU's memory-backend-file on hugetlbfs. ``pin_sptes``: nobody tells the secondary
     MMU of changes; it holds every page that the guest has used instead, as KVM did before there were notifiers.
+    ``dirty_log``: what the guest writes is kept track of, by rings of so many entries, with 0 by bitmaps.
     ``thp``: where the host makes transparent huge pages, of RAM too: ``always``, ``madvise`` (where somebody asks, and
     nobody does for RAM) or ``never``.
     ``trace``: what everything is told to; sinks may be attached before or after. ``storm``: mm operations that come
@@ -142,6 +144,7 @@ class Machine:
         pin_sptes: bool = False,
         hugetlb: bool = False,
         thp: str = "madvise",
+        dirty_log: int | None = None,
         protocol: str = "modern",
         storm: Storm | None = None,
         host_memory: int | None = None,
@@ -159,6 +162,8 @@ class Machine:
         check_secondary(secondary, pin_sptes=pin_sptes)
         if storm is not None and clock != "instructions":
             raise BadInput("a storm needs the instructions clock")
+        if storm is not None and dirty_log is not None:
+            raise BadInput("a storm turns dirty logs on and off, and reads them, itself")
         if storm is not None and pin_sptes:
             raise BadInput("a storm has the host copy pages, which a guest with pinned ones does not see")
         self.devices = frozenset(devices)
@@ -203,6 +208,7 @@ class Machine:
         self.pin_sptes = pin_sptes
         self._kind = secondary
         self.thp = thp
+        self._dirty_ring = dirty_log
         self.protocol = protocol
         self.trace = Trace() if trace is None else trace
         self.console = Console() if console is None else console
@@ -258,8 +264,11 @@ class Machine:
             area = open_swap(self._swap)
             undo(area.close)
             swap_of(self.mm).add_area(area)
+        self.dirty_log: DirtyLog | None = None
         self.secondary = make_secondary(self._kind, self.mm, self.trace, self.host, pin_sptes=self.pin_sptes)
         undo(self.secondary.destroy)
+        if self._dirty_ring is not None:
+            self.dirty_log = DirtyLog(self.secondary, self._dirty_ring)
         self.secondary.mmio_lookup = self.bus.covers
         flags = MAP_PRIVATE | MAP_ANONYMOUS
         if self.hugetlb:
@@ -312,6 +321,8 @@ class Machine:
         self.platform = board.build(self)
         power.map_htif(self)
         power.map_ram(self)
+        if self.dirty_log is not None:
+            self.dirty_log.start()
         power.program(self)
         try:
             power.power_on(self)
@@ -726,6 +737,7 @@ class Machine:
             flash_programs=sum(memory.device.programs for memory in self.flash),
             flash_erases=sum(memory.device.erases for memory in self.flash),
             reclaimed=self.reclaim.lru.reclaimed,
+            dirty_pages=None if self.dirty_log is None else self.dirty_log.collect(),
             swap_ins=0 if swap is None else swap.ins,
             swap_outs=0 if swap is None else swap.outs,
             swap_errors=0 if swap is None else swap.errors,

@@ -26,6 +26,8 @@ class Summary:
     swap_ins: int = 0
     swap_outs: int = 0
     swap_errors: int = 0
+    dirty_pages: int | None = None
+    """Pages that the guest has written, where a dirty log is kept."""
     image_pages: tuple[int, int] | None = None
     """Of a guest in an image: how many of its pages are the image's own, and how many copies. None without."""
 

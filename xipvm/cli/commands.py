@@ -151,6 +151,8 @@ def cli() -> None:
     default="madvise",
     help="Transparent huge pages: with 'always' RAM is backed by pages of 2 MiB as far as there are any.",
 )
+@click.option("--dirty-log", is_flag=True, help="Keep KVM's dirty log of RAM; say how many pages were written.")
+@click.option("--dirty-ring", type=click.IntRange(min=1), metavar="N", help="The same by a ring of N entries for each vCPU.")
 @click.option("--ram-alias", type=HEX, metavar="ADDRESS", help="RAM appears a second time at ADDRESS, as 2000000000.")
 @click.option(
     "--storm",

@@ -42,6 +42,8 @@ def run_guest(
     pin_sptes: bool,
     hugetlb: bool,
     thp: str,
+    dirty_log: bool,
+    dirty_ring: int | None,
     protocol: str,
     host_memory: int | None,
     swap: str | None,
@@ -63,6 +65,9 @@ def run_guest(
     options = [parse_option(text) for text in flash]
     choice = None if image is None else parse_image(image)
     exports = _parse_exports(export)
+    logging: dict[str, Any] = {"dirty_log": 0} if dirty_log else {}
+    if dirty_ring is not None:
+        logging["dirty_log"] = dirty_ring
     if storm is not None:
         from xipvm.storm import parse_storm
     funnel = Trace()
@@ -115,6 +120,7 @@ def run_guest(
                 pin_sptes=pin_sptes,
                 hugetlb=hugetlb,
                 thp=thp,
+                **logging,
                 protocol=protocol,
                 host_memory=host_memory,
                 swap=swap,
@@ -276,6 +282,8 @@ def _summarise(result: RunResult) -> None:
         (summary.flash_erases, "flash erase"),
     ]
     _say("xipvm: " + ", ".join(_counted(count, what) for count, what in counts))
+    if summary.dirty_pages is not None:
+        _say(f"xipvm: dirty log: {_counted(summary.dirty_pages, 'page')} of RAM written")
     if summary.image_pages is not None:
         in_place, copied = summary.image_pages
         why = "" if not copied else " (their place in the file is not their place in memory, modulo 4K)"
