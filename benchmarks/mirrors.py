@@ -1,4 +1,4 @@
-"""Devices that watch a range and pin nothing: what a fault costs, an invalidation, a page's way to the device."""
+"""Devices that watch a range and pin nothing: what mapping costs them, an access, a page's way to a device."""
 
 from __future__ import annotations
 
@@ -7,23 +7,43 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Final
 
-from benchmarks.harness import Bench, Figure, compare, value
-from xipvm.address import PAGE_SIZE
+from benchmarks.harness import Bench, Figure, value
+from xipvm.address import PAGE_SHIFT, PAGE_SIZE
 from xipvm.mmu.frames import HostMemory
 from xipvm.mmu.mm import Mm
-from xipvm.mmu.secondary.base import WRITE
+from xipvm.mmu.secondary.base import SecondaryMmu
 from xipvm.mmu.secondary.dmirror import Dmirror
-from xipvm.mmu.secondary.kvm import Kvm
 from xipvm.mmu.secondary.odp import OdpUmem
 from xipvm.mmu.vma import PROT_READ, PROT_WRITE
-from xipvm.notifier import RangeEvent
 from xipvm.trace.funnel import Trace
 
 _PAGES: Final = 4096
 _US: Final = 1e6
 
 Phases = dict[str, Callable[[], object]]
-"""What is timed, in this order, by name; each does _PAGES times the same."""
+"""What is timed, in this order, by name; each does something for _PAGES pages."""
+
+
+def make_odp(mm: Mm, host: HostMemory, hva: int, pages: int) -> SecondaryMmu:
+    """A region whose pages from 0 on are the bytes from ``hva`` on."""
+    return OdpUmem(mm, hva, pages << PAGE_SHIFT)
+
+
+class _FromZero(Dmirror):
+    """Its pages count from ``first``, where a mirror's are those of addresses."""
+
+    first = 0
+
+    def fault(self, page: int, access: int) -> int:
+        """See the base."""
+        return super().fault(self.first + page, access)
+
+
+def make_dmirror(mm: Mm, host: HostMemory, hva: int, pages: int) -> SecondaryMmu:
+    """A mirror whose pages from 0 on are those."""
+    mirror = _FromZero(mm)
+    mirror.first = hva >> PAGE_SHIFT
+    return mirror
 
 
 def _timed(make: Callable[[Mm, int], Phases]) -> dict[str, float]:
@@ -47,31 +67,6 @@ def _timed(make: Callable[[Mm, int], Phases]) -> dict[str, float]:
         host.close()
 
 
-def _announce(mm: Mm, hva: int, pages: int) -> None:
-    for at in range(hva, hva + _PAGES * PAGE_SIZE, pages * PAGE_SIZE):
-        with mm.notifiers.invalidate_range(at, at + pages * PAGE_SIZE, RangeEvent.CLEAR):
-            pass
-
-
-def _phases(mm: Mm, hva: int, fault: Callable[[int], object]) -> Phases:
-    def faults() -> None:
-        for page in range(_PAGES):
-            fault(page)
-
-    return {
-        "fault": faults,
-        "one": lambda: _announce(mm, hva, 1),
-        "again": faults,
-        "all": lambda: _announce(mm, hva, _PAGES),
-    }
-
-
-def _kvm(mm: Mm, hva: int) -> Phases:
-    kvm = Kvm(mm, mm.trace, mm.host)
-    kvm.set_memslot(0, 0, _PAGES, hva)
-    return _phases(mm, hva, lambda page: kvm.fault(page, WRITE))
-
-
 def _odp(mm: Mm, hva: int) -> Phases:
     umem = OdpUmem(mm, hva, _PAGES * PAGE_SIZE)
 
@@ -79,40 +74,31 @@ def _odp(mm: Mm, hva: int) -> Phases:
         for page in range(_PAGES):
             umem.read(page, 64)
 
-    phases = _phases(mm, hva, lambda page: umem.fault(page, WRITE))
-    return {**phases, "mapped": lambda: umem.map_dma(0, _PAGES, write=True), "access": accesses}
+    return {"mapped": lambda: umem.map_dma(0, _PAGES, write=True), "access": accesses}
 
 
 def _dmirror(mm: Mm, hva: int) -> Phases:
-    device, first = Dmirror(mm, pages=_PAGES), hva // PAGE_SIZE
-    phases = _phases(mm, hva, lambda page: device.fault(first + page, WRITE))
+    device = Dmirror(mm, pages=_PAGES)
     return {
-        **phases,
         "there": lambda: device.migrate_to_dev(hva, _PAGES),
         "back": lambda: device.migrate_to_sys(hva, _PAGES),
+        "exclusive": lambda: device.exclusive(hva, _PAGES),
     }
 
 
 def mirrors(bench: Bench) -> Iterator[Figure]:
-    """An ODP region and dmirror beside KVM: a fault, an invalidation, a range of 16 MiB; and what only they do."""
-    found: dict[str, list[dict[str, float]]] = {"kvm": [], "odp": [], "dmirror": []}
+    """An ODP region and dmirror: 16 MiB mapped at once, accesses, pages to a device and back."""
+    found: dict[str, list[dict[str, float]]] = {"odp": [], "dmirror": []}
 
     def run(name: str, make: Callable[[Mm, int], Phases]) -> float:
         found[name].append(_timed(make))
         return 0.0
 
-    bench.rounds(kvm=lambda: run("kvm", _kvm), odp=lambda: run("odp", _odp), dmirror=lambda: run("dmirror", _dmirror))
-    for name in ("odp", "dmirror"):
-        for phase, words in (
-            ("fault", "fault of a page that the host has"),
-            ("one", "invalidation of one page"),
-            ("all", "invalidation of 16 MiB, a page"),
-        ):
-            ours, theirs = ([times[phase] for times in found[each]] for each in (name, "kvm"))
-            yield compare(f"{name}: {words} / kvm", ours, "kvm", theirs, unit="µs")
+    bench.rounds(odp=lambda: run("odp", _odp), dmirror=lambda: run("dmirror", _dmirror))
     for name, phase, words in (
         ("odp", "mapped", "4096 pages mapped at once, a page"),
         ("odp", "access", "a read of 64 bytes that is mapped"),
+        ("dmirror", "exclusive", "a page for the device alone, and read there"),
         ("dmirror", "there", "a page to the device, and read there"),
         ("dmirror", "back", "and back"),
     ):

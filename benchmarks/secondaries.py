@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from benchmarks import xpmem
+from benchmarks import mirrors, xpmem
 from benchmarks.harness import Bench, Figure, Spread, Target, value
 from xipvm.address import PAGE_SHIFT, PAGE_SIZE
 from xipvm.machine import Machine
@@ -50,7 +50,11 @@ def _of_a_guest(name: str) -> Kind:
     return Kind(make, machine=name)
 
 
-KINDS: dict[str, Kind] = {name: _of_a_guest(name) for name in SECONDARIES} | {"xpmem": Kind(xpmem.make)}
+KINDS: dict[str, Kind] = {name: _of_a_guest(name) for name in SECONDARIES} | {
+    "xpmem": Kind(xpmem.make),
+    "odp": Kind(mirrors.make_odp),
+    "dmirror": Kind(mirrors.make_dmirror),
+}
 """By name. Those of devices are a line each."""
 
 
