@@ -53,9 +53,9 @@ def ablate(
     for mutant in mutants:
         if invariant not in mutant.caught_by:
             continue
-        found = hunt(mutant, scenarios, STRATEGIES, runs=runs, seed=seed, enough=1, invariants=others)
+        found = hunt(mutant, scenarios, STRATEGIES, runs=runs, seed=seed, enough=1, invariants=others, shrunk=False)
         if found.caught:
             result.seen[mutant.name] = found.caught[0].what
-        elif hunt(mutant, scenarios, STRATEGIES, runs=runs, seed=seed, enough=1).caught:
+        elif hunt(mutant, scenarios, STRATEGIES, runs=runs, seed=seed, enough=1, shrunk=False).caught:
             result.escapes.append(mutant.name)
     return result

@@ -97,19 +97,22 @@ def hunt(
     seed: int = 0,
     enough: int = 2,
     invariants: Collection[str] = tuple(INVARIANTS),
+    shrunk: bool = True,
 ) -> Hunt:
     """Search every scenario, ``runs`` runs at most of each in each protocol that the mutant exists in.
 
-    One strategy after the other, until ``enough`` of them have found it. Without a ``mutant`` the system is right, and
-    all strategies are used.
+    One strategy after the other, until ``enough`` of them have found it; what they find is made small if ``shrunk``.
+    Without a ``mutant`` the system is right, and all strategies are used.
     """
     result = Hunt(mutant)
     names = (mutant.name,) if mutant is not None else ()
     for name in strategies:
         with planted(*names):
-            result.catches.append(
-                _hunt(mutant, scenarios, name, runs, seed, {"invariants": invariants, "limit": LIMIT})
-            )
+            options = {"invariants": invariants, "limit": LIMIT}
+            catch = _hunt(mutant, scenarios, name, runs, seed, options)
+            if shrunk and catch.run is not None:
+                _shrink(catch, scenarios[catch.scenario], {"protocol": catch.protocol, **options})
+            result.catches.append(catch)
         if mutant is not None and len(result.caught) >= enough:
             break
     return result
@@ -147,11 +150,14 @@ def _hunt(
         made, count = made + count, 3 * count
     catch.seconds = time.process_time() - started
     catch.distinct = len(seen)
-    if catch.run is not None:
-        scenario = scenarios[catch.scenario]
-        catch.small = shrink(scenario, catch.run, protocol=catch.protocol, **options)
-        catch.actors = _acting(scenario, catch.small, {"protocol": catch.protocol, **options})
     return catch
+
+
+def _shrink(catch: Catch, scenario: Scenario, options: Mapping[str, Any]) -> None:
+    """What was caught, made small."""
+    assert catch.run is not None
+    catch.small = shrink(scenario, catch.run, **options)
+    catch.actors = _acting(scenario, catch.small, options)
 
 
 def _acting(scenario: Scenario, run: Run, options: Mapping[str, Any]) -> int:
