@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.status import Status
 from rich.table import Table
 
-from benchmarks import explore, flash, kernels, memory, mirrors, operations, secondaries, startup, tlb_only, xip
+from benchmarks import explore, flash, kernels, memory, mirrors, operations, secondaries, startup, xip
 from benchmarks.harness import Bench, Benchmark, Figure, MissingPeerError, Spread
 from benchmarks.peers import RAW_UNICORN, qemu_version
 
@@ -34,7 +34,6 @@ BENCHMARKS: dict[str, Benchmark] = {
     "operations": operations.operations,
     "sparse": operations.sparse,
     "metadata": operations.metadata,
-    "tlbs": tlb_only.tlbs,
     "mirrors": mirrors.mirrors,
     "secondaries": secondaries.secondaries,
     "dirty": secondaries.dirty,

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from benchmarks import mirrors, xpmem
+from benchmarks import mirrors, sva, xpmem
 from benchmarks.harness import Bench, Figure, Spread, Target, value
 from xipvm.address import PAGE_SHIFT, PAGE_SIZE
 from xipvm.machine import Machine
@@ -39,6 +39,8 @@ class Kind:
     make: Callable[[Mm, HostMemory, int, int], SecondaryMmu]
     machine: str = ""
     """The name of the machine that flushes TLBs of it; empty for one that no guest runs behind."""
+    follows: bool = False
+    """It is told of the host's TLB flushes, and of no ranges."""
 
 
 def _of_a_guest(name: str) -> Kind:
@@ -54,6 +56,7 @@ KINDS: dict[str, Kind] = {name: _of_a_guest(name) for name in SECONDARIES} | {
     "xpmem": Kind(xpmem.make),
     "odp": Kind(mirrors.make_odp),
     "dmirror": Kind(mirrors.make_dmirror),
+    "sva": Kind(sva.make, follows=True),
 }
 """By name. Those of devices are a line each."""
 
@@ -97,7 +100,8 @@ def secondaries(bench: Bench) -> Iterator[Figure]:
         yield value(f"{name}: a fault, of a page that nobody has touched", times["cold"], unit="µs")
         yield value(f"{name}: a fault, of a page that the host has", times["warm"], unit="µs")
         yield value(f"{name}: MADV_DONTNEED of {_PAGES} pages, each", times["many"], unit="ns")
-        yield value(f"{name}: a range of one page, start to end", times["one"], unit="µs")
+        what = "a flush of one page that it is told of" if kind.follows else "a range of one page, start to end"
+        yield value(f"{name}: {what}", times["one"], unit="µs")
         if kind.machine:
             yield value(f"{name}: all TLBs of {_VCPUS} vCPUs flushed, each", times["flush"], unit="µs")
 
@@ -128,6 +132,9 @@ def _ranges(kind: Kind) -> float:
         assert isinstance(notifiers, MmuNotifiers)
         start = time.process_time()
         for at in range(hva, hva + _ROUNDS * PAGE_SIZE, PAGE_SIZE):
+            if kind.follows:
+                notifiers.arch_invalidate_secondary_tlbs(at, at + PAGE_SIZE)
+                continue
             with notifiers.invalidate_range(at, at + PAGE_SIZE, RangeEvent.CLEAR):
                 pass
         return (time.process_time() - start) / _ROUNDS * _US
