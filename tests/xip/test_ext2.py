@@ -151,3 +151,13 @@ def test_a_cut_image(make_image: MakeImage) -> None:
         file.truncate(1 << 20)
     with pytest.raises(BadInput, match="cut short"):
         xip("ls", image)
+
+
+def test_who_writes_a_file_takes_its_owner_s_rights_away(make_image: MakeImage) -> None:
+    image = make_image({"/tool": b"#!"})
+    with Mounted(image) as mounted:
+        file = mounted.open("/tool")
+        inode = mounted.volume.lookup("/tool")
+        mounted.volume.image.put16(inode.at, 0o106755)
+        file.put(b"x")
+        assert mounted.volume.status(inode).rights == 0o755

@@ -62,3 +62,26 @@ def test_mistakes_are_named(make_image: MakeImage, words: tuple[str, ...], compl
     assert done.returncode == 2
     assert complaint in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_a_storm_over_a_shared_mapping_leaves_a_clean_image(make_image: MakeImage, fsck: Callable[[Path], str]) -> None:
+    image = make_image({"/hello.elf": guest("hello", "arm64"), "/data": bytes(5) * 10_000})
+    words = ("--map", "/data@0x60000000,shared=on", "--check", "--storm", "3,rate=2000")
+    done = xipvm("run", "--image", image, *words, "/hello.elf")
+    assert done.returncode == 0, done.stderr
+    assert "0 violations" in done.stderr
+    assert fsck(image) == ""
+
+
+def test_an_image_larger_than_the_host_takes_what_is_touched(make_image: MakeImage) -> None:
+    image = make_image({"/hello.elf": guest("hello", "riscv64")}, "64G", "-N", "1024")
+    code = (
+        "import resource, sys; from xipvm.machine import Machine\n"
+        "with Machine('/hello.elf', image=sys.argv[1]) as machine:\n"
+        "    status = machine.run(timeout=60).status\n"
+        "print(status, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(image)], capture_output=True, text=True, timeout=120)
+    status, megabytes = map(int, done.stdout.split())
+    assert status == 0
+    assert megabytes < 200

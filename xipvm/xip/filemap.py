@@ -141,6 +141,7 @@ class XipFile(AddressSpace):
             count = min(count, self.inode.max_bytes - start)
             if count == 0:
                 return 0, start
+            self.inode.drop_privileges()
             self.inode.modified()
             if start > self.size:
                 self._zero_tail()

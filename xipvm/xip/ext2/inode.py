@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterator
+from stat import S_ISGID, S_ISUID, S_IXGRP
 from typing import TYPE_CHECKING, Final
 
 from xipvm.actors import point
@@ -117,6 +118,13 @@ class Ext2Inode(XipInode):
         now = self.image.now() & 0xFFFF_FFFF
         self.image.put32(self.at + layout.I_MTIME, now)
         self.image.put32(self.at + layout.I_CTIME, now)
+
+    def drop_privileges(self) -> None:
+        """See the base: S_ISUID goes, and S_ISGID where it is no mark of mandatory locking."""
+        mode = self.mode
+        gone = S_ISUID | (S_ISGID if mode & S_IXGRP else 0)
+        if mode & gone:
+            self.image.put16(self.at + layout.I_MODE, mode & ~gone)
 
     def sync(self) -> None:
         """See the base."""
