@@ -125,7 +125,8 @@ cdef bint pte_clear(Judge self, Said *said) except -1:
     cdef World world = self.world
     cdef Process process = world.mm(_text(said, 0))
     cdef uint64_t start = _number(said, 1) >> SHIFT, end = (_number(said, 2) + 4095) >> SHIFT
-    cdef uint64_t count, named = 0, asked = 0, places = 0
+    cdef uint64_t count, number, named = 0, asked = 0, places = 0
+    cdef Area slot
     cdef bint watched = bool(process.intervals), listened = watched or bool(process.notifiers)
     cdef Vm vm
     cdef Range opened
@@ -145,19 +146,18 @@ cdef bint pte_clear(Judge self, Said *said) except -1:
         watchers = world.watchers(process.name)
         for vm in watchers:
             watched = watched or not vm.gone
-        for page in pages:
-            for vm in watchers:
-                gfns = vm.gfns(page)
-                places += len(gfns)
-                for gfn in gfns:
-                    if gfn in vm.sptes:
-                        return False
-                    for table in vm.chiplets.values():
-                        if gfn in table:
-                            return False
-                    for tlb in world.tlbs.values():
-                        if gfn in tlb:
-                            return False
+        for vm in watchers:
+            held = [table for table in (*vm.tables(), *world.tlbs.values()) if table]
+            for slot in vm.slots.values():
+                for page in pages:
+                    number = page
+                    if slot.page <= number < slot.page + slot.pages:
+                        places += 1
+                        if held:
+                            gfn = slot.gfn + (number - slot.page)
+                            for table in held:
+                                if PyDict_GetItem(table, gfn) != NULL:
+                                    return False
         asked = len(pages)
         self.counts[I1] += asked if watched else 0
         self.counts[I3] += asked

@@ -1,8 +1,10 @@
 """A hash table from page numbers to two numbers each, for what is looked up at every event.
 
-Open addressing with linear probing, at most half full, 24 bytes a slot. Neighbouring pages of a block of 512 are in
-neighbouring slots, so that a run of pages is a run of memory; blocks are scattered. Removing closes the gap (nothing is
-marked as deleted), and a table that is emptied gives back what it did not need, so that emptying it again is cheap.
+Open addressing, at most half full, 24 bytes a slot. Eight neighbouring pages are in neighbouring slots, and such groups
+are scattered: longer ones that overlap would stand far from their homes. Keys that want the same slots stand in the order
+of their homes ("Robin Hood": who is farther from home goes first), so that looking for what is not there and closing the
+gap of what is removed both end at the next key that stands nearer to its home. A table that is emptied gives back what
+it did not need, so that emptying it again is cheap.
 """
 
 from libc.stdint cimport uint64_t
@@ -14,7 +16,29 @@ cdef enum:
 
 
 cdef inline uint64_t _home(uint64_t key, uint64_t mask) noexcept:
-    return (key + (key >> 9) * <uint64_t>0x9E3779B97F4A7C15) & mask
+    return (((key >> 3) * <uint64_t>0x9E3779B97F4A7C15 >> 32) << 3 | key & 7) & mask
+
+
+cdef inline uint64_t _steps(Slot *slots, uint64_t at, uint64_t mask) noexcept:
+    """How far from its home the key in ``at`` stands."""
+    return at - _home(slots[at].key, mask) & mask
+
+
+cdef Slot *_insert(Slot *slots, uint64_t mask, uint64_t key) noexcept:
+    """A slot for ``key``, which is not there yet. There is place."""
+    cdef uint64_t at = _home(key, mask), steps = 0, end
+    while slots[at].key != FREE and _steps(slots, at, mask) >= steps:
+        at = at + 1 & mask
+        steps += 1
+    end = at
+    while slots[end].key != FREE:
+        end = end + 1 & mask
+    while end != at:  # those from here on move by one
+        slots[end] = slots[end - 1 & mask]
+        end = end - 1 & mask
+    slots[at].key = key
+    slots[at].a = slots[at].b = 0
+    return &slots[at]
 
 
 cdef Slot *_room(uint64_t slots) except NULL:
@@ -39,45 +63,35 @@ cdef class Table:
         free(self.slots)
 
     cdef Slot *find(self, uint64_t key) noexcept:
-        cdef uint64_t at = _home(key, self.mask)
+        cdef uint64_t at = _home(key, self.mask), steps = 0
         while self.slots[at].key != key:
-            if self.slots[at].key == FREE:
+            if self.slots[at].key == FREE or _steps(self.slots, at, self.mask) < steps:
                 return NULL
             at = at + 1 & self.mask
+            steps += 1
         return &self.slots[at]
 
     cdef Slot *put(self, uint64_t key, bint *new) except NULL:
-        cdef uint64_t at = _home(key, self.mask)
-        while self.slots[at].key != key:
-            if self.slots[at].key == FREE:
-                break
-            at = at + 1 & self.mask
-        new[0] = self.slots[at].key == FREE
-        if not new[0]:
-            return &self.slots[at]
+        cdef Slot *found = self.find(key)
+        new[0] = found == NULL
+        if found != NULL:
+            return found
         if 2 * (self.count + 1) > self.mask + 1:
             self._resize(2 * (self.mask + 1))
-            at = _home(key, self.mask)
-            while self.slots[at].key != FREE:
-                at = at + 1 & self.mask
         self.count += 1
-        self.slots[at].key = key
-        self.slots[at].a = self.slots[at].b = 0
-        return &self.slots[at]
+        return _insert(self.slots, self.mask, key)
 
     cdef bint remove(self, uint64_t key) noexcept:
         cdef Slot *slot = self.find(key)
         if slot == NULL:
             return False
-        cdef uint64_t gap = slot - self.slots, at = gap
+        cdef uint64_t gap = slot - self.slots, at
         while True:
-            at = at + 1 & self.mask
-            if self.slots[at].key == FREE:
+            at = gap + 1 & self.mask
+            if self.slots[at].key == FREE or _steps(self.slots, at, self.mask) == 0:
                 break
-            # It may move to the gap unless its home lies behind that.
-            if (at - _home(self.slots[at].key, self.mask) & self.mask) >= (at - gap & self.mask):
-                self.slots[gap] = self.slots[at]
-                gap = at
+            self.slots[gap] = self.slots[at]
+            gap = at
         self.slots[gap].key = FREE
         self.count -= 1
         return True
@@ -165,13 +179,13 @@ cdef class Table:
 
     cdef int _resize(self, uint64_t slots) except -1:
         cdef Slot *room = _room(slots)
-        cdef uint64_t at, to
+        cdef Slot *to
+        cdef uint64_t at
         for at in range(self.mask + 1):
             if self.slots[at].key != FREE:
-                to = _home(self.slots[at].key, slots - 1)
-                while room[to].key != FREE:
-                    to = to + 1 & slots - 1
-                room[to] = self.slots[at]
+                to = _insert(room, slots - 1, self.slots[at].key)
+                to.a = self.slots[at].a
+                to.b = self.slots[at].b
         free(self.slots)
         self.slots = room
         self.mask = slots - 1
