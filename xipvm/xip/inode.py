@@ -57,7 +57,7 @@ class XipInode(ABC):
         """Somebody wrote to it: its mtime and ctime. Raises MmError."""
 
     def drop_privileges(self) -> None:  # noqa: B027
-        """It is about to be written: nobody is to run it with its owner's rights any more (file_remove_suid). MmError."""
+        """It is about to be written: nobody runs it with its owner's rights any more (file_remove_suid). MmError."""
 
     def sync(self) -> None:  # noqa: B027
         """Whatever the file system keeps of the file outside of the device goes there. Raises MmError."""
