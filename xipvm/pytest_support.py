@@ -16,7 +16,7 @@ from typing import Any, Final, Protocol
 
 import pytest
 
-from xipvm.check import INVARIANTS, Oracle, Violation
+from xipvm.check import INVARIANTS, Oracle, Violation, reader_of
 from xipvm.errors import BadInput
 from xipvm.explore.choices import DriftError, Replay
 from xipvm.explore.explorer import Run, Search, explore, run_once
@@ -81,6 +81,8 @@ class Bench:
             oracle = Oracle(stop=broken)
             trace.attach(oracle)
         made.append(Machine(guest, **options))
+        if oracle is not None:
+            oracle.reader = reader_of(made[0].host)
         self._machines.append((made[0], oracle))
         return made[0]
 

@@ -71,8 +71,6 @@ def run_guest(
     if storm is not None:
         from xipvm.storm import parse_storm
     funnel = Trace()
-    history = History()
-    funnel.attach(history)
     machine: Machine | None = None
     oracle: Oracle | None = None
     if check:
@@ -83,7 +81,11 @@ def run_guest(
                 machine.request_exit("check", 1)
 
         oracle = Oracle(stop=broken)
+        history = oracle.history
         funnel.attach(oracle)
+    else:
+        history = History()
+        funnel.attach(history)
 
     def trace_failed(error: TraceFileError) -> None:
         if machine is None:
