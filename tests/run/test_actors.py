@@ -31,9 +31,11 @@ def calm(name: str, isa: str, smp: int) -> tuple[int, bytes]:
         return machine.run().status, output.getvalue()
 
 
+@pytest.mark.parametrize("name", ["selfmod-smp", "shootdown"])
 @pytest.mark.parametrize("isa", ["arm64", "riscv64"])
-def test_two_vcpus_switched_inside_their_fault_handlers(isa: str) -> None:
-    expected = calm("selfmod-smp", isa, 2)
+def test_two_vcpus_switched_inside_their_fault_handlers(isa: str, name: str) -> None:
+    """Of ``shootdown`` that is in the middle of walks of its own tables, too, which the host moves."""
+    expected = calm(name, isa, 2)
     both = [0]
     actor_names: set[str] = set()
 
@@ -50,7 +52,7 @@ def test_two_vcpus_switched_inside_their_fault_handlers(isa: str) -> None:
         return random.randrange(n)
 
     output = io.BytesIO()
-    with machine_of("selfmod-smp", isa, 2, output) as machine, checking():
+    with machine_of(name, isa, 2, output) as machine, checking():
         machine.trace.attach(lambda event: actor_names.add(event.actor))
         scheduler = Scheduler(choose, trace=machine.trace)
         run = VcpuActors(machine, scheduler)
