@@ -16,6 +16,7 @@ from xipvm.address import PAGE_SIZE
 from xipvm.errors import MmError
 from xipvm.explore.scenarios.faults import NEW, OLD, RW
 from xipvm.explore.scene import Scene, check_mmu, scenario
+from xipvm.explore.shared import Shared
 from xipvm.mmu.host_thread import HostThread
 from xipvm.mmu.madvise import MADV_DONTNEED
 from xipvm.mmu.mm import Mm
@@ -32,10 +33,14 @@ PAGES: Final = 2
 GONE: Final = bytes(8)
 
 
-class Partition:
-    """An owner of ``size`` bytes from ``hva`` on, and one node that has attached them; both do their messages."""
+class Partition(Shared[int]):
+    """An owner of ``size`` bytes from ``hva`` on, and one node that has attached them; both do their messages.
+
+    ``value`` is how many are at work because of whom there may be messages.
+    """
 
     def __init__(self, scene: Scene, mm: Mm, hva: int, size: int = PAGES * PAGE_SIZE) -> None:
+        super().__init__(0)
         self.scene = scene
         self.mm = mm
         self.hva = hva
@@ -51,7 +56,6 @@ class Partition:
         self.node.hello()
         self.permit, _ = self.node.get("memory")
         self.at: NodeAttachment = self.node.attach(self.permit, 0, size, hva=hva)
-        self.working = 0
 
     def actor(self, name: str, function: Callable[..., object], *arguments: Any) -> None:
         """Somebody because of whom there may be messages."""
@@ -60,9 +64,9 @@ class Partition:
             try:
                 function(*arguments)
             finally:
-                self.working -= 1
+                self.value -= 1
 
-        self.working += 1
+        self.value += 1
         self.scene.actor(name, act)
 
     def run(self, *, answering: bool = True) -> None:
@@ -71,10 +75,14 @@ class Partition:
         In the end the node leaves, after whatever else was to be done afterwards.
         """
         self.scene.afterwards(self.settle)
-        requests = self.remote.requests  # those that came while somebody waited for another answer
-        owner = self.owner_end
+        owner, remote = self.owner_end, self.remote
+        # Requests may have been taken by somebody who waited for another answer.
         self.scene.actor(
-            "xpmemd", self._work, owner, lambda: owner.arrived or bool(requests), lambda: self.owner.serve(self.remote)
+            "xpmemd",
+            self._work,
+            owner,
+            lambda: owner.arrived or bool(remote.requests),
+            lambda: self.owner.serve(remote),
         )
         if answering:
             node = self.node_end
@@ -82,9 +90,9 @@ class Partition:
 
     def _work(self, end: ActorLink, due: Callable[[], bool], serve: Callable[[], object]) -> None:
         while True:
-            wait(f"a message from {end.name}", lambda: due() or end.closed or not self.working)
+            wait(f"a message from {end.name}", lambda: due() or end.closed or not self.value)
             serve()
-            if end.closed or not (self.working or due()):
+            if end.closed or not (self.value or due()):
                 return
 
     def settle(self) -> None:
