@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xipvm.address import PAGE_SIZE
@@ -45,6 +45,7 @@ def decoded(data: bytes, cuts: list[int], kinds: frozenset[Kind] = ALL) -> tuple
     return found, decoder
 
 
+@settings(deadline=None)
 @given(st.lists(messages(), max_size=6), st.lists(st.integers(0, 4000)))
 def test_what_is_sent_comes_whole_and_in_order(sent: list[Message], cuts: list[int]) -> None:
     found, decoder = decoded(b"".join(map(encode, sent)), cuts)
@@ -53,6 +54,7 @@ def test_what_is_sent_comes_whole_and_in_order(sent: list[Message], cuts: list[i
     assert decoder.pending == 0
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=400), st.lists(st.integers(0, 400)))
 def test_garbage_breaks_it_wherever_it_is_cut(garbage: bytes, cuts: list[int]) -> None:
     whole, at_once = decoded(garbage, [])
@@ -65,6 +67,7 @@ def test_garbage_breaks_it_wherever_it_is_cut(garbage: bytes, cuts: list[int]) -
         assert at_once.broken is not None
 
 
+@settings(deadline=None)
 @given(messages(), st.integers(0, 11), st.integers(0, 255))
 def test_a_header_with_a_wrong_byte_gives_no_other_message_than_it_says(
     message: Message, place: int, value: int
@@ -78,6 +81,7 @@ def test_a_header_with_a_wrong_byte_gives_no_other_message_than_it_says(
     assert decoder.pending <= LONGEST
 
 
+@settings(deadline=None)
 @given(messages())
 def test_after_what_is_wrong_nothing_is_believed(message: Message) -> None:
     decoder = Decoder(ALL)
