@@ -123,6 +123,13 @@ def test_a_mutant_that_something_else_sees_does_not_escape() -> None:
     assert found.instead == {"I10": 1}
 
 
+def test_what_is_only_seen_when_the_run_is_over_is_late() -> None:
+    scenario = {"the-dirty-log-is-read": SCENARIOS["the-dirty-log-is-read"]}
+    found = ablate("I12", [MUTANTS["dirty-log-without-a-flush"]], scenario, runs=40)
+    assert found.late == {"dirty-log-without-a-flush": "AssertionError"}
+    assert not found.dead
+
+
 def test_the_right_system_gets_to_what_mutants_change() -> None:
     where = sites([MUTANTS["no-retry-check"], MUTANTS["mremap-flushes-without-the-lock"]])
     assert (KvmBase, "mmu_invalidate_retry") in where
@@ -188,9 +195,9 @@ def test_an_ablation_from_the_command_line(tmp_path: Path, monkeypatch: pytest.M
     outcome = inside("mutants", "--ablate", "mirror-goes-while-it-faults", "--runs", 8, cwd=tmp_path)
     assert outcome.status == 0, outcome
     assert outcome.out.splitlines() == [
-        "without  escape  seen nevertheless",
-        "I13           1  none",
-        "                 mirror-goes-while-it-faults",
+        "without  escape  late  seen by another invariant",
+        "I13           1     0  none",
+        "                       mirror-goes-while-it-faults",
         "1 invariants, 0 missed by nobody",
     ]
     outcome = inside("mutants", "--ablate", "nothing-removed", "--runs", 1, cwd=tmp_path)

@@ -86,7 +86,7 @@ def ablate(names: Sequence[str], *, runs: int, seed: int, as_json: bool, quiet: 
     concerned = [name for name in INVARIANTS if any(name in mutant.caught_by for mutant in chosen)]
     dead = []
     if not as_json:
-        print("without  escape  seen nevertheless")
+        print("without  escape  late  seen by another invariant")
     with _bar(len(concerned), quiet) as (bar, task):
         for invariant in concerned:
             bar.update(task, description=f"without {invariant}")
@@ -94,12 +94,13 @@ def ablate(names: Sequence[str], *, runs: int, seed: int, as_json: bool, quiet: 
             if found.dead:
                 dead.append(invariant)
             if as_json:
-                print(json.dumps({"without": invariant, "escape": found.escapes, "seen": found.seen}), flush=True)
+                said = {"without": invariant, "escape": found.escapes, "late": found.late, "seen": found.seen}
+                print(json.dumps(said), flush=True)
             else:
                 by = ", ".join(f"{count} by {what}" for what, count in found.instead.items())
-                print(f"{invariant:8} {len(found.escapes):6}  {by or 'none'}")
-                for name in found.escapes:
-                    print(f"{'':17}{name}", flush=True)
+                print(f"{invariant:8} {len(found.escapes):6}  {len(found.late):4}  {by or 'none'}")
+                for name in (*found.escapes, *found.late):
+                    print(f"{'':23}{name}", flush=True)
             bar.advance(task)
     if not as_json:
         print(f"{len(concerned)} invariants, {len(dead)} missed by nobody{': ' if dead else ''}{', '.join(dead)}")

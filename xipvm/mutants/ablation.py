@@ -1,15 +1,15 @@
 """The hunt reversed: with one invariant switched off, which mutants does nothing else see.
 
-A mutant that escapes then is why the invariant is there. One that is seen nevertheless is seen by another invariant, or
-when the run is over: what the scenarios expect, counts that are left up, references that do not agree. An invariant
-without which no mutant escapes would be dead.
+A mutant that escapes then is why the invariant is there. So is one that is only seen when the run is over, where a
+scenario says what has to be there in the end: by then nobody can tell any more what went wrong. An invariant of which
+every mutant is seen by another invariant would be dead.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final
 
 from xipvm.check import INVARIANTS
 from xipvm.explore.scene import Scenario
@@ -21,20 +21,24 @@ STRATEGIES: Final = ("random", "pct")
 
 @dataclass
 class Ablation:
-    """What is not seen without ``invariant``: ``escapes`` by name; ``seen`` has what sees each of the others."""
+    """What becomes of mutants without ``invariant``."""
 
     invariant: str
     escapes: list[str] = field(default_factory=list)
+    """Nothing sees them."""
+    late: dict[str, str] = field(default_factory=dict)
+    """Only when the run is over they are seen, and as what."""
     seen: dict[str, str] = field(default_factory=dict)
+    """The invariant that sees each of the others."""
 
     @property
     def dead(self) -> bool:
         """Nobody misses it."""
-        return not self.escapes
+        return not self.escapes and not self.late
 
     @property
     def instead(self) -> dict[str, int]:
-        """What sees those that do not escape: how many each."""
+        """Which invariants see the others: how many each."""
         found: dict[str, int] = {}
         for what in self.seen.values():
             found[what] = found.get(what, 0) + 1
@@ -53,9 +57,14 @@ def ablate(
     for mutant in mutants:
         if invariant not in mutant.caught_by:
             continue
-        found = hunt(mutant, scenarios, STRATEGIES, runs=runs, seed=seed, enough=1, invariants=others, shrunk=False)
+        same: dict[str, Any] = {"runs": runs, "seed": seed, "enough": 1, "shrunk": False}
+        found = hunt(mutant, scenarios, STRATEGIES, invariants=others, counts=lambda what: what in INVARIANTS, **same)
         if found.caught:
             result.seen[mutant.name] = found.caught[0].what
-        elif hunt(mutant, scenarios, STRATEGIES, runs=runs, seed=seed, enough=1, shrunk=False).caught:
+            continue
+        found = hunt(mutant, scenarios, STRATEGIES, invariants=others, **same)
+        if found.caught:
+            result.late[mutant.name] = found.caught[0].what
+        elif hunt(mutant, scenarios, STRATEGIES, **same).caught:
             result.escapes.append(mutant.name)
     return result

@@ -7,7 +7,7 @@ comes first. Scenarios do not know of mutants, and no mutant says where it is to
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
@@ -98,18 +98,19 @@ def hunt(
     enough: int = 2,
     invariants: Collection[str] = tuple(INVARIANTS),
     shrunk: bool = True,
+    counts: Callable[[str], bool] = lambda what: True,
 ) -> Hunt:
     """Search every scenario, ``runs`` runs at most of each in each protocol that the mutant exists in.
 
     One strategy after the other, until ``enough`` of them have found it; what they find is made small if ``shrunk``.
-    Without a ``mutant`` the system is right, and all strategies are used.
+    Without a ``mutant`` the system is right, and all strategies are used. A run is wrong if what was broken ``counts``.
     """
     result = Hunt(mutant)
     names = (mutant.name,) if mutant is not None else ()
     for name in strategies:
         with planted(*names):
             options = {"invariants": invariants, "limit": LIMIT}
-            catch = _hunt(mutant, scenarios, name, runs, seed, options)
+            catch = _hunt(mutant, scenarios, name, runs, seed, options, counts)
             if shrunk and catch.run is not None:
                 _shrink(catch, scenarios[catch.scenario], {"protocol": catch.protocol, **options})
             result.catches.append(catch)
@@ -125,6 +126,7 @@ def _hunt(
     runs: int,
     seed: int,
     options: Mapping[str, Any],
+    counts: Callable[[str], bool],
 ) -> Catch:
     catch = Catch(name)
     fields = [
@@ -142,7 +144,7 @@ def _hunt(
             for run in each.runs(share, options):
                 catch.runs += 1
                 seen.add((each.scenario.name, each.protocol, run.fingerprint))
-                if run.failure is not None:
+                if run.failure is not None and counts(run.failure.what):
                     catch.scenario, catch.protocol, catch.run = each.scenario.name, each.protocol, run
                     break
             if catch.run is not None:
