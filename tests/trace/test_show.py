@@ -116,3 +116,5 @@ def test_history_keeps_the_last_events_and_finds_those_of_a_page() -> None:
     assert seqs(gfn=0, pfn=100, hva=0x5000) == [2, 5, 6]
     assert seqs(gfn=0, pfn=100, hva=0x5000, last=2) == [5, 6]
     assert seqs() == []
+    trace.emit("kvm_page_fault", vm="v", gfn=-1, access="read")
+    assert seqs(gfn=2) == [4]

@@ -275,9 +275,12 @@ cdef bint _bounds(Record *record, Layout layout, int at, uint64_t *first, uint64
     value = _value(record, at)
     if value is None:
         return False
-    first[0] = value
+    try:
+        first[0] = value
+        end[0] = _value(record, at + 1) if layout.roles[at] == START else 0
+    except OverflowError:  # there is no such page
+        return False
     if layout.roles[at] == START:
-        end[0] = _value(record, at + 1)
         if end[0] <= first[0]:
             return False
         if layout.bytes[at]:
