@@ -74,6 +74,7 @@ cdef class Engine:
     cdef int nr_dropins
     cdef dict fetched               # gfn and pfn by (page, paged) as last handed out for execution, where `sptes` do not say
     cdef uint64_t[4] regime         # SCTLR, TTBR0, TTBR1, TCR; or satp
+    cdef uint64_t bytes_generation  # of what frames hold: pages scanned before may have changed
     cdef bint regime_stale          # one of them was written
     cdef bint translating           # the guest has turned its tables on (RISC-V: for S and U mode)
     cdef int physical_bits

@@ -253,7 +253,7 @@ cdef class Engine:
         self.hot.fixed = isa == C_ARM64
         self.hot.counted = self.hot.polled = counted
         self.hot.engine = <void *>self
-        self.hot.generation = 1
+        self.hot.generation = self.bytes_generation = 1
         self._add_hook(UC_HOOK_TLB_FILL, <void *>_tlb_fill, <void *>self)
         self._add_hook(UC_HOOK_INTR, <void *>_interrupt, <void *>self)
         self._add_hook(UC_HOOK_INSN_INVALID, <void *>_invalid, <void *>self)
@@ -396,6 +396,7 @@ cdef class Engine:
         api.ctl(self.uc, UC_CTL_WRITE(UC_CTL_TLB_FLUSH, 0))
         _check(api.context_restore(self.uc, self.pristine), "uc_context_restore")
         self.hot.generation += 1
+        self.bytes_generation += 1
         self.hot.tag = 0
         self.on_miss = self.on_read = self.on_write = self.on_insert = None
         self.on_flush = self.on_drop = self.on_sysreg = self.on_insn = None
@@ -702,6 +703,7 @@ cdef class Engine:
         self.flushes += 1
         self.flush_generation += 1
         self.hot.generation += 1
+        self.bytes_generation += 1
         self.hot.tag = 0
 
     def guest_flush(self):
@@ -777,6 +779,7 @@ cdef class Engine:
         # The look-up went through the TLB: without a flush the next drop would find this frame again.
         api.ctl(self.uc, UC_CTL_WRITE(UC_CTL_TLB_FLUSH, 0))
         self.hot.generation += 1
+        self.bytes_generation += 1
         self.hot.tag = 0
 
     def report_drop(self, uint64_t pfn):
@@ -1044,11 +1047,11 @@ cdef class Engine:
         cdef uint32_t csr
         cdef uc_hook handle
         cdef void *callback
-        if slot.gfn == gva >> 12 and slot.pfn == pfn and slot.generation == self.hot.generation:
+        if slot.gfn == gva >> 12 and slot.pfn == pfn and slot.generation == self.bytes_generation and not self.mixed:
             return
         slot.gfn = gva >> 12
         slot.pfn = pfn
-        slot.generation = self.hot.generation
+        slot.generation = self.bytes_generation
         page = self.host.bytes_of(pfn)
         for n in range(0, 4096, 2):
             if page[n] & 0x7f != 0x73:
