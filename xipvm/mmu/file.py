@@ -86,6 +86,10 @@ class AddressSpace:
         """The frame of a page that can be mapped without sleeping, None otherwise. No reference is taken."""
         return None
 
+    def device_pmd(self, pgoff: int) -> int | None:
+        """The first frame of the 2 MiB from page ``pgoff`` on, if they are one piece of a device; passes no point."""
+        return None
+
     def has_page(self, pgoff: int) -> bool | None:
         """Whether a memory file has the page, in memory or in swap. None: it has no such page, or is no memory file."""
         return None

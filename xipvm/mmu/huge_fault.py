@@ -5,7 +5,8 @@
   → new entry → range end``.
 * Write to a shared huge page: reused when nobody else has it; otherwise the entry is split (huge_pmd.py, with a range
   of its own), and the fault goes on with the small entry, which copies one page.
-* A page of a memory file that is part of a compound one is mapped by a huge entry where it can be.
+* A page of a memory file that is part of a compound one is mapped by a huge entry where it can be; so are 2 MiB of a
+  device that are a file's, to be read.
 
 Where no compound page is to be had, small pages do. Those functions return None then, and the caller goes on without.
 """
@@ -61,7 +62,8 @@ def do_huge_pmd_wp_page(mm: Mm, area: Vma, hva: int, entry: int) -> Outcome:
     """``entry`` is huge, maps ``hva`` and does not allow writing; ``area`` does. None: it is split, or was changed."""
     start = hva & HPAGE_MASK
     if entry & SPECIAL:
-        if not area.shared and _replace_zero(mm, area, start, entry):
+        zeros = not mm.host.is_device(pte_pfn(entry))
+        if zeros and not area.shared and _replace_zero(mm, area, start, entry):
             return VmFault.OK, "cow"
     elif entry & ANON and (entry & EXCLUSIVE or mm.host.refcount(pte_pfn(entry)) == 1):
         mm.host.set_rmap(pte_pfn(entry), anon_vma_prepare(area).id, area.page_offset(start))
@@ -105,9 +107,22 @@ def map_huge_anon(mm: Mm, area: Vma, start: int, head: int) -> None:
     mm.set_pte(start, head << PFN_SHIFT | area.new_anon | ANON | EXCLUSIVE | HUGE)
 
 
+def _map_device_pmd(mm: Mm, area: Vma, file: AddressSpace, start: int) -> bool:
+    """Maps 2 MiB of a device at once, to read; whoever writes gets small entries. A split just takes it away."""
+    if area.flags & VM_UFFD or not suitable(area, start) or not mm.pgd.pmd_none(start >> PAGE_SHIFT):
+        return False
+    first = file.device_pmd(area.page_offset(start))
+    if first is None:
+        return False
+    mm.set_pte(start, first << PFN_SHIFT | area.rights | SPECIAL | ACCESSED | HUGE)
+    return True
+
+
 def map_huge_file_page(mm: Mm, area: Vma, file: AddressSpace, hva: int, write: bool) -> bool:
     """Maps the compound page that ``file`` has cached around ``hva`` by a huge entry; False where that cannot be."""
     start = hva & HPAGE_MASK
+    if file.devmap:
+        return not write and _map_device_pmd(mm, area, file, start)
     pfn = file.cached(area.page_offset(hva))
     host = mm.host
     if pfn is None or not host.is_compound(pfn) or area.flags & VM_UFFD or (write and file.tracks_writes):

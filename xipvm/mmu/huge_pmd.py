@@ -5,7 +5,7 @@ Whoever changes a part of what a huge entry maps splits it first::
     range start (CLEAR, the 2 MiB) → 512 entries of the same pages in place of the huge one → TLB flush → range end
 
 No page moves and none is freed; a secondary MMU has to hear of it because it may have mapped the 2 MiB by one entry of
-its own. Huge entries of the huge zero page become entries of the zero page. Those of a file's page are just taken
+its own. Huge entries of the huge zero page become entries of the zero page. Those of a file's page, or of a device, are just taken
 away: the next fault maps what is needed. The compound page remains one (huge_page.py splits that).
 """
 
@@ -50,6 +50,9 @@ def split_huge_pmd_locked(mm: Mm, start: int) -> None:
     flags = entry & FLAGS & ~HUGE
     if entry & MIGRATION:
         mm.pgd.split_huge(page, entry & ~HUGE)
+        return
+    if entry & SPECIAL and host.is_device(pte_pfn(entry)):
+        pmdp_clear_flush(mm, start)
         return
     if entry & SPECIAL:
         mm.pgd.split_huge(page, ZERO_PFN << PFN_SHIFT | flags | entry & UFFD_WP, 0)

@@ -242,7 +242,8 @@ def _entry(area: Vma, hva: int, entry: int) -> list[str]:
         wrong.append("is writable, but its file was not told")
     if bool(area.flags & VM_HUGETLB) != bool(entry & HUGE and host.flags(pfn) & PG_HUGETLB):
         wrong.append("is a page of the hugetlb pool or not, wrongly")
-    if entry & HUGE and (pfn % HUGE_PAGES or host.compound_head(pfn) != pfn or not host.is_compound(pfn)):
+    compound = not host.is_device(pfn) and (host.compound_head(pfn) != pfn or not host.is_compound(pfn))
+    if entry & HUGE and (pfn % HUGE_PAGES or compound):
         wrong.append("is huge, but maps no compound page")
     zero = thp_of(host).zero_pfn if entry & HUGE else ZERO_PFN
     if bool(entry & SPECIAL) != (pfn == zero or host.is_device(pfn)):

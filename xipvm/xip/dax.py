@@ -7,6 +7,7 @@ block was written through a mapping since the last write-back. Who faults, write
 read fault on a hole    the zero page; nothing is allocated, also where the mapping is shared and may be written
 write fault on a hole   block allocated → the zero page unmapped everywhere → entry is the block → mapped writable
 write fault on a block  the entry is dirty from now on
+read fault of 2 MiB     one huge entry, where the file has them in one piece; a write splits it, which takes it away
 private write fault     copied at once; of a hole, zeros
 write(2) over a hole    block allocated → the page unmapped everywhere → data copied
 write-back              for each area: range start, entry read-only and clean, range end; then the entry is clean
@@ -29,7 +30,7 @@ from xipvm.errors import MmError
 from xipvm.locks.lock import KeyedLocks
 from xipvm.locks.order import DAX_ENTRY
 from xipvm.mmu.file import FaultResult, VmFault
-from xipvm.mmu.frames import ZERO_PFN
+from xipvm.mmu.frames import HUGE_PAGES, ZERO_PFN
 from xipvm.mmu.mkclean import page_mkclean
 from xipvm.mmu.pin import pinned_device_pages
 from xipvm.mmu.zap import unmap_mapping_range
@@ -78,6 +79,25 @@ class DaxFile(XipFile):
             if self.trace.on:
                 self.trace.emit("dax_entry", file=self.name, pgoff=pgoff, pfn=self.entries[pgoff])
             return self.entries[pgoff], VmFault.OK
+
+    def device_pmd(self, pgoff: int) -> int | None:
+        """See the base: 512 blocks in one piece, none of whose entries anybody holds, nor the file is cut in."""
+        pages = range(pgoff, pgoff + HUGE_PAGES)
+        if self.invalidate_lock.writer or pages.stop > self.size >> PAGE_SHIFT:
+            return None
+        if not all(self.entry_lock.free(page) for page in pages):
+            return None
+        try:
+            first = self.inode.find(pgoff)
+            if first is None or first % HUGE_PAGES:
+                return None
+            if any(self.inode.find(page) != first + n for n, page in enumerate(pages)):
+                return None
+        except MmError:
+            return None
+        for n, page in enumerate(pages):
+            self.entries[page] = first + n
+        return first
 
     def _block(self, pgoff: int) -> int:
         """See the base; for who does not have the entry's lock."""
