@@ -5,8 +5,8 @@ Whoever changes a part of what a huge entry maps splits it first::
     range start (CLEAR, the 2 MiB) → 512 entries of the same pages in place of the huge one → TLB flush → range end
 
 No page moves and none is freed; a secondary MMU has to hear of it because it may have mapped the 2 MiB by one entry of
-its own. Huge entries of the huge zero page become entries of the zero page. Those of a file's page, or of a device, are just taken
-away: the next fault maps what is needed. The compound page remains one (huge_page.py splits that).
+its own. Huge entries of the huge zero page become entries of the zero page. Those of a file's page, or of a device, are
+just taken away: the next fault maps what is needed. The compound page remains one (huge_page.py splits that).
 """
 
 from __future__ import annotations
