@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from itertools import count
@@ -128,7 +129,8 @@ def exhaustive(bench: Bench) -> Iterator[Figure]:
 def campaign(bench: Bench) -> Iterator[Figure]:
     """The right system: every scenario, protocol and strategy, on all cores; a round (--repeat) is some 10 000 runs."""
     prints: dict[tuple[str, str], set[str]] = {}
-    runs = wrong = checks = 0
+    runs = wrong = 0
+    checks: Counter[str] = Counter()
     with local_executor(os.cpu_count() or 1) as pool:
         for number in range(bench.repeat):
             shards = [
@@ -139,13 +141,15 @@ def campaign(bench: Bench) -> Iterator[Figure]:
             ]
             for shard, result in zip(shards, pool.map(run_shard, shards), strict=True):
                 runs += result.runs
-                checks += sum(result.checks.values())
+                checks.update(result.checks)
                 prints.setdefault((shard.scenario, shard.protocol), set()).update(result.fingerprints)
                 if result.failing is not None:
                     wrong += 1
                     print(f"{shard}: {result.failing.failure}", file=sys.stderr)
-            bench.say(f"round {number + 1}/{bench.repeat}: {runs} runs, {wrong} wrong")
+            distinct = sum(map(len, prints.values()))
+            bench.say(f"round {number + 1}/{bench.repeat}: {runs} runs, {distinct} distinct, {wrong} wrong")
     yield value("runs", [runs], unit="runs")
     yield value("distinct, up to commuting steps", [sum(map(len, prints.values()))], unit="runs")
-    yield value("invariants asked", [checks], unit="times")
+    for invariant, count in sorted(checks.items(), key=lambda pair: int(pair[0][1:])):
+        yield value(f"{invariant} asked", [count], unit="times")
     yield value("reports", [wrong], unit="", target=Target(0, of_value=True))
