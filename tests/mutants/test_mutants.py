@@ -85,7 +85,7 @@ ONLY = {
     "I1": ("announced-where-somebody-looks", "mremap-against-truncate"),
     "I2": ("change-pte-inside-the-range", "fault-against-ksm"),
     "I3": ("engine-drops-at-the-end", "an-engine-against-mprotect"),
-    "I4": ("rights-lowered-afterwards", "fault-against-dontneed"),
+    "I4": ("rights-lowered-afterwards", "fault-against-cow"),
     "I5": ("freed-before-the-tlb-flush", "fault-against-dontneed"),
     "I6": ("declined-and-not-closed", "a-range-that-is-declined"),
     "I7": ("same-entry-taken-for-no-change", "fault-against-dontneed"),

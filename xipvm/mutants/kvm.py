@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from xipvm.actors import point
 from xipvm.address import PAGE_SHIFT, PAGE_SIZE
 from xipvm.errors import InternalError
-from xipvm.mmu.frames import HUGE_PAGES, PG_DIRTY
+from xipvm.mmu.frames import HUGE_PAGES, PG_ANON, PG_DIRTY
 from xipvm.mmu.pte import PRESENT, WRITE, pte_pfn
 from xipvm.mmu.secondary.kvm import Kvm, KvmBase
 from xipvm.mmu.secondary.memslot import Memslot, Memslots
@@ -377,13 +377,14 @@ def dirty_log_flushed_when_it_is_out() -> Iterator[None]:
 
 @mutant("rights-lowered-afterwards", "16 (rights)", "I4")
 def rights_lowered_afterwards() -> Iterator[None]:
-    """An entry is installed with all rights and lowered at once, before the lock is dropped; walkers take no lock."""
+    """A page of the process gets an entry with all rights, lowered before the lock is dropped; walkers take no lock."""
     install = KvmBase._install_locked
 
     def generous(self: KvmBase, slot: Memslot, gfn: int, page: GupPage, seq: int) -> None:
-        dirty = self.host.flags(page.pfn) & PG_DIRTY
-        install(self, slot, gfn, GupPage(page.pfn, True), seq)
-        if not page.writable:
+        flags = self.host.flags(page.pfn)
+        dirty, ours = flags & PG_DIRTY, flags & PG_ANON
+        install(self, slot, gfn, GupPage(page.pfn, True) if ours else page, seq)
+        if ours and not page.writable:
             self.host.clear_flags(page.pfn, PG_DIRTY & ~dirty)
             self._write_protect(gfn, gfn + 1)
             self.sptes.clear_bits(gfn, gfn + 1, SPTE_WRITABLE & ~SPTE_READ_ONLY, SPTE_PRESENT)
