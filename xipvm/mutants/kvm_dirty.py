@@ -7,13 +7,11 @@ from collections.abc import Iterator
 from xipvm.actors import point
 from xipvm.address import Gfn
 from xipvm.mmu.secondary import kvm_fault
-from xipvm.mmu.secondary.base import FETCH, MMIO
 from xipvm.mmu.secondary.dirty_ring import DirtyRing
 from xipvm.mmu.secondary.kvm import KvmBase
 from xipvm.mmu.secondary.memslot import GFN_LIMIT, Memslot
 from xipvm.mmu.secondary.spte import (
     MMIO_GEN_MASK,
-    SPTE_MMIO,
     SPTE_PRESENT,
     SPTE_WRITE,
     fast_restored,
@@ -223,12 +221,7 @@ def zap_all_keeps_seq() -> Iterator[None]:
 @mutant("mmio-generation-not-checked", "24 (generation)", "AssertionError")
 def mmio_generation_not_checked() -> Iterator[None]:
     """An entry that says 'a device answers' is believed, whatever memslots came since."""
-    handle = KvmBase._handle
-
-    def believe(self: KvmBase, gfn: int, access: int) -> int:
-        return MMIO if self.sptes.get(gfn) & SPTE_MMIO and access != FETCH else handle(self, gfn, access)
-
-    with replaced(KvmBase, "_handle", believe):
+    with replaced(KvmBase, "_mmio_cached", lambda self, spte: True):
         yield
 
 

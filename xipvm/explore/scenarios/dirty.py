@@ -20,6 +20,7 @@ from xipvm.mmu.secondary.memslot import MEM_LOG_DIRTY_PAGES
 from xipvm.notifier import MmuNotifiers
 
 PAGES: Final = 2
+_MANY: Final = 5
 LATER: Final = b"and then"
 
 
@@ -48,19 +49,21 @@ class Copy:
                 raise AssertionError(f"page {page} was written after it was copied, and no dirty log says so")
 
 
-def furnish(scene: Scene, *, rings: int = 0, manual: bool = False) -> tuple[Mm, int, KvmBase, ScriptedVcpu]:
+def furnish(
+    scene: Scene, *, pages: int = PAGES, rings: int = 0, manual: bool = False
+) -> tuple[Mm, int, KvmBase, ScriptedVcpu]:
     """An mm, the hva of pages that a guest has written and that are logged and clean now, its VM, and a vCPU."""
     mm = scene.mm()
-    hva = mm.mmap(PAGES * PAGE_SIZE, RW)
-    kvm = scene.kvm(mm, hva, pages=PAGES, gfn=GFN)
+    hva = mm.mmap(pages * PAGE_SIZE, RW)
+    kvm = scene.kvm(mm, hva, pages=pages, gfn=GFN)
     if rings:
         kvm.enable_dirty_ring(rings)
     if manual:
         kvm.enable_manual_dirty_log_protect(MANUAL_PROTECT_ENABLE)
     vcpu = scene.vcpu(kvm)
-    for page in range(PAGES):
+    for page in range(pages):
         vcpu.store(GFN + page, OLD)
-    kvm.set_memslot(0, GFN, PAGES, hva, MEM_LOG_DIRTY_PAGES)
+    kvm.set_memslot(0, GFN, pages, hva, MEM_LOG_DIRTY_PAGES)
     return mm, hva, kvm, vcpu
 
 
@@ -86,6 +89,29 @@ def the_dirty_log_is_read_of_protected_pages(scene: Scene) -> None:
 
     scene.actor("vcpu0", writing(vcpu))
     scene.actor("migration", round)
+    scene.afterwards(round)
+    scene.afterwards(copy.check)
+
+
+@scenario
+def protected_pages_are_written_once(scene: Scene) -> None:
+    """One write to each of some pages that are write-protected, while the log is read again and again."""
+    mm, hva, kvm, vcpu = furnish(scene, pages=_MANY)
+    copy = Copy(mm, hva, _MANY)
+
+    def round() -> None:
+        copy.take(kvm.get_dirty_log(0))
+
+    def guest() -> None:
+        for page in range(_MANY):
+            vcpu.store(GFN + page, NEW)
+
+    def migration() -> None:
+        for _ in range(_MANY):
+            round()
+
+    scene.actor("vcpu0", guest)
+    scene.actor("migration", migration)
     scene.afterwards(round)
     scene.afterwards(copy.check)
 
@@ -134,21 +160,24 @@ def the_dirty_rings_are_reset(scene: Scene) -> None:
 def logging_begins_while_the_guest_writes(scene: Scene) -> None:
     """Dirty logging is turned on, then everything is copied once; what comes behind that is in the log."""
     mm = scene.mm()
-    hva = mm.mmap(PAGES * PAGE_SIZE, RW)
-    kvm = scene.kvm(mm, hva, pages=PAGES, gfn=GFN)
+    hva = mm.mmap(_MANY * PAGE_SIZE, RW)
+    kvm = scene.kvm(mm, hva, pages=_MANY, gfn=GFN)
     vcpu = scene.vcpu(kvm)
-    vcpu.store(GFN, OLD)
     copies: list[Copy] = []
 
     def begin() -> None:
-        kvm.set_memslot(0, GFN, PAGES, hva, MEM_LOG_DIRTY_PAGES)
-        copies.append(Copy(mm, hva))
+        kvm.set_memslot(0, GFN, _MANY, hva, MEM_LOG_DIRTY_PAGES)
+        copies.append(Copy(mm, hva, _MANY))
 
     def finish() -> None:
         copies[0].take(kvm.get_dirty_log(0))
         copies[0].check()
 
-    scene.actor("vcpu0", writing(vcpu))
+    def guest() -> None:
+        for page in range(_MANY):
+            vcpu.store(GFN + page, NEW)
+
+    scene.actor("vcpu0", guest)
     scene.actor("migration", begin)
     scene.afterwards(finish)
 

@@ -12,6 +12,7 @@ from xipvm.explore.scenarios.faults import GFN, NEW, OLD, RW, read
 from xipvm.explore.scene import Scene, scenario
 from xipvm.explore.scripted import GuestAccessError, ScriptedVcpu
 from xipvm.mmu.host_thread import HostThread
+from xipvm.mmu.secondary.kvm import KvmBase
 from xipvm.mmu.secondary.spte import MMIO_GEN_MASK
 
 _DEVICE: Final = 0x90
@@ -59,6 +60,16 @@ def rights_come_back_against_fork(scene: Scene) -> None:
     scene.actor("host", fork)
 
 
+@scenario
+def exit_against_a_cold_fault(scene: Scene) -> None:
+    """A process exits while its guest faults in a page for the first time."""
+    mm = scene.mm()
+    hva = mm.mmap(PAGE_SIZE, RW)
+    vcpu = scene.vcpu(scene.kvm(mm, hva, gfn=GFN))
+    scene.actor("exit", mm.exit)
+    scene.actor("vcpu0", vcpu.store, GFN, NEW)
+
+
 def _memory(scene: Scene) -> tuple[ScriptedVcpu, ScriptedVcpu, list[bool]]:
     """Two vCPUs of a VM with a device at _DEVICE, a second memslot of which takes its place."""
     mm = scene.mm()
@@ -101,11 +112,12 @@ def memory_takes_a_device_s_place(scene: Scene) -> None:
 def generations_of_memslots_wrap(scene: Scene) -> None:
     """As before, and the generation comes that had the same number long ago."""
     first, _, there = _memory(scene)
+    kvm = first.mmu
+    assert isinstance(kvm, KvmBase)
+    kvm.memslots.generation = kvm.sptes.mmio_generation = 0
     with suppress(GuestAccessError):
         first.load(_DEVICE)
-    memslots = first.mmu.memslots  # type: ignore[attr-defined]
-    made = memslots.generation
-    memslots.generation = made + MMIO_GEN_MASK  # one before the same number
+    kvm.memslots.generation = kvm.sptes.mmio_generation = MMIO_GEN_MASK  # the last one before that number
     scene.actor("vcpu0", first.load, _DEVICE)
     scene.afterwards(lambda: _accepted(scene, there))
 

@@ -87,6 +87,9 @@ class KvmFaults(KvmSlots):
     def _handle(self, gfn: int, access: int) -> int:
         seq = self.mmu_invalidate_seq
         point("kvm.fault.seq_read")
+        spte = self.sptes.get(gfn)
+        if spte & SPTE_MMIO and access != FETCH and self._mmio_cached(spte):
+            return MMIO
         generation = self.memslots.generation
         slot = self.memslots.find(gfn)
         if slot is None:
@@ -96,7 +99,7 @@ class KvmFaults(KvmSlots):
         write = access == WRITE
         if write and slot.readonly:
             return MMIO
-        if self.sptes.get(gfn) & SPTE_PRESENT and self._fast_fault(slot, gfn, access):
+        if spte & SPTE_PRESENT and self._fast_fault(slot, gfn, access):
             return RETRY_WALK
         if self.released:
             self.last_error = f"{self.name} has lost its address space"
@@ -259,14 +262,10 @@ class KvmFaults(KvmSlots):
         return RETRY_WALK
 
     def _fault_without_slot(self, gfn: int, access: int, generation: int) -> int:
-        if access != FETCH:
-            spte = self.sptes.get(gfn)
-            if spte & SPTE_MMIO and self._mmio_cached(spte):
-                return MMIO
-            if self.mmio_lookup(gfn << PAGE_SHIFT):
-                point("kvm.fault.no_slot")
-                self._cache_mmio(gfn, generation)
-                return MMIO
+        if access != FETCH and self.mmio_lookup(gfn << PAGE_SHIFT):
+            point("kvm.fault.no_slot")
+            self._cache_mmio(gfn, generation)
+            return MMIO
         self.last_error = f"no memory at guest physical page {gfn << PAGE_SHIFT:#x}"
         self.host_failed = False
         return FAULT
