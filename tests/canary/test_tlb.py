@@ -247,3 +247,15 @@ def test_page_table_pointers_are_written_without_a_flush(raw: Raw) -> None:
     raw[1], raw[3] = VIRTUAL, 0x80000000 if raw.arm else satp
     assert raw.run() == uc.UC_ERR_OK
     assert raw.fills.count((VIRTUAL, READ)) == 1
+
+
+@pytest.mark.parametrize("bit", [17, 18, 19], ids=["MPRV", "SUM", "MXR"])
+def test_what_decides_over_rights_in_mstatus_flushes_when_it_changes(riscv64: Raw, bit: int) -> None:
+    """So the walker need not be told."""
+    load = rv64.ld(2, 1, 0)
+    change = rv64.csrrs(0, rv64.MSTATUS, 3)
+    riscv64.code(words(load, change, load, change, load, rv64.WFI))
+    riscv64.map(VIRTUAL)
+    riscv64[1], riscv64[3] = VIRTUAL, 1 << bit
+    assert riscv64.run() == uc.UC_ERR_OK
+    assert riscv64.fills.count((VIRTUAL, READ)) == 2
