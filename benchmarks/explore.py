@@ -150,6 +150,6 @@ def campaign(bench: Bench) -> Iterator[Figure]:
             bench.say(f"round {number + 1}/{bench.repeat}: {runs} runs, {distinct} distinct, {wrong} wrong")
     yield value("runs", [runs], unit="runs")
     yield value("distinct, up to commuting steps", [sum(map(len, prints.values()))], unit="runs")
-    for invariant, count in sorted(checks.items(), key=lambda pair: int(pair[0][1:])):
-        yield value(f"{invariant} asked", [count], unit="times")
+    for invariant, times in sorted(checks.items(), key=lambda pair: int(pair[0][1:])):
+        yield value(f"{invariant} asked", [times], unit="times")
     yield value("reports", [wrong], unit="", target=Target(0, of_value=True))
