@@ -64,10 +64,11 @@ def rights_come_back_against_fork(scene: Scene) -> None:
 def exit_against_a_cold_fault(scene: Scene) -> None:
     """A process exits while its guest faults in a page for the first time."""
     mm = scene.mm()
-    hva = mm.mmap(PAGE_SIZE, RW)
-    vcpu = scene.vcpu(scene.kvm(mm, hva, gfn=GFN))
+    hva = mm.mmap(2 * PAGE_SIZE, RW)
+    vcpu = scene.vcpu(scene.kvm(mm, hva, pages=2, gfn=GFN))
+    vcpu.store(GFN, OLD)
     scene.actor("exit", mm.exit)
-    scene.actor("vcpu0", vcpu.store, GFN, NEW)
+    scene.actor("vcpu0", vcpu.store, GFN + 1, NEW)
 
 
 def _memory(scene: Scene) -> tuple[ScriptedVcpu, ScriptedVcpu, list[bool]]:
