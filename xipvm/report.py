@@ -115,9 +115,9 @@ def _disassemble(machine: Machine, vcpu: Vcpu, pc: int) -> list[tuple[int, bytes
     else:
         engine = capstone.Cs(capstone.CS_ARCH_RISCV, capstone.CS_MODE_RISCV64 | capstone.CS_MODE_RISCVC)
     start = max(pc - BEFORE, 0)
-    raw = read_virtual(vcpu.engine, machine.read_physical, start, pc - start + AFTER, core.FETCH)
+    raw = _code(machine, vcpu, start, pc - start + AFTER)
     if raw is None:
-        start, raw = pc, read_virtual(vcpu.engine, machine.read_physical, pc, 4, core.FETCH)
+        start, raw = pc, _code(machine, vcpu, pc, 4)
     if raw is None:
         return []
     engine.skipdata = True
@@ -126,6 +126,15 @@ def _disassemble(machine: Machine, vcpu: Vcpu, pc: int) -> list[tuple[int, bytes
         # The bytes before were not the start of an instruction.
         rows = _decode(engine, raw[pc - start :], pc)
     return rows
+
+
+def _code(machine: Machine, vcpu: Vcpu, gva: int, size: int) -> bytes | None:
+    """What is at ``gva``, be it only to be read: that it cannot be executed may be what is reported."""
+    for access in (core.FETCH, core.READ):
+        raw = read_virtual(vcpu.engine, machine.read_physical, gva, size, access)
+        if raw is not None:
+            return raw
+    return None
 
 
 def _decode(engine: object, raw: bytes, start: int) -> list[tuple[int, bytes, str]]:
