@@ -33,7 +33,7 @@ from xipvm.mmu.frames import HUGE_PAGES, PG_DIRTY
 from xipvm.mmu.pte import pte_pfn
 from xipvm.mmu.secondary.base import ACCESS_NAMES, FAULT, FETCH, MMIO, READ, RETRY_WALK, WRITE
 from xipvm.mmu.secondary.kvm_slots import KvmSlots
-from xipvm.mmu.secondary.memslot import Memslot
+from xipvm.mmu.secondary.memslot import GFN_LIMIT, Memslot
 from xipvm.mmu.secondary.spte import (
     PFN_MASK,
     PFN_SHIFT,
@@ -87,7 +87,7 @@ class KvmFaults(KvmSlots):
     def _handle(self, gfn: int, access: int) -> int:
         seq = self.mmu_invalidate_seq
         point("kvm.fault.seq_read")
-        spte = self.sptes.get(gfn)
+        spte = self.sptes.get(gfn) if 0 <= gfn < GFN_LIMIT else 0
         if spte & SPTE_MMIO and access != FETCH and self._mmio_cached(spte):
             return MMIO
         generation = self.memslots.generation
