@@ -234,6 +234,28 @@ def test_ttbr1_maps_the_upper_half(tmp_path: Path) -> None:
     assert registers["x4"] == 1 << 30 | 0x401
 
 
+@pytest.mark.parametrize("machine", [183, 243])
+@pytest.mark.parametrize("translated", [False, True])
+def test_a_jump_to_the_end_of_all_addresses(tmp_path: Path, machine: int, translated: bool) -> None:
+    """What is shown of it does not go beyond."""
+    if machine == 183:
+        on = [a64.mrs(1, a64.SCTLR_EL1), a64.movz(2, 1), 0xAA020021, a64.msr(a64.SCTLR_EL1, 1)] if translated else []
+        tables = [*a64.mov(1, ARM_RAM + 0x1000), a64.msr((3, 0, 2, 0, 0), 1), *a64.mov(1, 25 | 25 << 16 | 2 << 30)]
+        far = [a64.movz(5, 0), a64.sub(5, 5, 8)]
+        data = words(*tables, a64.msr((3, 0, 2, 0, 2), 1), *far, *on, a64.ISB, a64.br(5)).ljust(0x1000, b"\0")
+        data += b"".join((n << 30 | 0x401).to_bytes(8, "little") for n in range(512))
+        elf = guest(tmp_path / "far.elf", ARM_RAM, data, machine)
+    else:
+        satp = [rv64.addi(7, 0, 8), rv64.slli(7, 7, 60), rv64.csrrw(0, rv64.SATP, 7)] if translated else []
+        data = join(*satp, rv64.addi(5, 0, -8), rv64.jalr(0, 5, 0))
+        elf = guest(tmp_path / "far.elf", RISCV_RAM, data, machine)
+    with Machine(guest=elf) as running:
+        result = running.run(max_instructions=1000)
+    assert result.report is not None
+    assert result.report.pc == 0xFFFF_FFFF_FFFF_FFF8
+    assert "0xfffffffffffffff8" in result.report.render()
+
+
 @pytest.mark.parametrize(("insn", "cause"), [(0x0062_B02F, 6), (0x1002_B02F, 4)], ids=["amoadd.d", "lr.d"])
 def test_a_misaligned_atomic_traps_where_it_is(tmp_path: Path, insn: int, cause: int) -> None:
     """mepc is the instruction, mtval the address; the engine itself reports neither."""

@@ -603,13 +603,14 @@ cdef class Engine:
     def read_code(self, uint64_t gva, int size):
         """Up to ``size`` bytes of code at ``gva``, as far as its pages are mapped executable."""
         cdef uint8_t *code
+        cdef int n
         found = bytearray()
         if self.regime_stale:
             _read_regime(self)
         elif self.translating and not self.hot.fixed:
             _see_privilege(self)
-        for at in range(gva, gva + size):
-            code = self.code_at(at)
+        for n in range(size):
+            code = self.code_at(gva + n)    # the address space goes round
             if code == NULL:
                 break
             found.append(code[0])

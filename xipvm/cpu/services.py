@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from xipvm.cpu.vcpu import Vcpu
 
 OFFSET_MASK = PAGE_SIZE - 1
+_LAST = 0xFFFF_FFFF_FFFF_FFFF
 
 #: Why an access faulted, by ``fault_kind`` of the engine, as the end of a sentence.
 FAULTS = {
@@ -62,6 +63,7 @@ def read_code(engine: Engine, services: CpuServices, pc: int, size: int) -> byte
 
     The secondary MMU may have lost the page since, even in the fault of that very instruction.
     """
+    pc &= _LAST
     found = engine.read_code(pc, size)
     if len(found) < size:
         found += read_virtual(engine, services.read_physical, pc + len(found), size - len(found), core.FETCH) or b""
@@ -83,6 +85,6 @@ def read_virtual(
         if data is None:
             return None
         found += data
-        gva += piece
+        gva = gva + piece & _LAST
         size -= piece
     return found
