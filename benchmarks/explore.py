@@ -110,10 +110,7 @@ def interleavings(bench: Bench) -> Iterator[Figure]:
 
 
 def exhaustive(bench: Bench) -> Iterator[Figure]:
-    """All schedules of a fault of two vCPUs against each operation, of at most three preemptions; with reduction, too.
-
-    ``--repeat 1`` and ``2`` are smaller bounds.
-    """
+    """All schedules of a fault against each operation, at most three preemptions (--repeat); with reduction, too."""
     bound = min(bench.repeat, 3)
     for name in FAULTS:
         every = run_shard(Shard(name, "exhaustive", "", _EVERY, bound, reduce=False))
