@@ -251,7 +251,7 @@ def test_a_jump_to_the_end_of_all_addresses(tmp_path: Path, machine: int, transl
         elf = guest(tmp_path / "far.elf", RISCV_RAM, data, machine)
     with Machine(guest=elf) as running:
         result = running.run(max_instructions=1000)
-    assert result.report is not None
+    assert isinstance(result.report, CrashReport)
     assert result.report.pc == 0xFFFF_FFFF_FFFF_FFF8
     assert "0xfffffffffffffff8" in result.report.render()
 
