@@ -553,6 +553,13 @@ class Xpmem(DeviceMmu):
                 return pin.pfn, pin.write
         return None
 
+    def held(self) -> Iterator[tuple[int, Hva]]:
+        """See the base. Without what is being recalled: that stays what it was until the node has answered."""
+        for page, hva in self.backing():
+            pins = [pin for each in self._attachments() if (pin := each.pins.get(page)) is not None]
+            if pins and not any(pin.recall for pin in pins):
+                yield page, hva
+
     def pins(self) -> dict[int, int]:
         """The references that it holds, by frame."""
         held: dict[int, int] = {}
