@@ -11,7 +11,6 @@ A file that is mapped (``PATH@ADDRESS``) is memory of the guest, page by page as
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from xipvm.address import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE, Gfn, page_up
@@ -27,6 +26,7 @@ from xipvm.xip.volume import Volume, open_volume
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from xipvm.image_option import FileMapping, ImageChoice
     from xipvm.loader.place import Placement
     from xipvm.mmu.mm import Mm
     from xipvm.mmu.secondary.guest import GuestMmu
@@ -36,57 +36,6 @@ FIRST_SLOT = 1 << 10
 """Memslots of lower numbers are flash's and RAM's."""
 _LARGEST_GUEST = 1 << 30
 _ALL = PROT_READ | PROT_WRITE | PROT_EXEC
-
-
-@dataclass(frozen=True)
-class ImageChoice:
-    """An image, as the command line names it: ``FILE[,snapshot=on][,readonly=on]``."""
-
-    path: str
-    snapshot: bool = False
-    readonly: bool = False
-
-
-@dataclass(frozen=True)
-class FileMapping:
-    """A file of the image as guest memory, as the command line says it: ``PATH@ADDRESS[,shared=on]``."""
-
-    path: str
-    address: int
-    shared: bool = False
-
-
-def parse_image(text: str) -> ImageChoice:
-    """What ``FILE[,snapshot=on|off][,readonly=on|off]`` says. Raises BadInput."""
-    path, switches = _settings(text, {"snapshot": False, "readonly": False}, "an image")
-    return ImageChoice(path, **switches)
-
-
-def parse_mapping(text: str) -> FileMapping:
-    """What ``PATH@ADDRESS[,shared=on|off]`` says. Raises BadInput."""
-    what, switches = _settings(text, {"shared": False}, "a mapping")
-    path, at, place = what.rpartition("@")
-    try:
-        address = int(place, 0)
-    except ValueError:
-        address = -1
-    if not at or not path or address < 0 or address % PAGE_SIZE:
-        raise BadInput(f"{text!r}: write PATH@ADDRESS[,shared=on] with an address of whole pages, such as 0x60000000")
-    return FileMapping(path, address, **switches)
-
-
-def _settings(text: str, switches: dict[str, bool], what: str) -> tuple[str, dict[str, bool]]:
-    # A NUL cannot be part of a file name, so it can stand for a doubled comma meanwhile.
-    path, *settings = (part.replace("\0", ",") for part in text.replace(",,", "\0").split(","))
-    if not path:
-        raise BadInput(f"{text!r} names no file")
-    for setting in settings:
-        key, _, value = setting.partition("=")
-        if key not in switches or value not in ("on", "off"):
-            known = ", ".join(f"{name}=on|off" for name in switches)
-            raise BadInput(f"{setting!r} is no setting of {what}; there are {known}")
-        switches[key] = value == "on"
-    return path, switches
 
 
 def open_guest(choice: ImageChoice, guest: str) -> ElfImage:

@@ -43,16 +43,7 @@ from xipvm.dirty_log import DirtyLog
 from xipvm.errors import BadInput, GuestError, HostMemoryError, MmError, XipvmError
 from xipvm.firmware import Firmware
 from xipvm.flash_memory import FlashMemory
-from xipvm.image_memory import (
-    FileMapping,
-    ImageChoice,
-    ImageMemory,
-    banks_replaced,
-    open_guest,
-    parse_image,
-    parse_mapping,
-)
-from xipvm.loader.elf import ElfImage
+from xipvm.image_option import FileMapping, ImageChoice, open_elf, parse_image, parse_mapping
 from xipvm.loader.place import Placement, board_for, place
 from xipvm.mmu.frames import HostMemory
 from xipvm.mmu.huge_pmd import HPAGE_SIZE
@@ -76,6 +67,7 @@ from xipvm.trace.funnel import Trace
 from xipvm.trace.history import History
 
 if TYPE_CHECKING:
+    from xipvm.image_memory import ImageMemory
     from xipvm.mmu.secondary.base import SecondaryMmu
     from xipvm.storm import Storm
 
@@ -175,7 +167,7 @@ class Machine:
         if len(self.devices) > 1:
             raise BadInput(f"there is one DMA engine: {' or '.join(sorted(self.devices))}, not both")
         choice = parse_image(image) if isinstance(image, str) else image
-        elf = _guest(guest, choice)
+        elf = None if guest is None else open_elf(guest, choice)
         if board is None:
             if elf is None:
                 raise BadInput("without a guest the board has to be named")
@@ -250,6 +242,8 @@ class Machine:
         self.host = HostMemory(self.host_size)
         undo(self.host.close)
         if self._choice is not None:
+            from xipvm.image_memory import ImageMemory
+
             self.image_memory = ImageMemory(self._choice, self._mappings, self.host, self.trace, self.protocol)
             undo(self.image_memory.close)
         self.reclaim = watch_memory(self.host, self.trace)
@@ -339,6 +333,8 @@ class Machine:
 
     def _without_banks(self, banks: list[BankBytes]) -> list[BankBytes]:
         """The flash banks that are there beside a guest that is executed out of an image."""
+        from xipvm.image_memory import banks_replaced
+
         replaced = banks_replaced(self.placement)
         kept: list[tuple[FlashBank, BankBytes]] = []
         for bank, data in zip(self.board.flash, banks, strict=True):
@@ -743,12 +739,6 @@ class Machine:
             swap_errors=0 if swap is None else swap.errors,
             image_pages=None if image is None or self._image_guest is None else (image.in_place, image.copied),
         )
-
-
-def _guest(guest: str | os.PathLike[str] | None, choice: ImageChoice | None) -> ElfImage | None:
-    if guest is None:
-        return None
-    return ElfImage.open(guest) if choice is None else open_guest(choice, os.fspath(guest))
 
 
 def _check_alias(base: int, board: Board, size: int) -> int:

@@ -9,7 +9,7 @@ from xipvm.address import format_size
 from xipvm.console import Console
 from xipvm.devices.flash.files import parse_option
 from xipvm.errors import BadInput, TraceFileError
-from xipvm.image_memory import ImageChoice, open_guest, parse_image
+from xipvm.image_option import ImageChoice, open_elf, parse_image
 from xipvm.machine import Machine
 from xipvm.result import RunResult
 from xipvm.trace.funnel import Trace
@@ -240,12 +240,12 @@ def _machine_info(
     import os
 
     from xipvm import boards
-    from xipvm.loader import ElfImage, board_for
+    from xipvm.loader import board_for
 
     if board is not None:
         chosen = boards.get(board)
     else:
-        chosen = board_for(ElfImage.open(guest or "") if image is None else open_guest(image, guest or ""))
+        chosen = board_for(open_elf(guest or "", image))
     return {
         "board": chosen.name,
         "memory": chosen.default_memory if memory is None else memory,
