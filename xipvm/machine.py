@@ -51,9 +51,6 @@ from xipvm.mmu.mm import Mm
 from xipvm.mmu.reclaim import watch_memory
 from xipvm.mmu.secondary.choose import check_secondary, make_secondary
 from xipvm.mmu.secondary.memslot import GFN_LIMIT
-from xipvm.mmu.secondary.odp import OdpContext
-from xipvm.mmu.secondary.sva import Sva
-from xipvm.mmu.secondary.sva_dma import SvaSpace
 from xipvm.mmu.swap import swap_of
 from xipvm.mmu.swap_file import SwapOption, open_swap, parse_swap
 from xipvm.mmu.thp import ENABLED as THP_ENABLED
@@ -305,13 +302,21 @@ class Machine:
         for vcpu in self.vcpus:
             vcpu.attach(Arm64(vcpu, self.firmware) if isa == core.ARM64 else Riscv64(vcpu, self.firmware))
         self.dma: DmaSpace | None = None
+        self._dma_mmus: Callable[[], Iterable[SecondaryMmu]] = tuple
         if "odp" in self.devices:
-            self.dma = OdpContext(self.mm, self.ram_hva)
-            undo(self.dma.close)
+            from xipvm.mmu.secondary.odp import OdpContext
+
+            self.dma = context = OdpContext(self.mm, self.ram_hva)
+            self._dma_mmus = context.regions.values
+            undo(context.close)
         if "sva" in self.devices:
+            from xipvm.mmu.secondary.sva import Sva
+            from xipvm.mmu.secondary.sva_dma import SvaSpace
+
             sva = Sva(self.mm)
             undo(sva.destroy)
             self.dma = SvaSpace(sva, self.ram_hva)
+            self._dma_mmus = lambda: (sva,)
         self.platform = board.build(self)
         power.map_htif(self)
         power.map_ram(self)
@@ -409,12 +414,7 @@ class Machine:
 
     def secondaries(self) -> list[SecondaryMmu]:
         """Every secondary MMU of its mm: the guest's, then those of devices."""
-        found: list[SecondaryMmu] = [self.secondary]
-        if isinstance(self.dma, OdpContext):
-            found += self.dma.regions.values()
-        elif isinstance(self.dma, SvaSpace):
-            found.append(self.dma.sva)
-        return found
+        return [self.secondary, *self._dma_mmus()]
 
     def ram_hva(self, gpa: int, size: int) -> int | None:
         """Where the host process has bytes of RAM, None when they are not all RAM."""

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from xipvm.errors import BadInput
-from xipvm.mmu.secondary.gru_2008 import gru_of
 from xipvm.mmu.secondary.kvm_2008 import kvm_of
 
 if TYPE_CHECKING:
@@ -18,9 +17,16 @@ if TYPE_CHECKING:
 Maker = Callable[["Mm", "Trace", "HostMemory"], "GuestMmu"]
 """Makes one that speaks the protocol of the mm, and registers it."""
 
+
+def _gru(mm: Mm, trace: Trace, host: HostMemory) -> GuestMmu:
+    from xipvm.mmu.secondary.gru_2008 import gru_of
+
+    return gru_of(mm, trace, host)
+
+
 _MAKERS: Final[dict[str, Maker]] = {
     "kvm": kvm_of,
-    "gru": gru_of,
+    "gru": _gru,
 }
 SECONDARIES: Final = tuple(_MAKERS)
 """``kvm``: shadow entries by guest frame, and TLBs. ``gru``: TLBs only, every miss of which is a fault."""
