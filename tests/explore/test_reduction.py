@@ -200,6 +200,33 @@ def test_a_broken_system_is_found_to_be(mutant: str, name: str, shows: bool) -> 
         assert (explore(find(name), Reduced(1), runs=1000).failing is not None) == shows
 
 
+@pytest.mark.parametrize(
+    ("mutant", "name", "bound"),
+    [
+        ("interval-number-not-set-by-who-only-looks", "a-snapshot-is-taken", 2),
+        ("interval-number-not-set", "a-watched-page-is-given-up", 1),
+        ("mirror-asks-for-open-ranges-only", "a-mirror-against-dontneed", 1),
+        ("no-retry-check", "fault-against-dontneed", 1),
+    ],
+)
+def test_who_forgets_to_look_is_still_judged(mutant: str, name: str, bound: int) -> None:
+    """What a part that is wrong does not read or write, the oracle's verdict hangs on all the same."""
+    with planted(mutant):
+        every, _ = outcomes(find(name), Exhaustive(bound), invariants=())
+        assert outcomes(find(name), Reduced(bound), invariants=())[0] == every
+
+
+@pytest.mark.parametrize("by", [Exhaustive, Reduced])
+@pytest.mark.parametrize("bound", [1, 2])
+def test_a_reader_that_is_told_of_nothing(by: type[Exhaustive], bound: int) -> None:
+    """Nothing but the trace sets its question and the end of the range in an order."""
+    with planted("interval-number-not-set-by-who-only-looks"):
+        search = explore(find("a-snapshot-is-taken"), by(bound), runs=100, invariants=("I15",))
+    assert search.failing is not None
+    assert search.failing.failure is not None
+    assert search.failing.failure.what == "I15"
+
+
 # ---- what a step touches
 
 

@@ -31,6 +31,8 @@ class Fingerprint:
         """By VM and slot: first guest frame, pages, first page of the host."""
         self._mms: dict[str, str] = {}
         """By VM."""
+        self._watched: dict[str, tuple[int, int]] = {}
+        """By interval notifier: pages of the host."""
 
     def __call__(self, event: Event) -> None:
         """Place ``event`` behind what it depends on."""
@@ -69,9 +71,15 @@ class Fingerprint:
             self._slots.setdefault(event.fields["vm"], {})[event.fields["slot"]] = slot
         elif event.kind in ("mmu_notifier_register", "mmu_interval_notifier_insert"):
             self._mms[event.fields["notifier"]] = event.fields["mm"]
+            if "start" in event.fields:
+                pages = event.fields["start"] >> PAGE_SHIFT, -(-event.fields["end"] >> PAGE_SHIFT)
+                self._watched[event.fields["notifier"]] = pages
 
     def resources(self, event: Event) -> tuple[Iterable[Any], set[str]]:
-        """What an event touches: keys, and names of spaces that it touches as a whole. A guest's page is the host's."""
+        """What an event touches: keys, and names of spaces that it touches as a whole. A guest's page is the host's.
+
+        What names a notifier that watches a range touches that; what only names a VM or an mm, all of its pages.
+        """
         fields = event.fields
         keys: list[Any] = [event.actor]
         spaces: set[str] = set()
@@ -96,5 +104,9 @@ class Fingerprint:
         if "vcpu" in fields:
             keys.append(("vcpu", fields["vcpu"]))
         if len(keys) == 1 and not spaces:
-            spaces.add(event.kind)
+            watched = self._watched.get(fields.get("notifier") or "")
+            if watched is not None and watched[1] - watched[0] <= _MANY:
+                keys.extend((f"hva of {owner}", page) for page in range(*watched))
+            else:
+                spaces.add(f"hva of {owner}" if owner else event.kind)
         return keys, spaces

@@ -26,6 +26,7 @@ _BITS: Final = 128
 _ALL: Final = 1 << 64
 _LOOKS: Final = frozenset(
     (
+        "kvm_page_fault",
         "spte_lookup",
         "tlb_insert",
         "host_tlb_insert",
@@ -37,7 +38,7 @@ _LOOKS: Final = frozenset(
 )
 """Events that change nothing about the pages that they name: in which order two of them come is nobody's business. But
 they change what they name besides: a TLB."""
-_REMARKS: Final = frozenset(("kvm_page_fault", "kvm_retry", "mm_fault", "host_access", "page_request", "mm_madvise"))
+_REMARKS: Final = frozenset(("kvm_retry", "mm_fault", "host_access", "page_request"))
 """Events that say what their actor is about, and that no invariant is about: what it touches is known besides."""
 
 
