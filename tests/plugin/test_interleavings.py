@@ -202,9 +202,15 @@ def test_how_many_runs_there_are(pytester: pytest.Pytester, run: Run) -> None:
     pytester.makepyfile(
         """
         import pytest
+        from xipvm.actors import access
         from xipvm.testing import point
 
         runs = []
+
+        def twice(what):
+            access(what, write=True)
+            point("here")
+            access(what, write=True)
 
         @pytest.fixture(params=[1, 2])
         def each(request):
@@ -218,20 +224,27 @@ def test_how_many_runs_there_are(pytester: pytest.Pytester, run: Run) -> None:
         def test_exhaustive(scene):
             runs.append(0)
             for name in "ab":
-                scene.actor(name, point, "here")
+                scene.actor(name, twice, "a register")
+
+        @pytest.mark.interleavings(1000, strategy="exhaustive", preemptions=None)
+        def test_exhaustive_of_what_is_the_same(scene):
+            runs.append(3)
+            for name in "ab":
+                scene.actor(name, twice, name)
 
         def test_counts():
-            # Two actors of two steps each: choose(4, 2) orders
-            assert [runs.count(number) for number in (0, 1, 2)] == [6, 30, 30]
+            # Two actors of two steps: choose(4, 2) orders, all the same if they touch nothing in common
+            assert [runs.count(number) for number in (0, 1, 2, 3)] == [6, 30, 30, 1]
         """
     )
     result = run("--junitxml=log.xml")
-    result.assert_outcomes(passed=4)
+    result.assert_outcomes(passed=5)
     log = (pytester.path / "log.xml").read_text()
     assert 'name="xipvm" value="all of 6 runs, ' in log
+    assert 'name="xipvm" value="all of 1 runs, ' in log
     assert log.count('value="30 runs, ') == 2
     fewer = run("--xipvm-runs", 5, "-k", "random")
-    fewer.assert_outcomes(passed=2, deselected=2)
+    fewer.assert_outcomes(passed=2, deselected=3)
 
 
 @pytest.mark.parametrize(
