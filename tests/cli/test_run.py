@@ -87,7 +87,7 @@ def test_options_reach_the_machine(xipvm: Call, machine: type[FakeMachine], tmp_
         "guest": "guest.elf", "board": "virt-arm64", "memory": 64 << 20, "smp": 2, "clock": "host", "secondary": "kvm",
         "flash": [ImageOption("a.img", snapshot=True), ImageOption("b.img", bank=1)], "dtb": "x.dtb",
         "ram_alias": 128 << 30, "pin_sptes": False, "hugetlb": False, "thp": "madvise", "protocol": "modern",
-        "host_memory": None, "swap": None, "storm": None,
+        "host_memory": None, "swap": None, "storm": None, "devices": (), "image": None, "map_files": (),
     }  # fmt: skip
     assert made.limits == {"timeout": 2.5, "max_instructions": None, "until": "=> "}
 
