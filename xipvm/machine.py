@@ -713,6 +713,8 @@ class Machine:
             vcpu.on = vcpu.idle = vcpu.irq = False
             vcpu.last_exception = vcpu.fault_address = None
             vcpu.flush_tlb("reset")
+        if self.secondary.shadow is not None:
+            self.secondary.shadow.vcpu_reset()
         self.platform.reset()
         for memory in self.flash:
             memory.device.reset()

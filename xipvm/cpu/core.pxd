@@ -66,6 +66,7 @@ cdef class Engine:
     cdef readonly uint32_t bit
     cdef HostMemory host
     cdef PageTable sptes
+    cdef dict roots                 # shadow paging: (entries, guest frames) by role; None without
     cdef EngineGroup group
     cdef PageTable handed           # (flush generation, rights) by gfn: what tlb_insert was recorded for
     cdef public uint64_t flushes
@@ -103,6 +104,7 @@ cdef class Engine:
     cdef readonly int64_t interrupt
     cdef readonly bint invalid_insn
     cdef public object error        # exception raised in a callback
+    cdef public object on_shadow_miss, on_guest_flush
     cdef public object on_miss, on_read, on_write, on_insert, on_flush, on_drop, on_sysreg, on_insn
     cdef int _add_hook(self, int kind, void *callback, void *user) except -1
     cdef int _add_insn_hook(self, void *callback, int insn) except -1
@@ -120,7 +122,9 @@ cdef class Engine:
     cdef bint hand_out(self, uint64_t vaddr, uint64_t entry, uint64_t gfn, int access, int allowed, uc_tlb_entry *result) noexcept
     cdef bint no_entry(self, uint64_t vaddr, int access, int kind, int level) noexcept
     cdef void forget_gva(self) noexcept
+    cdef void guest_flushed(self) noexcept
     cdef bint fill(self, uint64_t vaddr, int access, uc_tlb_entry *result) noexcept
+    cdef int fill_shadow(self, uint64_t vaddr, int access, int privilege, uint64_t status, uc_tlb_entry *result) noexcept
     cdef uint32_t count_block(self, uint64_t pc, uint32_t size) noexcept
     cdef uint32_t measure_block(self, BlockLength *slot, uint64_t pc, uint32_t size) noexcept
     cdef uint8_t *code_at(self, uint64_t gva) noexcept

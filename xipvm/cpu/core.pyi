@@ -162,11 +162,25 @@ class Engine:
     on_insn: Callable[[int, int], object] | None
     """RISC-V: (pc, size): a CSR instruction that the walker hooked is about to run; may do its work and set the PC."""
 
-    def bind(self, group: EngineGroup, sptes: PageTable, *, keep: bool = True) -> None:
+    on_shadow_miss: Callable[[tuple[int, int, int, int, int], int, int], int] | None
+    """(role, gva, access) -> what mmu/secondary/guest_walk.py says; bound with ``roots``."""
+    on_guest_flush: Callable[[], object] | None
+    """The guest flushes its TLB, or is about to change the root of its tables. May flush, and switch."""
+    def bind(
+        self,
+        group: EngineGroup,
+        sptes: PageTable,
+        *,
+        keep: bool = True,
+        roots: dict[tuple[int, int, int, int, int], tuple[PageTable, PageTable]] | None = None,
+    ) -> None:
         """Joins a machine and maps its frames. EngineError when 32 engines are in it already.
 
         Not ``keep``: the walker takes every entry out that it finds in ``sptes``. ``on_miss`` drops its answer in,
         good for the miss in progress and until the TLB is flushed; each engine must have a table of its own.
+
+        ``roots``: shadow paging. What the guest's tables translate is looked up there, by role and virtual page
+        (bits 12 to 47): entries, and guest frames (bits 12 and up). ``on_shadow_miss`` puts them there.
         """
 
     def release(self) -> None:
@@ -268,6 +282,14 @@ class Engine:
 
     def guest_flush(self) -> None:
         """The guest has changed its translation: what was handed out by its tables is dropped. No ``on_flush``."""
+
+    def walk(
+        self, gva: int, access: int, read: Callable[[int, int], bytes | None]
+    ) -> tuple[int, int, int, int, int, bool]:
+        """As :meth:`translate`: (page's gpa, fault or -1, level, leaf, rights, mxr).
+
+        Rights are bits 0 to 2. ``mxr``: they depend on a bit of mstatus that the mode of the access cannot read.
+        """
 
     def translate(
         self, gva: int, access: int, read: Callable[[int, int], bytes | None], *, privilege: int | None = None

@@ -93,6 +93,10 @@ cdef enum:
     C_FETCH = 2
     C_RETRY = 0
     C_MMIO = 1
+    C_FAULT = 2
+    C_GUEST_FAULT = 3           # of shadow paging, see mmu/secondary/guest_walk.py
+    C_TABLE_FAULT = 4
+    C_NOT_SHADOWED = 5
     C_KICK_FLUSH = 1
     C_KICK_EXIT = 2
     C_KICK_SIGNAL = 4
@@ -134,6 +138,7 @@ cdef uint64_t MMIO_BASE_C = (<uint64_t>1) << 45
 cdef uint64_t MMIO_SIZE = (<uint64_t>1) << 39
 cdef uint64_t SCRATCH = 0x4070000000000000      # a VA that no guest can map: not canonical, and no tag makes it so
 cdef uint64_t INDEX_LIMIT = (<uint64_t>1) << 27
+cdef uint64_t SHADOW_INDEX = ((<uint64_t>1) << 36) - 1
 cdef uint64_t NEVER = ~(<uint64_t>0)
 
 MMIO_BASE = MMIO_BASE_C
@@ -221,7 +226,8 @@ cdef class Engine:
     """One emulation engine. Made by ``take_engine``, used between ``bind`` and ``release``.
 
     Callables to set before ``run``: ``on_miss(gpa, access) -> RETRY_WALK | MMIO | FAULT``, ``on_read(gpa, size)``,
-    ``on_write(gpa, size, value)``, ``on_sysreg(op0, op1, crn, crm, op2, value or None)``, ``on_insn(pc, size)``; and for a
+    ``on_write(gpa, size, value)``, ``on_sysreg(op0, op1, crn, crm, op2, value or None)``, ``on_insn(pc, size)``; with
+    shadow paging ``on_shadow_miss(role, gva, access)`` and ``on_guest_flush()``; and for a
     trace ``on_insert(gfn, pfn, perms)``, ``on_flush(reason)``, ``on_drop(pfn)``.
     """
 
@@ -316,11 +322,13 @@ cdef class Engine:
         return _check(api.hook_add(self.uc, &handle, UC_HOOK_INSN, callback, <void *>self, <uint64_t>1, <uint64_t>0, insn),
                       "uc_hook_add")
 
-    def bind(self, EngineGroup group not None, PageTable sptes not None, *, bint keep=True):
+    def bind(self, EngineGroup group not None, PageTable sptes not None, *, bint keep=True, dict roots=None):
         """Joins a machine and maps its frames. ``release`` undoes it.
 
         Not ``keep``: ``sptes`` is where the handler of a miss drops its answer in. The walker takes every entry out that
         it finds, and forgets it when that miss is answered or the TLB is flushed, so that the next one asks again.
+
+        ``roots``: what the guest's tables translate is looked up here, by role and virtual address, and not walked.
         """
         used = 0
         for other in group.engines:
@@ -333,6 +341,7 @@ cdef class Engine:
         self.group = group
         self.host = group.host
         self.sptes = sptes
+        self.roots = roots
         self.keep = keep
         self.nr_dropins = 0
         self.fetched.clear()
@@ -399,7 +408,8 @@ cdef class Engine:
         self.bytes_generation += 1
         self.hot.tag = 0
         self.on_miss = self.on_read = self.on_write = self.on_insert = None
-        self.on_flush = self.on_drop = self.on_sysreg = self.on_insn = None
+        self.on_flush = self.on_drop = self.on_sysreg = self.on_insn = self.on_shadow_miss = self.on_guest_flush = None
+        self.roots = None
         self.error = None
         self.group = None
         self.host = None
@@ -711,8 +721,18 @@ cdef class Engine:
         """The guest has changed its own translation: what was handed out by its tables is no longer good.
 
         Nobody else has to know: what is recorded of this TLB is which frames it may hold, and that is what it was.
+        Shadow entries are another matter: they are made to agree with the guest's tables.
         """
+        self.guest_flushed()
+
+    cdef void guest_flushed(self) noexcept:
         self.forget_gva()
+        if self.on_guest_flush is not None:
+            try:
+                self.on_guest_flush()
+            except BaseException:
+                self.fail()
+            _back_in(self)
 
     cdef void forget_gva(self) noexcept:
         api.ctl(self.uc, UC_CTL_WRITE(UC_CTL_TLB_FLUSH, 0))
@@ -748,6 +768,28 @@ cdef class Engine:
         if found == WALK_FAULT:
             return 0, walk.fault, walk.level, walk.leaf
         return walk.gpa | (gva & 4095), -1, walk.level, walk.leaf
+
+    def walk(self, uint64_t gva, int access, read):
+        """As ``translate``, and then the rights that the tables give (bits 0 to 2), and whether MXR of a mode that
+        cannot read it had a say in them: (gpa, fault or -1, level, leaf, rights, mxr)."""
+        cdef Walk walk
+        cdef int found
+        cdef bint user
+        if self.regime_stale:
+            _read_regime(self)
+        memset(&walk, 0, sizeof(walk))
+        if not self.translating or not _begin_walk(self, access, &walk):
+            return gva & ~<uint64_t>4095, -1, 0, 0, UC_PROT_ALL, False
+        user = walk.status == MXR_UNKNOWN
+        walk.probe = True
+        self.probe = read
+        found = _walk(self, gva, &walk)
+        self.probe = None
+        error, self.probe_error = self.probe_error, None
+        if error is not None:
+            raise error
+        return walk.gpa, walk.fault if found == WALK_FAULT else -1, walk.level, walk.leaf, walk.allowed, (
+            user and walk.status != MXR_UNKNOWN)
 
     cdef void drop_stale(self) noexcept:
         """Forgets the block that was being translated when translations went away.
@@ -840,6 +882,10 @@ cdef class Engine:
             _read_regime(self)
         if self.translating:
             translated = _begin_walk(self, access, &walk)
+            if translated and self.roots is not None:
+                answer = self.fill_shadow(vaddr, access, walk.privilege, walk.status, result)
+                if answer != C_NOT_SHADOWED:
+                    return answer
         for tries in range(MISS_LIMIT):
             if translated:
                 walk.access = access
@@ -890,6 +936,73 @@ cdef class Engine:
             except InternalError:
                 self.fail()
         self.fault_gpa = gpa
+        return self.no_entry(vaddr, access, C_ABSENT, 0)
+
+    cdef int fill_shadow(self, uint64_t vaddr, int access, int privilege, uint64_t status, uc_tlb_entry *result) noexcept:
+        """A miss with shadow paging: 1 or 0 as `fill`, C_NOT_SHADOWED where there cannot be an entry.
+
+        Entries are kept by *role*, which is all that they depend on: the root of the tables and what else rules how they
+        are read, who makes the access, and the upper bits of the address.
+        """
+        cdef uint64_t gva = vaddr, root, control = 0, entry, gfn, generation, said
+        cdef int tries, kind
+        cdef bint upper
+        if self.isa == C_ARM64:
+            upper = gva >> 55 & 1
+            control = self.regime[TCR]
+            if control >> (38 if upper else 37) & 1:
+                gva = gva | <uint64_t>0xff << 56 if upper else gva & ~(<uint64_t>0xff << 56)
+            root = self.regime[TTBR1 if upper else TTBR0]
+            status = self.regime[SCTLR] & SCTLR_WXN
+        else:
+            root = self.regime[SATP]
+        role = (root, control, status, privilege, gva >> 48)
+        for tries in range(MISS_LIMIT):
+            found = self.roots.get(role)
+            if found is not None:
+                entry = (<PageTable>found[0]).load(gva >> 12 & SHADOW_INDEX)
+                if entry & (<uint64_t>1 << access):
+                    gfn = (<PageTable>found[1]).load(gva >> 12 & SHADOW_INDEX) >> 12
+                    if entry & SPTE_PRESENT:
+                        return self.hand_out(vaddr, entry, gfn, access, entry & UC_PROT_ALL, result)
+                    if entry & SPTE_MMIO and access != C_FETCH and (entry >> 39) & 0x7FFFF == self.sptes.mmio_generation:
+                        result.paddr = MMIO_BASE_C + (gfn << 12)
+                        result.perms = entry & (UC_PROT_READ | UC_PROT_WRITE)
+                        return True
+            if self.on_shadow_miss is None:
+                return False
+            self.fetching = access == C_FETCH
+            generation = self.hot.generation
+            try:
+                said = self.on_shadow_miss(role, gva, access)
+            except BaseException:
+                self.fail()
+                said = C_FAULT
+            _back_in(self)
+            if self.fetching:
+                self.fetching = False
+                if self.hot.generation != generation:
+                    self.stale = True
+                    _kick(&self.hot, C_KICK_FLUSH)
+            kind = said & 15
+            if kind == C_RETRY:
+                continue
+            if kind == C_NOT_SHADOWED:
+                return kind
+            if kind == C_GUEST_FAULT:
+                return self.no_entry(vaddr, access, said >> 4 & 15, said >> 8 & 15)
+            if kind == C_TABLE_FAULT:
+                return self.no_entry(vaddr, access, C_PERMISSION, said >> 8 & 15)
+            if kind == C_MMIO and access != C_FETCH:
+                result.paddr = MMIO_BASE_C + (said & ~<uint64_t>4095)
+                result.perms = UC_PROT_WRITE if access == C_WRITE else UC_PROT_READ
+                return True
+            self.fault_gpa = said & ~<uint64_t>4095
+            return self.no_entry(vaddr, access, C_ABSENT, 0)
+        try:
+            raise InternalError(f"the walk of {vaddr:#x} was retried {MISS_LIMIT} times and never got further")
+        except InternalError:
+            self.fail()
         return self.no_entry(vaddr, access, C_ABSENT, 0)
 
     cdef bint no_entry(self, uint64_t vaddr, int access, int kind, int level) noexcept:

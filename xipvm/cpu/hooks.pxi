@@ -164,7 +164,7 @@ cdef uint32_t _msr(uc_engine *uc, int regid, const uc_arm64_cp_reg *cp, void *us
     cdef Engine engine = <Engine><PyObject *>user
     # CRn 1 and 2: SCTLR, TTBR0/1, TCR, which the engine itself writes after this.
     if cp.crn == 2 or (cp.crn == 1 and cp.crm == 0 and cp.op2 == 0):
-        engine.forget_gva()
+        engine.guest_flushed()
         return 0
     if cp.crn != 14 and not (cp.crn == 9 and cp.op1 == 3):
         return 0
@@ -175,7 +175,7 @@ cdef uint32_t _sys(uc_engine *uc, int regid, const uc_arm64_cp_reg *cp, void *us
     cdef Engine engine = <Engine><PyObject *>user
     cdef Engine other
     if cp.crn == 8:                     # TLB maintenance; of an entry of a block, which is many of ours
-        engine.forget_gva()
+        engine.guest_flushed()
         if cp.crm == 3:                 # inner shareable: every CPU's
             for other in engine.group.engines:
                 if other is not engine:
@@ -189,7 +189,7 @@ cdef uint32_t _sys(uc_engine *uc, int regid, const uc_arm64_cp_reg *cp, void *us
 
 cdef void _translation_insn(uc_engine *uc, uint64_t address, uint32_t size, void *user) noexcept:
     """SFENCE.VMA, or a CSR instruction that names satp, is about to run."""
-    (<Engine><PyObject *>user).forget_gva()
+    (<Engine><PyObject *>user).guest_flushed()
 
 
 cdef void _one_insn(uc_engine *uc, uint64_t address, uint32_t size, void *user) noexcept:

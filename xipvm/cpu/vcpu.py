@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING, Protocol
 
 from xipvm.cpu import core
 from xipvm.devices.bus import Bus, BusError
-from xipvm.errors import GuestError
+from xipvm.errors import GuestError, MmError
 from xipvm.locks import check
 from xipvm.mmu.secondary.base import FAULT, MMIO, RETRY_WALK
 from xipvm.trace.funnel import Trace
 
 if TYPE_CHECKING:
     from xipvm.mmu.secondary.base import SecondaryMmu
+    from xipvm.mmu.secondary.guest_walk import GuestWalk, ReadEntry, Role
 
 UC_ERR_EXCEPTION = 21
 UC_ERR_INSN_INVALID = 10
@@ -119,10 +120,16 @@ class Vcpu:
         it likes, and asks again; how often must be seen neither in a trace nor in ``faults``."""
         self.isa: Isa
         self.engine = core.take_engine(isa, counted, group)
-        self.engine.bind(group, secondary.sptes, keep=secondary.keeps_entries)
+        self._shadow = secondary.shadow
+        roots = None if self._shadow is None else self._shadow.roots
+        self.engine.bind(group, secondary.sptes, keep=secondary.keeps_entries, roots=roots)
         self.engine.on_miss = self._miss
         self.engine.on_read = bus.read
         self.engine.on_write = bus.write
+        if self._shadow is not None:
+            self.engine.on_shadow_miss = self._shadow_miss
+            self.engine.on_guest_flush = self._shadow.guest_flush
+            self.engine.on_write = self._write
 
     def attach(self, isa: Isa) -> None:
         """Give the vCPU its ISA; done once, before the first run."""
@@ -287,6 +294,44 @@ class Vcpu:
         elif found == FAULT and self.secondary.host_failed:
             raise GuestError(self.secondary.last_error)  # KVM_RUN would fail, with EFAULT
         return found
+
+    def _shadow_miss(self, role: Role, gva: int, access: int) -> int:
+        """As :meth:`_miss`, by virtual address."""
+        shadow = self._shadow
+        assert shadow is not None
+        self.faults += 1
+        answer = shadow.fault_gva(self, role, gva, access)
+        if check.checker is not None:
+            check.nothing_held("in the guest")
+        kind, gfn = answer & 15, answer >> 12
+        if kind == MMIO:
+            self._mmio.add((gfn, access))
+        elif kind == FAULT:
+            self.missed = gfn
+            if shadow.host_failed:
+                raise GuestError(shadow.last_error)
+        return answer
+
+    def walk_guest(self, gva: int, access: int, read: ReadEntry) -> GuestWalk:
+        """See GuestWalker."""
+        from xipvm.cpu.shadow_walk import walk_guest
+
+        return walk_guest(self.engine, gva, access, read)
+
+    def sends_to_device(self, gfn: int, access: int) -> bool:
+        """See GuestWalker."""
+        return (gfn, access) in self._mmio
+
+    def _write(self, gpa: int, size: int, value: int) -> None:
+        """A store that did not go to memory: to a device, or to a table of the guest's that is watched."""
+        shadow = self._shadow
+        if shadow is None or not shadow.emulates(gpa):
+            self.bus.write(gpa, size, value)
+            return
+        try:
+            shadow.emulate_write(gpa, value.to_bytes(size, "little"))
+        except MmError as error:
+            raise GuestError(str(error)) from None
 
     def _inserted(self, gfn: int, pfn: int, perms: int) -> None:
         self.trace.emit("tlb_insert", vcpu=self.index, gfn=gfn, pfn=pfn, rights=RIGHTS_NAMES[perms])

@@ -259,6 +259,15 @@ define(
 )
 define("spte_zap", "vm:str start:gfn end:gfn pages:pfns", "shadow entries were removed; pages are what they mapped")
 define("spte_protect", "vm:str start:gfn end:gfn", "shadow entries of the range lost the right to write")
+define(
+    "shadow_set",
+    "vm:str root:int gva:gva gfn:gfn rights:str",
+    "shadow paging: a root maps a virtual page, by the entry of that guest frame",
+)
+define("shadow_zap", "vm:str root:int gva:gva gfn:gfn", "shadow paging: it does so no more")
+define("shadow_unsync", "vm:str gfn:gfn", "shadow paging: the guest may write to last-level tables, until it flushes")
+define("shadow_sync", "vm:str gfn:gfn", "shadow paging: it flushed, and entries are compared with those tables")
+define("shadow_root_gone", "vm:str root:int", "shadow paging: no vCPU finds that root any more")
 define("spte_age", "vm:str start:gfn end:gfn", "shadow entries of the range lost all rights until the next access")
 define(
     "tlb_miss", "vm:str gfn:gfn access:str", "an access missed where there is only a TLB; access: read, write, fetch"

@@ -21,4 +21,4 @@ def difference(mmu: SecondaryMmu) -> str:
             entry = port.mm.pgd.pte(hva >> PAGE_SHIFT)
             if not entry & PRESENT or pte_pfn(entry) != seen[0] or (seen[1] and not entry & WRITE):
                 return f"{port.name} maps guest frame {page:#x} to {seen}, the host has {entry:#x}"
-    return ""
+    return mmu.inconsistency()

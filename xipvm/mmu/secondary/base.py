@@ -19,6 +19,7 @@ from xipvm.mmu.tables import PageTable
 
 if TYPE_CHECKING:
     from xipvm.mmu.mm import Mm
+    from xipvm.mmu.secondary.shadow import ShadowPaging
     from xipvm.trace.funnel import Trace
 
 # Kinds of access; the numbers are the positions of the rights in an spte.
@@ -53,6 +54,9 @@ class SecondaryMmu(ABC):
 
     keeps_entries: bool = True
     """Walkers find in ``sptes`` what a fault has put there, until it is removed; otherwise once, see :meth:`again`."""
+
+    shadow: ShadowPaging | None = None
+    """What engines are to ask for what the guest's own tables translate; None when they walk those themselves."""
 
     def __init__(self, mm: Mm, trace: Trace, name: str) -> None:
         self.mm = mm
@@ -106,6 +110,10 @@ class SecondaryMmu(ABC):
     @abstractmethod
     def destroy(self) -> None:
         """Stop hearing of the mm and drop every translation. A second call does nothing."""
+
+    def inconsistency(self) -> str:
+        """What does not agree within it when everything is at rest, in words; empty when all does."""
+        return ""
 
     def backing(self) -> Iterator[tuple[int, Hva]]:
         """Its pages that are memory of the mm, each with its address there; for checks when everything is at rest."""

@@ -24,12 +24,20 @@ def _gru(mm: Mm, trace: Trace, host: HostMemory) -> GuestMmu:
     return gru_of(mm, trace, host)
 
 
+def _kvm_shadow(mm: Mm, trace: Trace, host: HostMemory) -> GuestMmu:
+    from xipvm.mmu.secondary.shadow import kvm_shadow_of
+
+    return kvm_shadow_of(mm, trace, host)
+
+
 _MAKERS: Final[dict[str, Maker]] = {
     "kvm": kvm_of,
+    "kvm-shadow": _kvm_shadow,
     "gru": _gru,
 }
 SECONDARIES: Final = tuple(_MAKERS)
-"""``kvm``: shadow entries by guest frame, and TLBs. ``gru``: TLBs only, every miss of which is a fault."""
+"""``kvm``: shadow entries by guest frame, and TLBs. ``kvm-shadow``: by guest virtual address, too.
+``gru``: TLBs only, every miss of which is a fault."""
 PINNING: Final = "kvm"
 """The one that can do without notifiers."""
 

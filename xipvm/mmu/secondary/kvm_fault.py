@@ -38,6 +38,7 @@ from xipvm.mmu.secondary.spte import (
     PFN_MASK,
     PFN_SHIFT,
     SPTE_AGED,
+    SPTE_HOST_WRITABLE,
     SPTE_HUGE,
     SPTE_MMIO,
     SPTE_PRESENT,
@@ -191,6 +192,9 @@ class KvmFaults(KvmSlots):
         pfn = page.pfn
         writable = page.writable and not slot.readonly
         spte = pfn << PFN_SHIFT | (SPTE_WRITABLE if writable else SPTE_READ_ONLY)
+        if writable and gfn in self.watched:
+            writable = False
+            spte = pfn << PFN_SHIFT | SPTE_READ_ONLY | SPTE_HOST_WRITABLE
         huge = self.max_level > 1 and self._maps_huge(slot, gfn, pfn)
         if huge:
             pfn, gfn = Pfn(pfn - (gfn & HUGE_PAGES - 1)), gfn & -HUGE_PAGES

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -81,6 +82,8 @@ class KvmState(GuestMmu):
         self.mmu_invalidate_range_start = 0
         self.mmu_invalidate_range_end = 0
         self.mn_active_invalidate_count = 0
+        self.watched: AbstractSet[int] = frozenset()
+        """Guest frames that the guest does not write to unseen: with shadow paging, its tables."""
         self.tlbs_dirty = False
         """Entries were removed that a TLB may still have: flush before mmu_lock is dropped."""
         self.remote_tlb_flushes = 0
