@@ -23,8 +23,8 @@ class BadInput(XipvmError):
     """What the caller handed in cannot be used; nothing was changed. Exit status 2."""
 
 
-class GuestImageError(BadInput):
-    """The guest file is not an ELF that the board can run. ``path`` names it."""
+class FileError(BadInput):
+    """A file of the host cannot be used as what it was named for. ``path`` names it, ``reason`` is for a person."""
 
     def __init__(self, path: str, reason: str) -> None:
         super().__init__(f"{path}: {reason}")
@@ -32,40 +32,24 @@ class GuestImageError(BadInput):
         self.reason = reason
 
 
-class FlashImageError(BadInput):
-    """The flash image cannot back a bank (size, lock, permissions). ``path`` names it."""
-
-    def __init__(self, path: str, reason: str) -> None:
-        super().__init__(f"{path}: {reason}")
-        self.path = path
-        self.reason = reason
+class GuestImageError(FileError):
+    """The guest file is not an ELF that the board can run."""
 
 
-class XipImageError(BadInput):
-    """The image is not one whose files can be used in place (format, size, lock, permissions). ``path`` names it."""
-
-    def __init__(self, path: str, reason: str) -> None:
-        super().__init__(f"{path}: {reason}")
-        self.path = path
-        self.reason = reason
+class FlashImageError(FileError):
+    """The flash image cannot back a bank (size, lock, permissions)."""
 
 
-class TraceFileError(BadInput):
-    """The trace file cannot be read or written. ``path`` names it."""
-
-    def __init__(self, path: str, reason: str) -> None:
-        super().__init__(f"{path}: {reason}")
-        self.path = path
-        self.reason = reason
+class XipImageError(FileError):
+    """The image is not one whose files can be used in place (format, size, lock, permissions)."""
 
 
-class SwapFileError(BadInput):
-    """What was named cannot be swap (size, format, lock, permissions). ``path`` names it."""
+class TraceFileError(FileError):
+    """The trace file cannot be read or written."""
 
-    def __init__(self, path: str, reason: str) -> None:
-        super().__init__(f"{path}: {reason}")
-        self.path = path
-        self.reason = reason
+
+class SwapFileError(FileError):
+    """What was named cannot be swap (size, format, lock, permissions)."""
 
 
 class BoardError(BadInput):

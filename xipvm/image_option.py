@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from xipvm.address import PAGE_SIZE
 from xipvm.errors import BadInput
+from xipvm.file_option import split_option
 from xipvm.loader.elf import ElfImage
 
 
@@ -48,12 +49,10 @@ def parse_mapping(text: str) -> FileMapping:
 
 
 def _settings(text: str, switches: dict[str, bool], what: str) -> tuple[str, dict[str, bool]]:
-    # A NUL cannot be part of a file name, so it can stand for a doubled comma meanwhile.
-    path, *settings = (part.replace("\0", ",") for part in text.replace(",,", "\0").split(","))
+    path, settings = split_option(text)
     if not path:
         raise BadInput(f"{text!r} names no file")
-    for setting in settings:
-        key, _, value = setting.partition("=")
+    for setting, key, value in settings:
         if key not in switches or value not in ("on", "off"):
             known = ", ".join(f"{name}=on|off" for name in switches)
             raise BadInput(f"{setting!r} is no setting of {what}; there are {known}")

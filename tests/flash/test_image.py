@@ -60,8 +60,8 @@ def test_erased_memory_costs_nothing_until_it_is_written(monkeypatch):
     """64 MiB: one reservation and one mapping a MiB, and not a single page of this process."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     calls = []
-    original = mapping._mmap
-    monkeypatch.setattr(mapping, "_mmap", lambda *arguments: calls.append(arguments) or original(*arguments))
+    original = mapping.map_memory
+    monkeypatch.setattr(mapping, "map_memory", lambda *arguments: calls.append(arguments) or original(*arguments))
     with FlashImage.erased(64 << 20):
         assert len(calls) == 1 + 64
         assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 8 << 10  # KiB

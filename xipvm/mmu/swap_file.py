@@ -20,6 +20,7 @@ from typing import Final
 
 from xipvm.address import PAGE_SIZE, format_size, parse_size
 from xipvm.errors import SwapFileError
+from xipvm.file_option import split_option
 from xipvm.mmu.swap import SwapArea, temporary_file
 
 _MAGIC: Final = b"SWAPSPACE2"
@@ -39,7 +40,7 @@ class SwapOption:
 
 def parse_swap(text: str) -> SwapOption:
     """What ``SIZE`` or ``FILE[,size=SIZE]`` says. A doubled comma is one of the name. Raises SwapFileError."""
-    path, *settings = (part.replace("\0", ",") for part in text.replace(",,", "\0").split(","))
+    path, settings = split_option(text)
     if not path:
         raise SwapFileError(text or '""', "no swap is named; write SIZE or FILE[,size=SIZE]")
     if not settings:
@@ -48,8 +49,7 @@ def parse_swap(text: str) -> SwapOption:
         except ValueError:
             return SwapOption(path, None)
     size = None
-    for setting in settings:
-        key, _, value = setting.partition("=")
+    for setting, key, value in settings:
         if key != "size":
             raise SwapFileError(path, f"{setting!r} is no setting of a swap file; there is size=SIZE")
         try:

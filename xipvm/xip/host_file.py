@@ -10,15 +10,15 @@ host's file grows before the bytes are stored, and the size that is shown afterw
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
 from typing import TYPE_CHECKING
 
 from xipvm.actors import point
 from xipvm.address import PAGE_SHIFT, PAGE_SIZE, Pfn, page_up
-from xipvm.devices.flash.image import lock, open_regular
-from xipvm.errors import MmError
+from xipvm.errors import MmError, XipImageError
+from xipvm.host_mapping import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, allocate
+from xipvm.image_file import close_image, open_image
 from xipvm.xip.inode import XipInode
 from xipvm.xip.memory import XipMemory
 
@@ -28,15 +28,11 @@ if TYPE_CHECKING:
 RESERVE = 1 << 30
 """How much a file can grow beyond what it has when it is opened, bytes."""
 
-_KEEP_SIZE, _PUNCH_HOLE = 1, 2
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
-
 
 class HostInode(XipInode):
     """The file at ``path``. ``snapshot``: what is written is gone with the run. :meth:`close` it.
 
-    Raises FlashImageError when it cannot be opened or locked.
+    Raises XipImageError when it cannot be opened or locked.
     """
 
     def __init__(self, host: HostMemory, path: str, *, read_only: bool = False, snapshot: bool = False) -> None:
@@ -44,16 +40,15 @@ class HostInode(XipInode):
         self.path = path
         self.read_only = read_only
         self._private = read_only or snapshot
-        self._fd = open_regular(path, os.O_RDONLY if self._private else os.O_RDWR)
+        self._fd = open_image(path, XipImageError, writable=not self._private, shared=self._private)
         try:
-            lock(self._fd, path, shared=self._private)
             self._size = os.fstat(self._fd).st_size
             self._blocks = _data_pages(self._fd, self.size)
             self._promised = 0
             self._beyond: set[int] = set()  # blocks behind the end, until they are freed or the file grows
             self.memory = XipMemory(host, self._fd, self.size, reserve=self.size + RESERVE, private=self._private)
         except BaseException:
-            os.close(self._fd)
+            close_image(self._fd)
             raise
         self.max_bytes = self.memory.reserve
         self._host = host
@@ -66,7 +61,7 @@ class HostInode(XipInode):
     def close(self) -> None:
         """Let go of the file, which nobody maps any more."""
         self.memory.close()
-        os.close(self._fd)
+        close_image(self._fd)
 
     def get_xip_mem(self, pgoff: int, *, create: bool) -> Pfn:
         """See the base."""
@@ -88,7 +83,7 @@ class HostInode(XipInode):
             return
         try:
             if not self._private:
-                self._fallocate(_KEEP_SIZE, start, PAGE_SIZE)
+                allocate(self._fd, FALLOC_FL_KEEP_SIZE, start, PAGE_SIZE)
             if pgoff >= page_up(self.size) >> PAGE_SHIFT:
                 self._beyond.add(pgoff)
             self._fit()
@@ -150,7 +145,7 @@ class HostInode(XipInode):
 
     def _punch(self, page: int) -> None:
         try:
-            self._fallocate(_PUNCH_HOLE | _KEEP_SIZE, page << PAGE_SHIFT, PAGE_SIZE)
+            allocate(self._fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, page << PAGE_SHIFT, PAGE_SIZE)
         except OSError as error:
             if error.errno != errno.EOPNOTSUPP:  # there it stays, and is zeros
                 raise
@@ -163,11 +158,6 @@ class HostInode(XipInode):
                 os.fsync(self._fd)
         except OSError as error:
             raise MmError(error.errno or errno.EIO, f"fsync of {self.name}") from None
-
-    def _fallocate(self, mode: int, start: int, size: int) -> None:
-        if _libc.fallocate(self._fd, mode, start, size):
-            number = ctypes.get_errno()
-            raise OSError(number, os.strerror(number))
 
 
 def _data_pages(fd: int, size: int) -> set[int]:

@@ -10,26 +10,14 @@ at ``sync``. ``private``: they are gone with the run, and the file is never resi
 
 from __future__ import annotations
 
-import ctypes
 import mmap
-import os
 from typing import TYPE_CHECKING
 
 from xipvm.address import PAGE_SHIFT, PAGE_SIZE, Pfn, page_up
+from xipvm.host_mapping import MAP_FIXED, MAP_NORESERVE, map_memory, sync_memory, unmap_memory
 
 if TYPE_CHECKING:
     from xipvm.mmu.frames import HostMemory
-
-_MAP_FIXED = 0x10
-_MAP_NORESERVE = 0x4000
-_MS_SYNC = 4
-_FAILED = ctypes.c_void_p(-1).value
-
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.mmap.restype = ctypes.c_void_p
-_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64]
-_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-_libc.msync.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 
 class XipMemory:
@@ -44,8 +32,8 @@ class XipMemory:
         self.size = 0
         self.private = private
         self._fd = fd
-        anonymous = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
-        self.address = _mmap(None, self.reserve, mmap.PROT_READ | mmap.PROT_WRITE, anonymous, -1, 0)
+        anonymous = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
+        self.address = map_memory(None, self.reserve, mmap.PROT_READ | mmap.PROT_WRITE, anonymous)
         """Host pointer to the first byte."""
         self.first = Pfn(-1)
         """Its first frame."""
@@ -64,10 +52,10 @@ class XipMemory:
         prot, keep = mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE if self.private else mmap.MAP_SHARED
         if size > self.size:
             at = self.size
-            _mmap(self.address + at, size - at, prot, keep | _MAP_FIXED | _MAP_NORESERVE, self._fd, at)
+            map_memory(self.address + at, size - at, prot, keep | MAP_FIXED | MAP_NORESERVE, self._fd, at)
         elif size < self.size:
-            flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE | _MAP_FIXED
-            _mmap(self.address + size, self.size - size, prot, flags, -1, 0)
+            flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED
+            map_memory(self.address + size, self.size - size, prot, flags)
         self.size = size
 
     def pfn(self, page: int) -> Pfn:
@@ -85,8 +73,8 @@ class XipMemory:
 
     def sync(self) -> None:
         """Waits until the host's kernel has written the file. Raises OSError."""
-        if self.size and not self.private and _libc.msync(self.address, self.size, _MS_SYNC):
-            raise _os_error()
+        if self.size and not self.private:
+            sync_memory(self.address, self.size)
 
     def close(self) -> None:
         """Gives the frames back. A second call does nothing."""
@@ -96,16 +84,4 @@ class XipMemory:
 
     def _unmap(self) -> None:
         address, self.address = self.address, 0
-        _libc.munmap(address, self.reserve)
-
-
-def _mmap(address: int | None, size: int, prot: int, flags: int, fd: int, offset: int) -> int:
-    result = _libc.mmap(address, size, prot, flags, fd, offset)
-    if result is None or result == _FAILED:
-        raise _os_error()
-    return int(result)
-
-
-def _os_error() -> OSError:
-    number = ctypes.get_errno()
-    return OSError(number, os.strerror(number))
+        unmap_memory(address, self.reserve)

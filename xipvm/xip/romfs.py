@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import fcntl
 import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from xipvm.address import PAGE_MASK, PAGE_SHIFT, Pfn, page_up
-from xipvm.devices.flash.image import lock, open_regular
-from xipvm.errors import FlashImageError, MmError, XipImageError
+from xipvm.errors import MmError, XipImageError
+from xipvm.image_file import close_image, open_image
 from xipvm.xip.inode import XipInode
 from xipvm.xip.memory import XipMemory
 from xipvm.xip.volume import Status, Volume
@@ -95,24 +94,17 @@ class RomfsVolume(Volume):
         super().__init__()
         self.path = path
         self._inodes: dict[int, RomfsInode] = {}
+        self._fd = open_image(path, XipImageError, writable=False, shared=True)
         try:
-            self._fd = open_regular(path, os.O_RDONLY)
-        except FlashImageError as error:
-            raise XipImageError(path, error.reason) from None
-        try:
-            try:
-                lock(self._fd, path, shared=True)
-            except FlashImageError as error:
-                raise XipImageError(path, error.reason) from None
             length = os.fstat(self._fd).st_size
             size = self._check_superblock(length)
             # A mapping reaches to the end of its last page, which the file has to have.
             self.memory = XipMemory(host, self._fd, min(page_up(size), page_up(length)), private=True)
         except OSError as error:
-            os.close(self._fd)
+            close_image(self._fd)
             raise XipImageError(path, f"cannot be mapped: {error.strerror}") from None
         except BaseException:
-            os.close(self._fd)
+            close_image(self._fd)
             raise
         self.size = size
         raw = (ctypes.c_ubyte * self.memory.size).from_address(self.memory.address)
@@ -142,8 +134,7 @@ class RomfsVolume(Volume):
         if self._fd >= 0:
             self.bytes.release()
             self.memory.close()
-            fcntl.flock(self._fd, fcntl.LOCK_UN)
-            os.close(self._fd)
+            close_image(self._fd)
             self._fd = -1
 
     # ---- headers

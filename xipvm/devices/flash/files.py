@@ -18,8 +18,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from xipvm.address import format_size
-from xipvm.devices.flash.image import FlashImage, lock, open_regular
+from xipvm.devices.flash.image import FlashImage
 from xipvm.errors import FlashImageError
+from xipvm.file_option import split_option
+from xipvm.image_file import close_image, open_image
 
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all) after each piece."""
@@ -46,14 +48,12 @@ class BankBytes(NamedTuple):
 
 def parse_option(text: str) -> ImageOption:
     """What ``FILE[,bank=N][,snapshot=on|off][,readonly=on|off]`` says. Raises FlashImageError."""
-    # A NUL cannot be part of a file name, so it can stand for a doubled comma meanwhile.
-    path, *settings = (part.replace("\0", ",") for part in text.replace(",,", "\0").split(","))
+    path, settings = split_option(text)
     if not path:
         raise FlashImageError(text or '""', "no file is named; write FILE[,bank=N][,snapshot=on][,readonly=on]")
     bank: int | None = None
     switches = {"snapshot": False, "readonly": False}
-    for setting in settings:
-        key, _, value = setting.partition("=")
+    for setting, key, value in settings:
         if key == "bank" and value.isascii() and value.isdigit():
             bank = int(value)
         elif key in switches and value in ("on", "off"):
@@ -121,9 +121,7 @@ def create(path: str, size: int, *, force: bool = False, progress: Progress | No
             raise FlashImageError(path, "exists; --force replaces it")
     with contextlib.ExitStack() as held:
         if os.path.lexists(target):
-            old = open_regular(path, os.O_RDONLY)
-            held.callback(os.close, old)
-            lock(old, path, shared=False)
+            held.callback(close_image, open_image(path, FlashImageError, writable=False, shared=False))
         try:
             with _unfinished(os.path.dirname(target)) as (fd, finish):
                 _append_erased(fd, 0, size, progress)
@@ -139,9 +137,8 @@ def pad(path: str, size: int, *, progress: Progress | None = None) -> int:
 
     Raises FlashImageError when it is longer, in use, or there is no room; then the file is as it was.
     """
-    fd = open_regular(path, os.O_RDWR)
+    fd = open_image(path, FlashImageError, writable=True, shared=False)
     try:
-        lock(fd, path, shared=False)
         length = os.fstat(fd).st_size
         if length > size:
             raise FlashImageError(path, f"has {length} bytes already, more than {size} ({format_size(size)})")
@@ -154,7 +151,7 @@ def pad(path: str, size: int, *, progress: Progress | None = None) -> int:
             raise
         return size - length
     finally:
-        os.close(fd)
+        close_image(fd)
 
 
 def _banks_of(option: ImageOption, sizes: Sequence[int], board: str) -> tuple[int, int]:

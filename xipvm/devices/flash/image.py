@@ -9,9 +9,8 @@ a file          shared                                 is in the file at once
 ``readonly``    private, not writable                  nothing: chips report a locked block
 ==============  =====================================  ====================================
 
-A file is locked (flock) while it is open: exclusively, or shared for snapshot and readonly runs, so no two
-machines write one image and none sees bytes change that it did not change. The kernel drops the lock when
-the process dies. What is stored through a shared mapping survives the death of the process.
+A file is locked while it is open: exclusively, or shared for snapshot and readonly runs (image_file.py). What is
+stored through a shared mapping survives the death of the process.
 
 Everything that can go wrong goes wrong when the image is opened, as :class:`FlashImageError`: a file with
 holes gets its blocks there and then, because a full disk shows only as SIGBUS once it is mapped.
@@ -20,14 +19,13 @@ holes gets its blocks there and then, because a full disk shows only as SIGBUS o
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
-import stat
 from types import TracebackType
 
 from xipvm.address import format_size
 from xipvm.devices.flash.mapping import Mapping, in_words, map_erased, map_file
 from xipvm.errors import FlashImageError
+from xipvm.image_file import close_image, open_image
 
 
 class FlashImage:
@@ -62,9 +60,8 @@ class FlashImage:
     def open(cls, path: str, size: int, *, snapshot: bool = False, readonly: bool = False) -> FlashImage:
         """Map the file ``path`` of exactly ``size`` bytes and lock it. Raises FlashImageError."""
         private = snapshot or readonly
-        fd = open_regular(path, os.O_RDONLY if private else os.O_RDWR)
+        fd = open_image(path, FlashImageError, writable=not private, shared=private)
         try:
-            lock(fd, path, shared=private)
             length = os.fstat(fd).st_size
             if length != size:
                 raise FlashImageError(path, f"has {length} bytes, the flash has {size} ({format_size(size)})")
@@ -75,7 +72,7 @@ class FlashImage:
             except OSError as error:
                 raise FlashImageError(path, f"cannot be mapped: {error.strerror}") from None
         except BaseException:
-            os.close(fd)
+            close_image(fd)
             raise
         return cls(memory, path=path, fd=fd, private=private, readonly=readonly)
 
@@ -109,48 +106,13 @@ class FlashImage:
             view.release()
         self._memory.close()
         if self._fd >= 0:
-            fcntl.flock(self._fd, fcntl.LOCK_UN)  # closing does not unlock while a forgotten slice keeps the mapping
-            os.close(self._fd)
+            close_image(self._fd)
 
     def __enter__(self) -> FlashImage:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
-
-
-def open_regular(path: str, flags: int) -> int:
-    """A descriptor of the regular file ``path``, opened with ``os.O_*`` flags. Raises FlashImageError."""
-    try:
-        # Without O_NONBLOCK a FIFO would wait here for somebody to open its other end.
-        fd = os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK)
-    except FileNotFoundError:
-        raise FlashImageError(path, "no such file") from None
-    except IsADirectoryError:
-        raise FlashImageError(path, "is a directory") from None
-    except (OSError, ValueError) as error:
-        if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            if flags & os.O_ACCMODE == os.O_RDONLY:
-                raise FlashImageError(path, "may not be read") from None
-            raise FlashImageError(path, "may not be written; snapshot=on or readonly=on only read it") from None
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise FlashImageError(path, f"cannot be opened: {reason}") from None
-    mode = os.fstat(fd).st_mode
-    if not stat.S_ISREG(mode):
-        os.close(fd)
-        raise FlashImageError(path, "is a directory" if stat.S_ISDIR(mode) else "is not a regular file")
-    return fd
-
-
-def lock(fd: int, path: str, *, shared: bool) -> None:
-    """Lock an image until ``fd`` is closed; shared for those who only read it. Raises FlashImageError."""
-    try:
-        fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-    except BlockingIOError:
-        hint = "" if shared else "; only runs with snapshot=on or readonly=on share an image"
-        raise FlashImageError(path, "in use by another run" + hint) from None
-    except OSError as error:
-        raise FlashImageError(path, f"cannot be locked: {error.strerror}") from None
 
 
 def _fill_holes(fd: int, path: str, size: int) -> None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import fcntl
 import os
 import re
 import struct
@@ -21,8 +20,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from xipvm.address import PAGE_SHIFT, Pfn, format_size
-from xipvm.devices.flash.image import lock, open_regular
-from xipvm.errors import FlashImageError, MmError, XipImageError
+from xipvm.errors import MmError, XipImageError
+from xipvm.image_file import close_image, open_image
 from xipvm.xip.ext2 import layout
 from xipvm.xip.ext2.layout import BLOCK, Group, Superblock
 from xipvm.xip.memory import XipMemory
@@ -62,22 +61,15 @@ class Ext2Image:
         self.read_only = read_only
         self.now = now
         private = read_only or snapshot
+        self._fd = open_image(path, XipImageError, writable=not private, shared=private)
         try:
-            self._fd = open_regular(path, os.O_RDONLY if private else os.O_RDWR)
-        except FlashImageError as error:
-            raise XipImageError(path, error.reason) from None
-        try:
-            try:
-                lock(self._fd, path, shared=private)
-            except FlashImageError as error:
-                raise XipImageError(path, error.reason) from None
             self.sb = self._read_superblock()
             try:
                 self.memory = XipMemory(host, self._fd, self.sb.blocks_count * BLOCK, private=private)
             except OSError as error:
                 raise XipImageError(path, f"cannot be mapped: {error.strerror}") from None
         except BaseException:
-            os.close(self._fd)
+            close_image(self._fd)
             raise
         raw = (ctypes.c_ubyte * self.memory.size).from_address(self.memory.address)
         self.bytes = memoryview(raw).cast("B")
@@ -156,8 +148,7 @@ class Ext2Image:
     def _unmap(self) -> None:
         self.bytes.release()
         self.memory.close()
-        fcntl.flock(self._fd, fcntl.LOCK_UN)
-        os.close(self._fd)
+        close_image(self._fd)
         self._fd = -1
 
     # ---- numbers in the image
