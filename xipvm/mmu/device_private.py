@@ -77,14 +77,14 @@ MigrateToRam = Callable[[DeviceFault], VmFault]
 
 
 class DevicePage:
-    """One page of device-private memory. ``data`` is its content; the rest as a frame's."""
+    """One page of device-private memory. ``data`` is its content, none before it is used; the rest as a frame's."""
 
     __slots__ = ("data", "index", "mapcount", "mapping", "pagemap", "pfn", "refcount")
 
     def __init__(self, pagemap: PageMap, pfn: int) -> None:
         self.pagemap = pagemap
         self.pfn = pfn
-        self.data = bytearray(PAGE_SIZE)
+        self.data = bytearray()
         self.refcount = self.mapcount = 0
         self.mapping = self.index = 0
         """Its anon_vma, 0 for none, and its place in it."""
@@ -167,7 +167,7 @@ class PageMap:
                 raise OutOfFrames(f"no page to spare of the {self.size} of a device")
             page = self.free.pop()
             page.refcount, pfn = 1, page.pfn
-            page.data[:] = bytes(PAGE_SIZE)
+            page.data = bytearray(PAGE_SIZE)
         if memory.trace.on:
             memory.trace.emit("page_alloc", pfn=pfn)
         return pfn

@@ -133,12 +133,14 @@ def _devices(host: HostMemory, slots: Counter[int], references: Counter[int]) ->
     for slot in [slot for slot in slots if is_device_slot(slot)]:
         if devices is None or slot not in devices.pages:
             references[slot & ~(DEVICE | DEVICE_EXCLUSIVE) >> PFN_SHIFT] += slots.pop(slot)
-    for pfn, page in ({} if devices is None else devices.pages).items():
+    pages = {} if devices is None else devices.pages
+    free = {page.pfn for pagemap in {page.pagemap for page in pages.values()} for page in pagemap.free}
+    for pfn, page in pages.items():
         found = slots.pop(pfn, 0)
         if (page.refcount, page.mapcount) != (found, found):
             counts = f"refcount {page.refcount}, mapcount {page.mapcount}"
             wrong.append(f"device page {pfn:#x}: {counts}, found {found} entries")
-        if not page.refcount and page not in page.pagemap.free:
+        if not page.refcount and pfn not in free:
             wrong.append(f"device page {pfn:#x} is lost")
     return wrong
 
