@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 _RISCV_A: Final = 1 << 6
 _RISCV_D: Final = 1 << 7
+_READ: Final = 1 << core.READ
 _WRITE: Final = 1 << core.WRITE
 
 
@@ -26,7 +27,10 @@ def walk_guest(engine: Engine, gva: int, access: int, read: ReadEntry) -> GuestW
         return data
 
     gpa, fault, level, leaf, rights, mxr = engine.walk(gva, access, seen)
-    walk = GuestWalk(gpa=gpa, rights=rights, entries=entries, fault=fault, level=level, cacheable=not mxr)
+    walk = GuestWalk(gpa=gpa, rights=rights, entries=entries, fault=fault, level=level)
+    if mxr:  # whether what can be executed can be read changes with a bit that no role has
+        walk.rights &= ~_READ
+        walk.cacheable = access == core.FETCH
     if engine.isa == core.ARM64:
         walk.shift = 39 - 9 * level
         return walk

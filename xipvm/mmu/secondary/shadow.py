@@ -134,8 +134,6 @@ class ShadowPaging(KvmFaults):
         walk = walker.walk_guest(gva, access, self._read_entry)
         if walk.fault != NO_FAULT:
             return FAULT if self.host_failed else GUEST_FAULT | walk.fault << 4 | walk.level << 8
-        if not walk.cacheable:
-            return NOT_SHADOWED
         point("kvm.shadow.walked")
         if walk.set_bits:
             try:
@@ -143,6 +141,8 @@ class ShadowPaging(KvmFaults):
                     return RETRY_WALK
             except MmError:
                 return TABLE_FAULT | walk.level << 8
+        if not walk.cacheable:
+            return NOT_SHADOWED
         gfn = walk.gpa >> PAGE_SHIFT
         if not self._allows(gfn, access):
             answer = MMIO if walker.sends_to_device(gfn, access) else self.fault(gfn, access)
