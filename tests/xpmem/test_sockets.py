@@ -16,11 +16,11 @@ from tests.loader.conftest import R, W, X, write_elf
 from xipvm.address import PAGE_SIZE
 from xipvm.check import Oracle
 from xipvm.errors import AtomicSleepError, BadInput
+from xipvm.export import Export, ExportOption, parse_export
 from xipvm.locks.check import atomic
 from xipvm.machine import Machine
 from xipvm.mmu.madvise import MADV_DONTNEED
 from xipvm.trace.funnel import Trace
-from xipvm.xpmem.export import Export, ExportOption, parse_export
 from xipvm.xpmem.link import LinkClosedError
 from xipvm.xpmem.node import XpmemNode
 from xipvm.xpmem.sockets import SocketLink, connect, listen, peer_name

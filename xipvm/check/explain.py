@@ -9,7 +9,7 @@ still translate to a frame find in it: by the events, to whom it belongs; with a
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 from xipvm.address import PAGE_SHIFT
 from xipvm.errors import XipvmError
@@ -18,7 +18,6 @@ from xipvm.trace.events import Event
 if TYPE_CHECKING:
     from xipvm.check.oracle import Oracle
     from xipvm.check.world import Entry, Vm
-    from xipvm.mmu.frames import HostMemory
 
 POISON: Final = 0x6B
 """What freed frames are filled with (mmu/frames.pyx)."""
@@ -31,7 +30,14 @@ Reader = Callable[[int], bytes]
 """The first bytes of a host frame; raises LookupError or ValueError when there is none of that number."""
 
 
-def reader_of(host: HostMemory) -> Reader:
+class Frames(Protocol):
+    """Host memory, as far as a report looks into it."""
+
+    def read(self, pfn: int, offset: int, size: int, /) -> bytes:
+        """``size`` bytes of a frame; raises LookupError or ValueError when there is none of that number."""
+
+
+def reader_of(host: Frames) -> Reader:
     """The reader of ``host``."""
     return lambda pfn: host.read(pfn, 0, SHOWN)
 

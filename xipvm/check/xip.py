@@ -10,17 +10,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from xipvm.address import PAGE_SHIFT
 from xipvm.check.rules import Fields
-from xipvm.mmu.pte import DIRTY, WRITE
+from xipvm.check.world import WRITE
 from xipvm.trace.events import Event
 
 if TYPE_CHECKING:
     from xipvm.check.oracle import Oracle
 
-_ZERO_PFN = 0
+_ZERO_PFN: Final = 0
+_DIRTY: Final = 1 << 6
+"""Of the flags of ``pte_set``, as WRITE is (mmu/pte.py)."""
 
 
 class XipFiles:
@@ -91,7 +93,7 @@ class XipFiles:
         self._shown.pop((mm, page), None)
         pfn = fields["pfn"]
         if pfn == self._sparse:
-            self._no_writer(event, "an entry", bool(fields["flags"] & (WRITE | DIRTY)), fields["hva"])
+            self._no_writer(event, "an entry", bool(fields["flags"] & (WRITE | _DIRTY)), fields["hva"])
         if pfn not in (self._sparse, _ZERO_PFN):
             return
         for start, stop, file, pgoff in self._areas.get(mm, ()):

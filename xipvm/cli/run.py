@@ -17,8 +17,8 @@ from xipvm.trace.history import History
 
 if TYPE_CHECKING:
     from xipvm.check import Oracle, Violation
+    from xipvm.export import Export, ExportOption
     from xipvm.trace.recorder import Recorder
-    from xipvm.xpmem.export import Export, ExportOption
 
 
 def run_guest(
@@ -175,7 +175,7 @@ def _parse_exports(texts: tuple[str, ...]) -> list[ExportOption]:
     """What ``--export`` says. Raises BadInput."""
     if not texts:
         return []
-    from xipvm.xpmem.export import parse_export
+    from xipvm.export import parse_export
 
     options = [parse_export(text) for text in texts]
     for what in ("name", "path"):
@@ -190,7 +190,7 @@ def _export(machine: Machine, options: list[ExportOption], quiet: bool) -> list[
     """Serve the segments; they end with the machine. Raises BadInput."""
     if not options:
         return []
-    from xipvm.xpmem.export import Export
+    from xipvm.export import Export
 
     served = []
     for number, option in enumerate(options):
