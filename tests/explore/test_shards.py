@@ -15,15 +15,19 @@ SCENARIO = "fault-against-munmap"
 
 
 @pytest.mark.parametrize("preemptions", [0, 1])
-def test_an_exhaustive_search_is_cut_into_pieces_that_miss_nothing(preemptions: int) -> None:
-    whole = Shard(SCENARIO, "exhaustive", "0", 100_000, preemptions)
+@pytest.mark.parametrize("reduce", [False, True])
+def test_an_exhaustive_search_is_cut_into_pieces_that_miss_nothing(preemptions: int, reduce: bool) -> None:
+    whole = Shard(SCENARIO, "exhaustive", "0", 100_000, preemptions, reduce=reduce)
     pieces = shards_of(whole, pieces=20)
     assert len(pieces) > 1
     alone, together = explore_shards([whole], None), explore_shards(pieces, None)
     assert alone.complete
     assert together.complete
-    assert together.runs == alone.runs
     assert together.fingerprints == alone.fingerprints
+    if reduce:  # the pieces do not know what the others have made
+        assert together.runs >= alone.runs >= alone.distinct
+    else:
+        assert together.runs == alone.runs
 
 
 def test_pieces_by_chance_have_seeds_of_their_own() -> None:

@@ -204,5 +204,5 @@ def test_what_is_refused(options: list[str], what: str, tmp_path: Path) -> None:
 
 
 def test_a_name_that_is_none() -> None:
-    with pytest.raises(BadInput, match="known are kvm, gru"):
+    with pytest.raises(BadInput, match="known are kvm, kvm-shadow, gru"):
         Machine(elf("hello"), secondary="mmu")

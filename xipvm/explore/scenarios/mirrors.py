@@ -58,6 +58,7 @@ def a_mirror_is_closed(scene: Scene) -> None:
     HostThread(mm).store(hva, OLD)
     mirror = scene.watch(Mirror(mm, hva, PAGES))
     queue = scene.vcpu(mirror)
+    queue.load(1)
     scene.actor("queue0", queue.load, 0)
     scene.actor("driver", mirror.destroy)
 

@@ -165,7 +165,10 @@ def hole_filled_twice(scene: Scene) -> None:
 
 @scenario
 def hole_of_a_file_system_that_turns_read_only(scene: Scene) -> None:
-    """A file is mapped to be written, and then nothing may change any more: stores into holes fail, and only those."""
+    """A file is mapped to be written, and then nothing may change any more: stores into holes fail, and only those.
+
+    The mapping goes with its process, so that what became of it is nowhere to be found when all is over.
+    """
     file, volume = make_file(scene)
     mm = scene.mm()
     hva = mm.mmap(PAGE_SIZE, RW, MAP_SHARED, file=file)
@@ -178,6 +181,7 @@ def hole_of_a_file_system_that_turns_read_only(scene: Scene) -> None:
             mm.read(hva, 8)
             point("scenario.has_read")
             mm.write(hva, DATA)
+        mm.munmap(hva, PAGE_SIZE)
 
     scene.actor("host", remount)
     scene.actor("thread0", store)
@@ -185,10 +189,11 @@ def hole_of_a_file_system_that_turns_read_only(scene: Scene) -> None:
 
 @scenario
 def blocks_that_cannot_be_read(scene: Scene) -> None:
-    """The device fails under a mapping: whoever touches it gets SIGBUS."""
+    """The device fails under a mapping: whoever touches more of it than is there gets SIGBUS."""
     file, _ = make_file(scene)
     mm = scene.mm()
-    hva = mm.mmap(PAGE_SIZE, RW, MAP_SHARED, file=file)
+    hva = mm.mmap(3 * PAGE_SIZE, RW, MAP_SHARED, file=file)
+    mm.read(hva, 2 * PAGE_SIZE)
     inode = file.inode
 
     def fail() -> None:
@@ -196,7 +201,7 @@ def blocks_that_cannot_be_read(scene: Scene) -> None:
 
     def load() -> None:
         try:
-            mm.read(hva, 8)
+            mm.read(hva + PAGE_SIZE, 2 * PAGE_SIZE)
         except MmError as error:
             if error.errno != errno.EFAULT:
                 raise AssertionError(f"a failing device is {errno.errorcode[error.errno]}") from None
