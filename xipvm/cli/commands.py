@@ -50,9 +50,46 @@ def _hexadecimal(text: str) -> int:
 
 SIZE = Converted("size", parse_size)
 SECONDS = Converted("seconds", _seconds)
-_SECONDARY = "The secondary MMU behind which the guest runs: kvm, the default, or gru, which has TLBs only."
-_DEVICE = "A device beside the board's own: a DMA engine that pins nothing, by on-demand paging (odp) or SVA (sva)."
 HEX = Converted("hex", _hexadecimal)
+
+# What several commands have.
+_memory = click.option("--memory", type=SIZE, help="RAM, such as 64M or 1G; by default the board's.")
+_smp = click.option("--smp", type=int, default=1, metavar="N", help="Number of vCPUs; 1.")
+_input = click.option("--input", "input_file", metavar="FILE", help="Console input, fed as the guest reads it.")
+_secondary = click.option(
+    "--secondary",
+    metavar="NAME",
+    default="kvm",
+    help="The secondary MMU behind which the guest runs: kvm, the default, kvm-shadow, which walks the guest's page"
+    " tables for it, or gru, which has TLBs only.",
+)
+_device = click.option(
+    "--device",
+    "devices",
+    multiple=True,
+    metavar="NAME",
+    help="A device beside the board's own: a DMA engine that pins nothing, by on-demand paging (odp) or SVA (sva).",
+)
+_protocol = click.option(
+    "--protocol",
+    type=click.Choice(["modern", "2008"]),
+    default="modern",
+    help="How the secondary MMU is told of changes: as Linux does today, the default, or as MMU notifiers began.",
+)
+_host_memory = click.option(
+    "--host-memory", type=SIZE, help="The host's memory, such as 8M; by default it has room for all of the guest's RAM."
+)
+_swap = click.option(
+    "--swap",
+    metavar="SIZE|FILE[,size=SIZE]",
+    help="Where pages go that the host's memory has no room for: a temporary file, or a swap file.",
+)
+_thp = click.option(
+    "--thp",
+    type=click.Choice(["always", "madvise", "never"]),
+    default="madvise",
+    help="Transparent huge pages: with 'always' RAM is backed by pages of 2 MiB as far as there are any.",
+)
 
 
 class OutputClosedError(Exception):
@@ -95,16 +132,16 @@ def cli() -> None:
 @cli.command()
 @click.argument("guest", required=False)
 @click.option("--board", metavar="NAME", help="The board; by default the one that GUEST is for. See 'xipvm boards'.")
-@click.option("--memory", type=SIZE, help="RAM, such as 64M or 1G; by default the board's.")
-@click.option("--smp", type=int, default=1, metavar="N", help="Number of vCPUs; 1.")
+@_memory
+@_smp
 @click.option(
     "--flash",
     multiple=True,
     metavar="FILE[,bank=N][,snapshot=on][,readonly=on]",
     help="A flash image; stores go to the file, with snapshot=on nowhere. May be repeated.",
 )
-@click.option("--secondary", metavar="NAME", default="kvm", help=_SECONDARY)
-@click.option("--device", "devices", multiple=True, metavar="NAME", help=_DEVICE)
+@_secondary
+@_device
 @click.option(
     "--clock",
     type=click.Choice(["instructions", "host"]),
@@ -122,38 +159,29 @@ def cli() -> None:
     metavar="N",
     help="Likewise, at the block that reaches N instructions.",
 )
-@click.option("--input", "input_file", metavar="FILE", help="Console input, fed as the guest reads it.")
+@_input
 @click.option("--until", metavar="TEXT", help="End with status 0 when the input is used up and the guest prints TEXT.")
 @click.option("--dtb", metavar="FILE", help="Device tree for the guest, instead of the board's own.")
-@click.option(
-    "--protocol",
-    type=click.Choice(["modern", "2008"]),
-    default="modern",
-    help="How the secondary MMU is told of changes: as Linux does today, the default, or as MMU notifiers began.",
-)
+@_protocol
 @click.option(
     "--pin-sptes",
     is_flag=True,
     help="The secondary MMU hears of nothing and pins every page it maps, as KVM did before there were notifiers.",
 )
-@click.option(
-    "--host-memory", type=SIZE, help="The host's memory, such as 8M; by default it has room for all of the guest's RAM."
-)
-@click.option(
-    "--swap",
-    metavar="SIZE|FILE[,size=SIZE]",
-    help="Where pages go that the host's memory has no room for: a temporary file, or a swap file.",
-)
+@_host_memory
+@_swap
 @click.option("--hugetlb", is_flag=True, help="RAM is huge pages of 2 MiB, taken from the host's pool before the run.")
-@click.option(
-    "--thp",
-    type=click.Choice(["always", "madvise", "never"]),
-    default="madvise",
-    help="Transparent huge pages: with 'always' RAM is backed by pages of 2 MiB as far as there are any.",
-)
+@_thp
 @click.option("--dirty-log", is_flag=True, help="Keep KVM's dirty log of RAM; say how many pages were written.")
-@click.option("--dirty-ring", type=click.IntRange(min=1), metavar="N", help="The same by a ring of N entries for each vCPU.")
-@click.option("--ram-alias", type=HEX, metavar="ADDRESS", help="RAM appears a second time at ADDRESS, as 2000000000.")
+@click.option(
+    "--dirty-ring", type=click.IntRange(min=1), metavar="N", help="The same by a ring of N entries for each vCPU."
+)
+@click.option(
+    "--ram-alias",
+    type=HEX,
+    metavar="ADDRESS",
+    help="RAM appears a second time at ADDRESS, hexadecimal, such as 2000000000.",
+)
 @click.option(
     "--storm",
     metavar="SEED[,rate=N][,ops=NAME+NAME...]",
@@ -168,7 +196,7 @@ def cli() -> None:
 @click.option(
     "--image",
     metavar="FILE[,snapshot=on][,readonly=on]",
-    help="A file system (ext2): GUEST is the path of a file in it, executed in place; see 'xipvm xip'.",
+    help="A file system (ext2, romfs): GUEST is the path of a file in it, executed in place; see 'xipvm xip'.",
 )
 @click.option(
     "--map",
@@ -219,39 +247,23 @@ def attach(
 @cli.command()
 @click.argument("guest", required=False)
 @click.option("--board", metavar="NAME", help="The board; by default the one that GUEST is for.")
-@click.option("--memory", type=SIZE, help="RAM, such as 64M or 1G; by default the board's.")
-@click.option("--smp", type=int, default=1, metavar="N", help="Number of vCPUs; 1.")
+@_memory
+@_smp
 @click.option(
     "--flash",
     multiple=True,
     metavar="FILE[,bank=N][,readonly=on]",
     help="A flash image; every run begins with what is in it, and none writes to it. May be repeated.",
 )
-@click.option("--input", "input_file", metavar="FILE", help="Console input, fed as the guest reads it.")
+@_input
 @click.option("--until", metavar="TEXT", help="End when the input is used up and the guest prints TEXT.")
 @click.option("--max-instructions", type=click.IntRange(min=1), metavar="N", help="End at the block that reaches N.")
-@click.option("--secondary", metavar="NAME", default="kvm", help=_SECONDARY)
-@click.option("--device", "devices", multiple=True, metavar="NAME", help=_DEVICE)
-@click.option(
-    "--protocol",
-    type=click.Choice(["modern", "2008"]),
-    default="modern",
-    help="How the secondary MMU is told of changes: as Linux does today, the default, or as MMU notifiers began.",
-)
-@click.option(
-    "--host-memory", type=SIZE, help="The host's memory, such as 8M; by default it has room for all of the guest's RAM."
-)
-@click.option(
-    "--swap",
-    metavar="SIZE|FILE[,size=SIZE]",
-    help="Where pages go that the host's memory has no room for: a temporary file, or a swap file.",
-)
-@click.option(
-    "--thp",
-    type=click.Choice(["always", "madvise", "never"]),
-    default="madvise",
-    help="Transparent huge pages: with 'always' RAM is backed by pages of 2 MiB as far as there are any.",
-)
+@_secondary
+@_device
+@_protocol
+@_host_memory
+@_swap
+@_thp
 @click.option("--seeds", type=click.IntRange(min=1), default=20, metavar="N", help="How many storms; 20.")
 @click.option("--first", type=click.IntRange(min=0), default=1, metavar="SEED", help="The seed of the first; 1.")
 @click.option("--rate", type=int, default=10, metavar="N", help="Operations in a million instructions, about; 10.")
@@ -280,7 +292,7 @@ def boards(as_json: bool) -> None:
 @cli.command()
 @click.argument("guest")
 @click.option("--board", metavar="NAME", help="The board; by default the one that GUEST is for.")
-@click.option("--memory", type=SIZE, help="RAM, such as 64M or 1G; by default the board's.")
+@_memory
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
 def inspect(guest: str, board: str | None, memory: int | None, as_json: bool) -> None:
     """Show what of GUEST would be placed where, and run nothing."""
@@ -338,9 +350,7 @@ def check(paths: tuple[str, ...], invariants: tuple[str, ...], as_json: bool) ->
     default=True,
     help="Of runs that are the same but for the order of independent steps 'exhaustive' makes one; or all.",
 )
-@click.option(
-    "--protocol", type=click.Choice(["modern", "2008"]), default="modern", help="The notifier protocol of the run."
-)
+@_protocol
 @click.option("--mutant", "mutants", multiple=True, metavar="NAME", help="With this known fault; see 'xipvm mutants'.")
 @click.option("--jobs", type=click.IntRange(min=1), default=1, metavar="N", help="So many processes; 1.")
 @click.option(
