@@ -30,7 +30,6 @@ setup(
                 extra_compile_args=["-O2", "-fno-strict-aliasing"],
             )
             for name in MODULES
-            if Path(name.replace(".", "/") + ".pyx").exists()
         ],
         language_level=3,
     )
