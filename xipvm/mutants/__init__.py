@@ -12,6 +12,7 @@ from xipvm.mutants import notifier as _notifier
 from xipvm.mutants import odp as _odp
 from xipvm.mutants import pfncache as _pfncache
 from xipvm.mutants import protocol_2008 as _protocol_2008
+from xipvm.mutants import shadow as _shadow
 from xipvm.mutants import sva as _sva
 from xipvm.mutants import xip as _xip
 from xipvm.mutants import xpmem as _xpmem
@@ -31,6 +32,7 @@ del (
     _odp,
     _pfncache,
     _protocol_2008,
+    _shadow,
     _sva,
     _xip,
     _xpmem,

@@ -18,6 +18,7 @@ from xipvm.explore.scenarios import (
     pfncaches,
     ranges,
     rights,
+    shadow,
     slots,
     sva,
     together,
@@ -46,6 +47,7 @@ SCENARIOS: Final[dict[str, Scenario]] = {
         dirty,
         rights,
         pfncaches,
+        shadow,
         device_memory,
         xip,
     )

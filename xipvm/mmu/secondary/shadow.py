@@ -8,7 +8,8 @@ entries by guest frame are themselves the root.
 **The order of a fault.** Root of the role → tables walked → accessed and dirty bits set in the guest's entry → entry of
 the guest frame (retry protocol) → lock → shadow pages made available (which may take roots away) → *give up when the
 root is obsolete, or the guest frame has no such entry any more* → every table that was walked is watched → *give up
-when one of its entries is another by now* → shadow entry → unlock. Watched first, read again then: who writes to it later faults.
+when one of its entries is another by now* → shadow entry → unlock. Watched first, read again then: whoever writes to it
+later faults.
 
 **Watched tables.** The guest may not write to a page of its tables without our knowing, through whatever address: the
 entry of that guest frame has neither W nor MMU-writable, and so have those below it. A store to one is a fault:
