@@ -26,8 +26,6 @@ class DirtyLog:
         self.kvm = secondary
         self.pages: set[tuple[int, int]] = set()
         """Memslot and page in it, of what was written so far."""
-        self.harvests = 0
-        """How often rings were full."""
         if ring:
             try:
                 check_ring_size(ring)
@@ -58,5 +56,4 @@ class DirtyLog:
         return len(self.pages)
 
     def _full(self, vcpu: object) -> None:
-        self.harvests += 1
         self.collect()

@@ -33,12 +33,11 @@ class Vcpu:
         self.faults: list[str] = []
         """Kinds of the faults in this step: ``U``, with ``W+`` before it for a write, ``P+`` where an entry was."""
         self.flushes = 0
-        self.kicks = 0
 
     def begin_step(self) -> None:
         """Count anew."""
         self.faults.clear()
-        self.flushes = self.kicks = 0
+        self.flushes = 0
 
     def flush_tlb(self, reason: str) -> None:
         """Forget every translation."""
@@ -47,7 +46,6 @@ class Vcpu:
 
     def kick(self, reason: str) -> None:
         """Leave the guest: it is entered for single accesses only, so this one never is inside."""
-        self.kicks += 1
 
     def load(self, gfn: int) -> Access:
         """The word at the start of ``gfn``."""

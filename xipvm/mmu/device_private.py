@@ -57,7 +57,6 @@ DEVICE_PRIVATE_PFN: Final = DEVICE >> PFN_SHIFT
 PG_COHERENT: Final = 1 << 24
 """Flag of a frame that a device has handed out as its memory, which the CPU reaches, too."""
 _KEPT: Final = WRITE | EXCLUSIVE | SOFT_DIRTY | UFFD_WP
-_EXCLUSIVE: Final = SWAP | DEVICE | DEVICE_EXCLUSIVE
 _NUMBER: Final = (DEVICE_EXCLUSIVE >> PFN_SHIFT) - 1
 """The frame of a device-exclusive entry, in what stands in place of the pfn."""
 
@@ -201,11 +200,6 @@ def device_private_entry(pfn: int, kept: int) -> int:
 def is_device_entry(entry: int) -> bool:
     """It is one of the two kinds."""
     return bool(entry & SWAP and entry & DEVICE)
-
-
-def is_device_exclusive(entry: int) -> bool:
-    """A device is alone with the page."""
-    return entry & _EXCLUSIVE == _EXCLUSIVE
 
 
 def exclusive_pfn(entry: int) -> int:

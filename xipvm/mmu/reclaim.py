@@ -77,8 +77,8 @@ class Reclaim:
         self.scheduled = False
         """Somebody runs :meth:`kswapd`."""
         self.stopped = False
-        self.kswapd_runs = self.direct_runs = 0
-        """How often each of both had something to do."""
+        self.kswapd_runs = 0
+        """How often it had something to do."""
         self.kills = 0
         self._at_work: set[Actor] = set()
         host.watermark = self.marks.low
@@ -114,7 +114,6 @@ class Reclaim:
         return False
 
     def _direct(self) -> None:
-        self.direct_runs += 1
         before = self.lru.reclaimed
         self._run(self.marks.min + CLUSTER)
         if self._trace.on:

@@ -203,10 +203,6 @@ class Ext2Image:
         """The bytes of a block, writable."""
         return self.bytes[block * BLOCK : (block + 1) * BLOCK]
 
-    def free_blocks_count(self) -> int:
-        """How many blocks are free, by the superblock."""
-        return self.get32(layout.SUPERBLOCK_AT + layout.S_FREE_BLOCKS)
-
     def allocate_block(self, goal: int) -> int:
         """A block that was free, filled with zeros, from ``goal`` on if it can be. Raises MmError ENOSPC, EROFS."""
         self.may_write()
