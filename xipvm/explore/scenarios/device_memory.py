@@ -31,6 +31,13 @@ def _adds(thread: HostThread, hva: int, times: int) -> None:
         thread.store(hva, (value + 1).to_bytes(_NUMBER, "little"))
 
 
+def furnish(scene: Scene) -> tuple[Mm, int, Dmirror]:
+    """An mm with one page at the returned address, and a device that has four of its own."""
+    mm = scene.mm()
+    hva = mm.mmap(PAGE_SIZE, RW)
+    return mm, hva, scene.watch(Dmirror(mm, pages=4))
+
+
 @scenario(protocols=("modern",))
 def dma_is_under_way(scene: Scene) -> None:
     """A DMA engine writes to a page that is given up and used again."""
@@ -86,9 +93,7 @@ def dma_while_another_declines(scene: Scene) -> None:
 @scenario(protocols=("modern",))
 def a_page_goes_to_the_device(scene: Scene) -> None:
     """A device writes to a page that goes to its memory meanwhile; nothing of it may be lost."""
-    mm = scene.mm()
-    hva = mm.mmap(PAGE_SIZE, RW)
-    device = scene.watch(Dmirror(mm, pages=4))
+    mm, hva, device = furnish(scene)
     device.write(hva, OLD)
 
     def driver() -> None:
@@ -103,9 +108,7 @@ def a_page_goes_to_the_device(scene: Scene) -> None:
 @scenario(protocols=("modern",))
 def a_page_comes_back(scene: Scene) -> None:
     """A CPU writes to a page in a device's memory, half of which the device writes, too."""
-    mm = scene.mm()
-    hva = mm.mmap(PAGE_SIZE, RW)
-    device = scene.watch(Dmirror(mm, pages=4))
+    mm, hva, device = furnish(scene)
     device.write(hva, OLD)
     device.migrate_to_dev(hva, 1)
     scene.actor("queue0", device.write, hva, NEW)
@@ -117,9 +120,7 @@ def a_page_comes_back(scene: Scene) -> None:
 @scenario(protocols=("modern",))
 def a_page_of_the_device_is_shared(scene: Scene) -> None:
     """A process forks while its page is in a device's memory; each of the two writes."""
-    mm = scene.mm()
-    hva = mm.mmap(PAGE_SIZE, RW)
-    device = scene.watch(Dmirror(mm, pages=4))
+    mm, hva, device = furnish(scene)
     device.write(hva, OLD)
     device.migrate_to_dev(hva, 1)
     child = mm.fork()
@@ -139,9 +140,7 @@ def a_page_of_the_device_is_shared(scene: Scene) -> None:
 @scenario(protocols=("modern",))
 def two_cpus_want_a_page_of_the_device(scene: Scene) -> None:
     """Two processes that share a page in a device's memory read it, at once."""
-    mm = scene.mm()
-    hva = mm.mmap(PAGE_SIZE, RW)
-    device = scene.watch(Dmirror(mm, pages=4))
+    mm, hva, device = furnish(scene)
     device.write(hva, OLD)
     device.migrate_to_dev(hva, 1)
     child = mm.fork()
@@ -155,9 +154,7 @@ def two_cpus_want_a_page_of_the_device(scene: Scene) -> None:
 @scenario(protocols=("modern",))
 def a_page_of_the_device_is_given_up(scene: Scene) -> None:
     """A process gives up a page that goes to a device's memory, and uses it again."""
-    mm = scene.mm()
-    hva = mm.mmap(PAGE_SIZE, RW)
-    device = scene.watch(Dmirror(mm, pages=4))
+    mm, hva, device = furnish(scene)
     device.write(hva, OLD)
 
     def driver() -> None:
@@ -176,9 +173,7 @@ def a_page_of_the_device_is_given_up(scene: Scene) -> None:
 @scenario(protocols=("modern",))
 def a_page_is_the_device_s_alone(scene: Scene) -> None:
     """A device adds to a number by turns with a CPU that knows no atomic accesses of devices."""
-    mm = scene.mm()
-    hva = mm.mmap(PAGE_SIZE, RW)
-    device = scene.watch(Dmirror(mm, pages=4))
+    mm, hva, device = furnish(scene)
     device.update(hva, 1)
     thread = HostThread(mm)
     scene.actor("queue0", device.update, hva, 1)
@@ -189,9 +184,7 @@ def a_page_is_the_device_s_alone(scene: Scene) -> None:
 @scenario(protocols=("modern",))
 def an_exclusive_page_is_forked(scene: Scene) -> None:
     """A process forks while a device has its page for itself; the CPU and the device write afterwards."""
-    mm = scene.mm()
-    hva = mm.mmap(PAGE_SIZE, RW)
-    device = scene.watch(Dmirror(mm, pages=4))
+    mm, hva, device = furnish(scene)
     device.update(hva, 1)
     children: list[Mm] = []
 
