@@ -183,6 +183,11 @@ def can_wait() -> bool:
     return _wait_hook is not None
 
 
+def scheduled() -> bool:
+    """The current actor has a stack of its own: what it waits for can come while it waits."""
+    return current.greenlet is not None
+
+
 @contextmanager
 def on_point(hook: PointHook) -> Iterator[None]:
     """Call ``hook(label)`` at every point while the context is open; contexts nest, the innermost counts."""

@@ -279,12 +279,10 @@ def _take_over(file: ShmemFile, first: int, head: int) -> list[int]:
 def _retract_page_table(area: Vma, first: int) -> None:
     mm, hva = area.mm, area.address_of(first)
     assert hva is not None
-    gather = MmuGather(mm)
-    with mm.notifiers.invalidate_range(hva, hva + HPAGE_SIZE, RangeEvent.CLEAR):
+    with MmuGather(mm) as gather, mm.notifiers.invalidate_range(hva, hva + HPAGE_SIZE, RangeEvent.CLEAR):
         if area.mm.find_vma(hva) is area and not mm.pgd.huge(hva >> PAGE_SHIFT):
             gather.zap(hva, hva + HPAGE_SIZE)
             mm.flush_tlb_range(hva, hva + HPAGE_SIZE)
-    gather.finish()
 
 
 def _map_cached(mm: Mm, area: Vma, file: ShmemFile, hva: int) -> int:
@@ -294,9 +292,7 @@ def _map_cached(mm: Mm, area: Vma, file: ShmemFile, hva: int) -> int:
         if mm.find_vma(hva) is not area or any(entry & ANON for _, entry in mm.pgd.entries(page, page + HUGE_PAGES)):
             return errno.EINVAL
         if not mm.pgd.pmd_none(page):
-            gather = MmuGather(mm)
-            with mm.notifiers.invalidate_range(hva, hva + HPAGE_SIZE, RangeEvent.CLEAR):
+            with MmuGather(mm) as gather, mm.notifiers.invalidate_range(hva, hva + HPAGE_SIZE, RangeEvent.CLEAR):
                 gather.zap(hva, hva + HPAGE_SIZE)
                 mm.flush_tlb_range(hva, hva + HPAGE_SIZE)
-            gather.finish()
         return 0 if map_huge_file_page(mm, area, file, hva, False) else errno.EAGAIN

@@ -21,6 +21,7 @@ from xipvm.mmu.uffd_message import UFFD_EVENT_FORK, UffdMsg
 from xipvm.mmu.uffd_reach import inherit
 from xipvm.mmu.uffd_wp import forget
 from xipvm.mmu.vma import TASK_SIZE, VM_DONTCOPY, VM_HUGETLB, VM_LOCKED, VM_MIXEDMAP, VM_UFFD_WP, Vma
+from xipvm.mmu.zap import check_unlocked
 from xipvm.notifier import RangeEvent
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 def fork(mm: Mm, name: str | None) -> Mm:
     """See :meth:`Mm.fork`."""
     mm.check_alive("fork")
+    check_unlocked(mm, [area for area in mm.vmas if not area.flags & VM_DONTCOPY])
     mm.children += 1
     child = type(mm)(mm.host, mm.trace, name=name or f"{mm.name}.{mm.children}", protocol=mm.protocol)
     child.start_brk, child.end_brk = mm.start_brk, mm.end_brk

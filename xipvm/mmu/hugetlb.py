@@ -141,15 +141,14 @@ def unmap_hugepage_range(area: Vma, start: int, end: int, *, drop_markers: bool 
     """
     mm, file = area.mm, area.file
     assert file is not None
-    gather = MmuGather(mm)
-    with mm.notifiers.invalidate_range(*adjust_range_if_pmd_sharing_possible(area, start, end), RangeEvent.CLEAR):
+    around = adjust_range_if_pmd_sharing_possible(area, start, end)
+    with MmuGather(mm) as gather, mm.notifiers.invalidate_range(*around, RangeEvent.CLEAR):
         # Split, or gone: somebody was faster.
         for part in [part for part in file.areas if part.mm is mm and part.start < end and start < part.end]:
             lo, hi = max(start, part.start), min(end, part.end)
             zap_hugepage_range(gather, part, lo, hi, drop_markers=drop_markers)
         if mm.notifiers.flush_in_range:
             gather.flush()
-    gather.finish()
 
 
 def zap_hugepage_range(gather: MmuGather, area: Vma, start: int, end: int, *, drop_markers: bool = False) -> None:

@@ -107,13 +107,10 @@ def madvise(mm: Mm, addr: int, length: int, advice: int) -> None:
             pieces = _pieces(mm, addr, length, refused, name)
             if pieces:
                 with mm.because("mm_madvise", start=addr, end=pieces[-1][2], advice=name):
-                    gather = MmuGather(mm)
-                    for area, start, end in pieces:
-                        work(mm, gather, area, start, end)
-                        if mm.notifiers.gather_per_area:
-                            gather.finish()
-                            gather = MmuGather(mm)
-                    gather.finish()
+                    for group in [[piece] for piece in pieces] if mm.notifiers.gather_per_area else [pieces]:
+                        with MmuGather(mm) as gather:
+                            for area, start, end in group:
+                                work(mm, gather, area, start, end)
     elif advice in (MADV_POPULATE_READ, MADV_POPULATE_WRITE):
         _populate(mm, addr, length, advice == MADV_POPULATE_WRITE)
     elif advice in (MADV_REMOVE, MADV_WILLNEED):

@@ -39,7 +39,7 @@ from xipvm.mmu.vma import (
     VM_SOFTDIRTY,
     Vma,
 )
-from xipvm.mmu.zap import unmap_vmas
+from xipvm.mmu.zap import check_unlocked, unmap_vmas
 
 if TYPE_CHECKING:
     from xipvm.mmu.file import AddressSpace
@@ -158,6 +158,7 @@ def munmap(mm: Mm, addr: int, length: int, *, downgrade: bool = False) -> None:
     split(mm, start)
     split(mm, end)
     areas = mm.areas_in(start, end)
+    check_unlocked(mm, areas)
     for area in areas:
         if area.uffd is not None:
             unmapping(area, start, end)

@@ -188,7 +188,6 @@ def _reap_area(mm: Mm, area: Vma) -> bool:
     """False when the area has to be left for now."""
     if area.shared or (area.file is not None and area.file.hugetlb):
         return True  # the pages are not its own, or nothing that the kernel gets back this way
-    gather = MmuGather(mm)
     try:
         range = mm.notifiers.invalidate_range_start(area.start, area.end, RangeEvent.UNMAP, blockable=False)
     except MmError as error:
@@ -197,9 +196,9 @@ def _reap_area(mm: Mm, area: Vma) -> bool:
         return False
     except ProtocolUnsupported:
         return True  # before there was a reaper: the pages go with the mm
-    try:
-        gather.zap(area.start, area.end)
-    finally:
-        mm.notifiers.invalidate_range_end(range)
-    gather.finish()
+    with MmuGather(mm) as gather:
+        try:
+            gather.zap(area.start, area.end)
+        finally:
+            mm.notifiers.invalidate_range_end(range)
     return True
