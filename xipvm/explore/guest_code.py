@@ -84,7 +84,7 @@ _NOP: Final = 0xD503201F
 def _loop(look: int) -> tuple[int, ...]:
     return (
         0xD2A80306,  # movz x6, #0x4018, lsl #16  pages that nobody has touched
-        0xD2800107,  # mov  x7, #8
+        0xD2800207,  # mov  x7, #16
         0xD2800008,  # mov  x8, #0
         0xB9400125,  # 1: ldr w5, [x9]
         look,
@@ -118,7 +118,10 @@ def guest_reprograms_its_flash(scene: Scene) -> None:
 
 @scenario
 def guest_code_is_replaced(scene: Scene) -> None:
-    """The host maps other code where the guest goes round in a loop, then says so: the old code must not see that."""
+    """The host maps other code where the guest goes round in a loop, then says so: the old code must not see that.
+
+    It is busy elsewhere before, for about as long as the guest takes to get into the loop.
+    """
     machine = scene.machine("virt-arm64", _bytes(_ENTER))
     mm, rights = machine.mm, PROT_READ | PROT_WRITE | PROT_EXEC
     file = ShmemFile(machine.host, machine.trace, "code", 2 * PAGE_SIZE)
@@ -131,6 +134,8 @@ def guest_code_is_replaced(scene: Scene) -> None:
         mm.mmap(PAGE_SIZE, rights, MAP_SHARED | MAP_FIXED, addr=place, file=file, pgoff=pgoff)
 
     def host() -> None:
+        for page in range(32):
+            mm.read(machine.ram + (3 << 20) + page * PAGE_SIZE, 1)
         show(1)
         mm.write(machine.ram + (1 << 20), b"\1\0\0\0")
 
