@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from xipvm import boards, power
-from xipvm.address import PAGE_SHIFT, PAGE_SIZE, format_size
+from xipvm.address import format_size
 from xipvm.boards.board import Board, FlashBank
 from xipvm.clock import EventClock
 from xipvm.console import Console
@@ -36,7 +36,7 @@ from xipvm.cpu.riscv64 import Riscv64
 from xipvm.cpu.vcpu import Leave, Vcpu
 from xipvm.devices.bus import Bus
 from xipvm.devices.flash.cfi01 import PflashCfi01
-from xipvm.devices.flash.files import BankBytes, ImageOption, open_banks, parse_option
+from xipvm.devices.flash.files import BankBytes, ImageOption, open_banks
 from xipvm.devices.htif import Htif
 from xipvm.devices.rdma import DmaSpace
 from xipvm.dirty_log import DirtyLog
@@ -45,17 +45,25 @@ from xipvm.firmware import Firmware
 from xipvm.flash_memory import FlashMemory
 from xipvm.image_option import FileMapping, ImageChoice, open_elf, parse_image, parse_mapping
 from xipvm.loader.place import Placement, board_for, place
+from xipvm.machine_options import (
+    HOST_RESERVE,
+    check_alias,
+    check_arena,
+    check_host,
+    check_hugetlb,
+    check_kinds,
+    check_storm,
+    flash_options,
+    read_dtb,
+)
 from xipvm.mmu.frames import HostMemory
 from xipvm.mmu.huge_pmd import HPAGE_SIZE
 from xipvm.mmu.mm import Mm
 from xipvm.mmu.reclaim import watch_memory
-from xipvm.mmu.secondary.choose import check_secondary, make_secondary
-from xipvm.mmu.secondary.memslot import GFN_LIMIT
+from xipvm.mmu.secondary.choose import make_secondary
 from xipvm.mmu.swap import swap_of
 from xipvm.mmu.swap_file import SwapOption, open_swap, parse_swap
-from xipvm.mmu.thp import ENABLED as THP_ENABLED
 from xipvm.mmu.vma import MAP_ANONYMOUS, MAP_HUGETLB, MAP_PRIVATE, PROT_EXEC, PROT_READ, PROT_WRITE
-from xipvm.notifier import PROTOCOLS
 from xipvm.oom_report import OOM_STATUS, oom_report
 from xipvm.report import crash_report
 from xipvm.result import RunResult, Summary
@@ -72,23 +80,14 @@ if TYPE_CHECKING:
 QUANTUM = 20_000
 #: How often the host looks at signals, input and the time limit, in seconds.
 TICK = 0.02
-#: Frames beside guest memory: the zero page, and room for what the host process maps of its own.
-HOST_RESERVE = 16 << 20
-#: The least host memory that a machine can do with: below, one access of the guest may need more than there is.
-HOST_MINIMUM = 1 << 20
-#: The largest device tree that a guest is given, bytes.
-DTB_LIMIT = 2 << 20
 #: An idle machine with a person at its console sleeps at most this long at a time, in seconds.
 IDLE_NAP = 0.05
 #: And one that others ask for its memory at most this long.
 SERVICE_NAP = 0.005
 
-CLOCKS = ("instructions", "host")
 _CHUNK = 64 << 10
 
 TIMEOUT_STATUS = 124
-
-DEVICES = ("odp", "sva")
 
 
 class Machine:
@@ -142,27 +141,12 @@ class Machine:
         image: str | ImageChoice | None = None,
         map_files: Iterable[str | FileMapping] = (),
     ) -> None:
-        if clock not in CLOCKS:
-            raise BadInput(f"no clock is called {clock!r}; known are {', '.join(CLOCKS)}")
-        if protocol not in PROTOCOLS:
-            raise BadInput(f"no notifier protocol is called {protocol!r}; known are {', '.join(PROTOCOLS)}")
-        if thp not in THP_ENABLED:
-            raise BadInput(f"transparent huge pages are enabled {', '.join(THP_ENABLED)}, not {thp!r}")
-        check_secondary(secondary, pin_sptes=pin_sptes)
-        if storm is not None and clock != "instructions":
-            raise BadInput("a storm needs the instructions clock")
-        if storm is not None and dirty_log is not None:
-            raise BadInput("a storm turns dirty logs on and off, and reads them, itself")
-        if storm is not None and pin_sptes:
-            raise BadInput("a storm has the host copy pages, which a guest with pinned ones does not see")
         self.devices = frozenset(devices)
-        if self.devices - frozenset(DEVICES):
-            unknown, known = min(self.devices - frozenset(DEVICES)), ", ".join(DEVICES)
-            raise BadInput(f"no device is called {unknown!r}; known are {known}")
-        if self.devices and protocol == "2008":
-            raise BadInput(f"{', '.join(sorted(self.devices))} cannot work with the 2008 protocol")
-        if len(self.devices) > 1:
-            raise BadInput(f"there is one DMA engine: {' or '.join(sorted(self.devices))}, not both")
+        check_kinds(
+            clock=clock, protocol=protocol, secondary=secondary, thp=thp, pin_sptes=pin_sptes, devices=self.devices
+        )
+        if storm is not None:
+            check_storm(clock=clock, dirty_log=dirty_log, pin_sptes=pin_sptes, hugetlb=hugetlb)
         choice = parse_image(image) if isinstance(image, str) else image
         elf = None if guest is None else open_elf(guest, choice)
         if board is None:
@@ -175,14 +159,12 @@ class Machine:
         # What a storm forks keeps its own copies.
         self.host_size = self.memory_size * (1 if storm is None else 2) + HOST_RESERVE
         if host_memory is None:
-            _check_host(self.memory_size, "guest memory")
+            check_host(self.memory_size, "guest memory")
         else:
-            self.host_size = _check_arena(host_memory)
+            self.host_size = check_arena(host_memory)
         self._swap = parse_swap(swap) if isinstance(swap, str) else swap
-        if hugetlb and storm is not None:
-            raise BadInput("a storm forks children, for whose copies a pool of huge pages has no room")
-        self.hugetlb = _check_hugetlb(self.memory_size, self.host_size) if hugetlb else False
-        self.ram_alias = None if ram_alias is None else _check_alias(ram_alias, self.board, self.memory_size)
+        self.hugetlb = check_hugetlb(self.memory_size, self.host_size) if hugetlb else False
+        self.ram_alias = None if ram_alias is None else check_alias(ram_alias, self.board, self.memory_size)
         self.image = elf
         self.placement: Placement | None = None if elf is None else place(elf, self.board, self.memory_size)
         mappings = [parse_mapping(text) if isinstance(text, str) else text for text in map_files]
@@ -192,7 +174,7 @@ class Machine:
         self._image_guest = None if choice is None or guest is None else os.fspath(guest)
         self.image_memory: ImageMemory | None = None
         """The files of an image that are guest memory."""
-        self.dtb_given = None if dtb is None else _read(os.fspath(dtb))
+        self.dtb_given = None if dtb is None else read_dtb(os.fspath(dtb))
         self.counted = clock == "instructions"
         self.pin_sptes = pin_sptes
         self._kind = secondary
@@ -222,7 +204,7 @@ class Machine:
         self._resources = contextlib.ExitStack()
         self._closed = False
         self.seconds = 0.0
-        banks = open_banks(_options(flash), [bank.size for bank in self.board.flash], board=self.board.name)
+        banks = open_banks(flash_options(flash), [bank.size for bank in self.board.flash], board=self.board.name)
         if choice is not None:
             banks = self._without_banks(banks)
         try:
@@ -743,65 +725,6 @@ class Machine:
         )
 
 
-def _check_alias(base: int, board: Board, size: int) -> int:
-    """``base`` when RAM can appear there, too. Raises BadInput."""
-    limit = GFN_LIMIT << PAGE_SHIFT
-    if base < 0 or base % PAGE_SIZE or base + size > limit:
-        raise BadInput(f"RAM cannot appear at {base:#x}: an alias begins on a page and ends below {limit:#x}")
-    taken = [row for row in board.memory_map() if row[2] != "ram"]
-    taken += [(region.base, region.end, region.name) for region in board.optional]
-    for first, end, what in [*taken, (board.ram_base, board.ram_base + size, "ram")]:
-        if base < end and first < base + size:
-            raise BadInput(f"RAM cannot appear at {base:#x}: {what} is at {first:#x} to {end:#x}")
-    return base
-
-
-def _check_hugetlb(memory: int, host: int) -> bool:
-    if memory % HPAGE_SIZE:
-        raise BadInput(f"{format_size(memory)} of RAM is not made of huge pages: give a multiple of 2 MiB")
-    if memory + HPAGE_SIZE > host:
-        have, want = format_size(host), format_size(memory)
-        raise HostMemoryError(host, f"{have} of host memory cannot hold {want} in huge pages")
-    return True
-
-
-def _check_host(memory: int, what: str) -> None:
-    have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if memory > have:
-        raise HostMemoryError(memory, f"{format_size(memory)} of {what}: the host has {have >> 20} MiB")
-
-
-def _check_arena(size: int) -> int:
-    """``size`` when the model's host can have so much memory. Raises HostMemoryError."""
-    if size < HOST_MINIMUM or size % PAGE_SIZE:
-        least = format_size(HOST_MINIMUM)
-        raise HostMemoryError(size, f"host memory of {format_size(size)}: give {least} or more, whole pages of 4 KiB")
-    _check_host(size, "host memory")
-    return size
-
-
-def _options(flash: Iterable[str | ImageOption]) -> list[ImageOption]:
-    if isinstance(flash, str):
-        raise BadInput(f"flash takes a list of image options, not {flash!r} alone")
-    return [parse_option(option) if isinstance(option, str) else option for option in flash]
-
-
-def _read(path: str) -> bytes:
-    try:
-        with open(path, "rb") as file:
-            data = file.read(DTB_LIMIT + 1)
-    except OSError as error:
-        raise BadInput(f"{path}: {error.strerror}") from None
-    if data[:4] != b"\xd0\x0d\xfe\xed":
-        raise BadInput(f"{path}: is not a device tree (DTB)")
-    size = int.from_bytes(data[4:8], "big")
-    if size > DTB_LIMIT:
-        raise BadInput(f"{path}: a device tree of {size} bytes; {format_size(DTB_LIMIT)} are the limit")
-    if len(data) < max(size, 40):  # the header alone
-        raise BadInput(f"{path}: is cut short: {len(data)} bytes of {max(size, 40)}")
-    return data[:size]
-
-
 def run(
     guest: str | os.PathLike[str],
     *,
@@ -823,7 +746,10 @@ def run(
     hugetlb: bool = False,
     thp: str = "madvise",
     protocol: str = "modern",
+    dirty_log: int | None = None,
     devices: Iterable[str] = (),
+    image: str | ImageChoice | None = None,
+    map_files: Iterable[str | FileMapping] = (),
 ) -> tuple[RunResult, bytes]:
     """Run a guest to its end; returns how that was and what the guest printed.
 
@@ -848,7 +774,10 @@ def run(
         hugetlb=hugetlb,
         thp=thp,
         protocol=protocol,
+        dirty_log=dirty_log,
         devices=devices,
+        image=image,
+        map_files=map_files,
     ) as machine:
         result = machine.run(timeout=timeout, max_instructions=max_instructions, until=until)
     return result, output.getvalue()

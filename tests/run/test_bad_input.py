@@ -131,7 +131,7 @@ def test_a_guest_for_another_board(tmp_path: Path) -> None:
         (("run", HELLO, "--board", "toaster"), "no board is called 'toaster'; known are virt-arm64, virt-riscv64"),
         (("run", HELLO, "--bord", "virt-arm64"), "No such option '--bord'"),
         (("run", HELLO, "--board"), "Option '--board' requires an argument"),
-        (("run", HELLO, "--secondary", "npt"), "'npt' is not"),
+        (("run", HELLO, "--secondary", "npt"), "no secondary MMU is called 'npt'; known are kvm, kvm-shadow, gru"),
         (("run", HELLO, "--clock", "sun"), "'sun' is not one of 'instructions', 'host'"),
         (("run", HELLO, "--memory", "64T"), "virt-arm64 takes up to 64 GiB of RAM in units of 4 KiB, not 64 TiB"),
         (("run", HELLO, "--memory", "16777216T"), "virt-arm64 takes up to 64 GiB of RAM"),
