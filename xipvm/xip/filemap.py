@@ -11,9 +11,9 @@ what is stored through one mapping is what all others, reads included, see at on
 so whoever faults in between maps the block. The look-up that decides what a fault maps is made with no schedule point
 between it and the entry: of two that race for a page, the later finds what the earlier did. Truncation writes the size
 first, then unmaps, then zeroes the rest of the last block, then frees; no fault comes in between (invalidate_lock:
-the seed had none, and looked at the size only once, when a fault began).
+in 2008 there was none, and the size was looked at only once, when a fault began).
 
-Deviations from the seed, each of them a bug of its own there: docs/xip.md.
+Where this differs from what was there in 2008, and by which bug of it each time: docs/xip.md.
 """
 
 from __future__ import annotations

@@ -34,7 +34,15 @@ from xipvm.errors import DeadlockError, MmError, OutOfFrames
 from xipvm.locks.lock import RwLock
 from xipvm.locks.order import DEVICE_MUTEX
 from xipvm.mmu.device_exclusive import DeviceExclusive
-from xipvm.mmu.device_private import DEVICE_PRIVATE_PFN, DeviceFault, PageMap, device_private_page
+from xipvm.mmu.device_private import (
+    DEVICE_PRIVATE_PFN,
+    DeviceFault,
+    PageMap,
+    device_private_page,
+    exclusive_pfn,
+    is_device_entry,
+    is_device_exclusive,
+)
 from xipvm.mmu.file import VmFault
 from xipvm.mmu.frames import ZERO_PFN
 from xipvm.mmu.hmm import (
@@ -59,7 +67,8 @@ from xipvm.mmu.migrate_device import (
     migrate_vma_pages,
     migrate_vma_setup,
 )
-from xipvm.mmu.pte import PRESENT
+from xipvm.mmu.pte import PRESENT, pte_pfn
+from xipvm.mmu.pte import WRITE as PTE_WRITE
 from xipvm.mmu.secondary.base import FAULT, RETRY_WALK, WRITE
 from xipvm.mmu.secondary.device import IntervalMmu, pages_of
 from xipvm.mmu.secondary.odp import point_if_others_wait
@@ -156,6 +165,18 @@ class Dmirror(IntervalMmu):
     def translate(self, page: int) -> tuple[int, bool] | None:
         """See the base."""
         return self.table.get(page)
+
+    def inconsistency(self) -> str:
+        """Of the pages that the CPU does not reach: entries stand for them."""
+        for page, (pfn, write) in self.table.items():
+            entry = self.mm.pgd.get(page)
+            if entry & PRESENT and page not in self.atomic:
+                continue
+            its = exclusive_pfn(entry) if is_device_exclusive(entry) else pte_pfn(entry)
+            alone = is_device_exclusive(entry) == (page in self.atomic)
+            if not is_device_entry(entry) or its != pfn or not alone or (write and not entry & PTE_WRITE):
+                return f"{self.name} maps page {page:#x} to {(pfn, write)}, the host has {entry:#x}"
+        return ""
 
     def fault(self, page: int, access: int) -> int:
         """See the base: RETRY_WALK or FAULT."""
@@ -264,8 +285,10 @@ class Dmirror(IntervalMmu):
         return Done(pages, faults)
 
     def update(self, hva: int, value: int) -> int:
-        """Adds ``value`` to the aligned 64-bit number at ``hva``, in one step; what it was. The page is its alone."""
-        found = 0
+        """Adds ``value`` to the aligned 64-bit number at ``hva``, in one step; what it was. The page is its alone.
+
+        Raises MmError: EFAULT, EPERM, ENOMEM, EBUSY.
+        """
         page = hva >> PAGE_SHIFT
         for _ in range(TRIES):
             with self.mutex.write:
