@@ -48,7 +48,7 @@ def open_guest(choice: ImageChoice, guest: str) -> ElfImage:
                 raise XipImageError(choice.path, f"{guest} is no guest: it has {file.file.size} bytes")
             return ElfImage(file.get(file.file.size), f"{choice.path}:{guest}")
     except MmError as error:
-        raise XipImageError(choice.path, f"{guest}: {error}") from None
+        raise XipImageError(choice.path, str(error)) from None
     finally:
         host.close()
 

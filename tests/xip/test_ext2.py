@@ -14,6 +14,8 @@ from xipvm.cli.commands import cli
 from xipvm.errors import BadInput, MmError
 from xipvm.mmu.frames import HostMemory
 from xipvm.trace.funnel import Trace
+from xipvm.xip.ext2.inode import blocks_for
+from xipvm.xip.ext2.tree import Ext2Volume
 from xipvm.xip.open_file import OpenFile
 from xipvm.xip.volume import Volume, open_volume
 
@@ -62,6 +64,39 @@ def test_a_full_image_is_an_error_and_stays_whole(make_image: MakeImage, fsck: F
         xip("put", image, "-", "/big", data=random.Random(2).randbytes(2 << 20))
     assert b"big" not in xip("ls", image)
     assert fsck(image) == ""
+
+
+def test_a_file_is_not_replaced_by_what_cannot_be(make_image: MakeImage, fsck: Fsck, tmp_path: Path) -> None:
+    image = make_image({"/a": b"alpha"}, size="1M")
+    for _ in range(2):
+        with pytest.raises(BadInput, match=f"^{image}: a would have .* there is room for .*ENOSPC"):
+            xip("put", image, "-", "/a", "--force", data=random.Random(2).randbytes(1 << 20))
+    with pytest.raises(BadInput, match="no-such-file"):
+        xip("put", image, tmp_path / "no-such-file", "/a", "--force")
+    assert xip("cat", image, "/a") == b"alpha"
+    with Mounted(image) as mounted:
+        assert isinstance(mounted.volume, Ext2Volume)
+        room = mounted.volume.image.free_blocks + 1
+    data = random.Random(3).randbytes((room - 1) << 12)  # and one that leads to those behind the twelfth
+    xip("put", image, "-", "/a", "--force", data=data)
+    assert xip("cat", image, "/a") == data
+    assert fsck(image) == ""
+
+
+def test_blocks_for() -> None:
+    assert blocks_for([]) == 0
+    assert blocks_for(range(12)) == 12
+    assert blocks_for(range(13)) == 14
+    assert blocks_for([12 + 1024]) == 3
+    assert blocks_for([0, 12, 12 + 1024, 12 + 2 * 1024]) == 4 + 1 + 1 + 2
+
+
+def test_errors_name_the_image_once_and_the_path_whole(make_image: MakeImage) -> None:
+    image = make_image(size="1M")
+    with pytest.raises(BadInput, match=f"^{image}: /a/b: ENOENT"):
+        xip("cat", image, "/a/b")
+    with pytest.raises(BadInput, match=f"^{image}: no block is free: ENOSPC"):
+        xip("put", image, "-", "/big", data=random.Random(2).randbytes(2 << 20))
 
 
 def test_zeros_become_holes_and_truncation_frees(make_image: MakeImage, fsck: Fsck) -> None:

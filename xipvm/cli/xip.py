@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 import stat
 import sys
+import tempfile
 import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -71,25 +74,26 @@ def put(image: str, source: str, path: str, force: bool) -> None:
     """Copy the file SOURCE (- for standard input) to PATH in IMAGE; runs of zeros become holes."""
     from xipvm.errors import BadInput, MmError
 
-    with _volume(image) as (volume, host, trace):
+    with _source(source) as data, _volume(image) as (volume, host, trace):
         try:
             inode = volume.lookup(path)
             if volume.status(inode).letter == "d":
                 path = f"{path.rstrip('/')}/{os.path.basename(source)}"
                 inode = volume.lookup(path)
         except MmError as error:
-            if error.errno != 2:
+            if error.errno != errno.ENOENT:
                 raise
             inode, new = volume.create(path), True
         else:
             new = False
             if not force:
                 raise BadInput(f"{image}: {path} exists; --force replaces it")
-        file = volume.file(host, trace, inode)
         try:
-            file.truncate(0)
-            with sys.stdin.buffer if source == "-" else _source(source) as data:
-                _copy(data, file)
+            file = volume.file(host, trace, inode)
+            if not new:
+                volume.check_room(_pages_to_store(data), instead_of=inode)
+                file.truncate(0)
+            _copy(data, file)
         except BaseException:
             if new:
                 volume.unlink(path)
@@ -98,12 +102,29 @@ def put(image: str, source: str, path: str, force: bool) -> None:
 
 
 def _source(path: str) -> Any:
+    """``path``, or all of standard input, to be read from the beginning as often as one likes."""
     from xipvm.errors import BadInput
 
+    if path == "-":
+        spool = tempfile.TemporaryFile()  # noqa: SIM115 (the caller closes it)
+        shutil.copyfileobj(sys.stdin.buffer, spool)
+        spool.seek(0)
+        return spool
     try:
         return open(path, "rb")
     except (OSError, ValueError) as error:
         raise BadInput(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def _pages_to_store(source: Any) -> Iterator[int]:
+    """Which pages of ``source`` are no holes. It is at its beginning then."""
+    from xipvm.address import PAGE_SIZE
+
+    zeros = bytes(PAGE_SIZE)
+    for page, data in enumerate(iter(lambda: source.read(PAGE_SIZE), b"")):
+        if data != zeros[: len(data)]:
+            yield page
+    source.seek(0)
 
 
 def _copy(source: Any, file: XipFile) -> None:
@@ -226,7 +247,7 @@ def _volume(image: str, *, read_only: bool = False) -> Iterator[tuple[Volume, Ho
                 print(f"xipvm: {image}: was not put away properly; e2fsck -f repairs it", file=sys.stderr)
             yield volume, host, Trace()
     except MmError as error:
-        raise BadInput(f"{image}: {error}") from None
+        raise BadInput(f"{image}: {str(error).removeprefix(f'{image}: ')}") from None
     finally:
         host.close()
 

@@ -207,7 +207,7 @@ class RomfsVolume(Volume):
                 continue
             at = next((at for known, at in self._children(trail[-1]) if known == name), None)
             if at is None:
-                raise MmError(errno.ENOENT, name)
+                raise MmError(errno.ENOENT, path)
             found = self._inode(at)
             if found.header.kind == _LINK and (follow or todo):
                 links += 1

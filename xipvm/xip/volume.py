@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, NamedTuple, Self
 
 from xipvm.errors import MmError, XipImageError
@@ -83,6 +83,10 @@ class Volume(ABC):
 
     def mkdir(self, path: str) -> XipInode:
         """A new empty directory. Raises MmError as :meth:`create` does."""
+        raise MmError(errno.EROFS, self.path)
+
+    def check_room(self, pages: Iterable[int], instead_of: XipInode) -> None:
+        """That a file with data in ``pages`` would fit where one is now. Raises MmError ENOSPC, EROFS."""
         raise MmError(errno.EROFS, self.path)
 
     def unlink(self, path: str) -> None:

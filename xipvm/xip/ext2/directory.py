@@ -85,7 +85,12 @@ def lookup(image: Ext2Image, path: str, *, follow: bool = True) -> Ext2Inode:
         if name == b"..":
             trail = trail[:-1] or trail
             continue
-        found = find(trail[-1], name)
+        try:
+            found = find(trail[-1], name)
+        except MmError as error:
+            if error.errno == errno.ENOENT:
+                raise MmError(errno.ENOENT, path) from None
+            raise
         if found.is_symlink and (follow or any(part not in (b"", b".") for part in todo)):
             links += 1
             if links > _MAX_LINKS:

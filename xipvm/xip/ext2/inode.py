@@ -7,7 +7,7 @@ block number 0 is a hole. A branch is allocated whole, filled in from its end, a
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from stat import S_ISGID, S_ISUID, S_IXGRP
 from typing import TYPE_CHECKING, Final
 
@@ -270,6 +270,17 @@ class Ext2Inode(XipInode):
             raise corrupt(f"{self.image.path}: {self.name} is a link of {size} bytes")
         block = self._find((0,))
         return bytes(self.image.block(block)[:size]) if block else b""
+
+
+def blocks_for(pages: Iterable[int]) -> int:
+    """How many blocks a file with data in ``pages`` has, those counted that lead to them. Raises MmError EFBIG."""
+    data = 0
+    leading: set[tuple[int, ...]] = set()
+    for page in pages:
+        path = _path(page)
+        data += 1
+        leading.update(path[:depth] for depth in range(1, len(path)))
+    return data + len(leading)
 
 
 def _path(pgoff: int) -> tuple[int, ...]:

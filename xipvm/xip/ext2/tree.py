@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
+from xipvm.errors import MmError
 from xipvm.xip.ext2 import directory
-from xipvm.xip.ext2.inode import Ext2Inode
+from xipvm.xip.ext2.inode import Ext2Inode, blocks_for
+from xipvm.xip.ext2.layout import BLOCK
 from xipvm.xip.ext2.volume import Ext2Image
 from xipvm.xip.volume import Status, Volume
 
@@ -74,6 +77,14 @@ class Ext2Volume(Volume):
     def mkdir(self, path: str) -> Ext2Inode:
         """See the base."""
         return directory.mkdir(self.image, path)
+
+    def check_room(self, pages: Iterable[int], instead_of: XipInode) -> None:
+        """See the base."""
+        assert isinstance(instead_of, Ext2Inode)
+        needed = blocks_for(pages)
+        free = self.image.free_blocks + instead_of.blocks * 512 // BLOCK
+        if needed > free:
+            raise MmError(errno.ENOSPC, f"{instead_of.name} would have {needed} blocks, and there is room for {free}")
 
     def unlink(self, path: str) -> None:
         """See the base."""

@@ -203,6 +203,11 @@ class Ext2Image:
         """The bytes of a block, writable."""
         return self.bytes[block * BLOCK : (block + 1) * BLOCK]
 
+    @property
+    def free_blocks(self) -> int:
+        """How many blocks are nobody's, as the superblock has it."""
+        return self.get32(layout.SUPERBLOCK_AT + layout.S_FREE_BLOCKS)
+
     def allocate_block(self, goal: int) -> int:
         """A block that was free, filled with zeros, from ``goal`` on if it can be. Raises MmError ENOSPC, EROFS."""
         self.may_write()
