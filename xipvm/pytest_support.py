@@ -244,7 +244,10 @@ def hunt(item: pytest.Function, scenario: Furnish, name: str, plan: Plan) -> Sea
         if run.failure is not None:
             _fail(item, scenario, run, plan, path, f"found at once: it is the order of {_here(item, path)}")
     search = explore(
-        scenario, strategy(plan.strategy, plan.seed, preemptions=plan.preemptions, reduce=True), runs=plan.n, **plan.options
+        scenario,
+        strategy(plan.strategy, plan.seed, preemptions=plan.preemptions, reduce=True),
+        runs=plan.n,
+        **plan.options,
     )
     asked = sum(search.checks.values())
     complete = "all of " if search.complete else ""

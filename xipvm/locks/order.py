@@ -13,8 +13,8 @@ KVM's the one of Documentation/virt/kvm/locking.rst:
   wait for the device's hardware;
 * page table locks inside rmap locks: a walk looks at entries;
 * KVM's slots_lock outside mmap_lock, for memslots of KVM's own are mapped under it; slots_arch_lock inside slots_lock;
-* the refresh_lock of a gfn_to_pfn cache outside mmap_lock, for a refresh looks pages up; gpc_lock, of the list of caches,
-  and a cache's own lock inside all that an invalidation is announced under;
+* the refresh_lock of a gfn_to_pfn cache outside mmap_lock, for a refresh looks pages up; gpc_lock, of the list of
+  caches, and a cache's own lock inside all that an invalidation is announced under;
 * mmu_notifier_mm->lock, of the list of notifiers, inside all that mm_take_all_locks takes;
 * mmu_lock inside the page table lock: the young hooks are called there. Nothing is taken inside mmu_lock.
 
