@@ -241,12 +241,26 @@ def test_the_command_takes_the_host_s_memory_as_run_does(tmp_path: Path, monkeyp
 
 
 @pytest.mark.slow
-def test_ctrl_c_ends_it() -> None:
-    with start("storm", "--seeds", 100000, guest("faults", "arm64")) as child:
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_ctrl_c_ends_it(jobs: int) -> None:
+    with start("storm", "--seeds", 100000, "--jobs", jobs, "--rate", 1000, guest("pages", "arm64")) as child:
         assert child.stderr is not None
         assert child.stderr.readline().startswith(b"calm: ")
+        workers = Path(f"/proc/{child.pid}/task/{child.pid}/children")
+        while jobs > 1 and len(workers.read_text().split()) < jobs:
+            assert child.poll() is None
         child.send_signal(signal.SIGINT)
-        assert child.wait(60) == 130
+        try:
+            assert child.wait(60) == 130
+        finally:
+            child.kill()
+
+
+def test_the_command_that_runs_a_storm_again_has_the_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("xipvm.cli.storm.difference", lambda calm, stormy: "differs")
+    elf = guest("hello", "arm64")
+    replay = inside("storm", "--seeds", 1, "--device", "sva", elf, cwd=tmp_path).lines[1]
+    assert replay == f"replay: xipvm run --storm 1,rate=10 --input /dev/null --device sva {elf}"
 
 
 @pytest.mark.parametrize("isa", ISAS)

@@ -125,7 +125,11 @@ def _begin(task: tuple[Job, Outcome, int, tuple[str, ...] | None]) -> None:
 
 def _work(seed: int) -> Found:
     assert _task is not None
-    return _one(_task, seed)
+    found = _one(_task, seed)
+    if found[-1]:
+        # A run takes SIGTERM, by which the parent ends its workers, for a wish to end the run.
+        raise SystemExit(128 + signal.SIGTERM)
+    return found
 
 
 @contextlib.contextmanager
@@ -162,6 +166,8 @@ def _command(setting: str, job: Job, flash: tuple[str, ...], input_file: str | N
     for name, value in options.items():
         if value is not None:
             words += [name, str(value)]
+    for name in job.devices:
+        words += ["--device", name]
     for text in flash:
         option = parse_option(text)
         words += ["--flash", text if option.snapshot or option.readonly else f"{text},snapshot=on"]
