@@ -166,6 +166,7 @@ class Engine:
     """(role, gva, access) -> what mmu/secondary/guest_walk.py says; bound with ``roots``."""
     on_guest_flush: Callable[[], object] | None
     """The guest flushes its TLB, or is about to change the root of its tables. May flush, and switch."""
+
     def bind(
         self,
         group: EngineGroup,
@@ -284,7 +285,7 @@ class Engine:
         """The guest has changed its translation: what was handed out by its tables is dropped. No ``on_flush``."""
 
     def walk(
-        self, gva: int, access: int, read: Callable[[int, int], bytes | None]
+        self, gva: int, access: int, read: Callable[[int, int], bytes | None], *, privilege: int | None = None
     ) -> tuple[int, int, int, int, int, bool]:
         """As :meth:`translate`: (page's gpa, fault or -1, level, leaf, rights, mxr).
 

@@ -749,29 +749,12 @@ cdef class Engine:
         ``read(gpa, size)`` gives its memory, None where there is none. ``privilege``: 0 user, 1 supervisor, None the
         present one. Nothing is changed, and rights that want a bit set first count as given.
         """
-        cdef Walk walk
-        cdef int found
-        if self.regime_stale:
-            _read_regime(self)
-        memset(&walk, 0, sizeof(walk))
-        if not self.translating or not _begin_walk(self, access, &walk):
-            return gva, -1, 0, 0
-        walk.probe = True
-        if privilege is not None:
-            walk.privilege = privilege
-        self.probe = read
-        found = _walk(self, gva, &walk)
-        self.probe = None
-        error, self.probe_error = self.probe_error, None
-        if error is not None:
-            raise error
-        if found == WALK_FAULT:
-            return 0, walk.fault, walk.level, walk.leaf
-        return walk.gpa | (gva & 4095), -1, walk.level, walk.leaf
+        gpa, fault, level, leaf, _, _ = self.walk(gva, access, read, privilege=privilege)
+        return gpa | (gva & 4095) if fault < 0 else 0, fault, level, leaf
 
-    def walk(self, uint64_t gva, int access, read):
+    def walk(self, uint64_t gva, int access, read, *, privilege=None):
         """As ``translate``, and then the rights that the tables give (bits 0 to 2), and whether MXR of a mode that
-        cannot read it had a say in them: (gpa, fault or -1, level, leaf, rights, mxr)."""
+        cannot read it had a say in them: (page's gpa, fault or -1, level, leaf, rights, mxr)."""
         cdef Walk walk
         cdef int found
         cdef bint user
@@ -782,6 +765,8 @@ cdef class Engine:
             return gva & ~<uint64_t>4095, -1, 0, 0, UC_PROT_ALL, False
         user = walk.status == MXR_UNKNOWN
         walk.probe = True
+        if privilege is not None:
+            walk.privilege = privilege
         self.probe = read
         found = _walk(self, gva, &walk)
         self.probe = None
