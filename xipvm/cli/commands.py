@@ -344,7 +344,7 @@ def check(paths: tuple[str, ...], invariants: tuple[str, ...], as_json: bool) ->
     "--runs", type=click.IntRange(min=1), metavar="N", help="At most so many; 1000, and all there are if 'exhaustive'."
 )
 @click.option("--seed", type=int, default=0, metavar="N", help="Of all chance; 0.")
-@click.option("--preemptions", default="2", metavar="N", help="Bound of 'exhaustive', or 'all'; 2.")
+@click.option("--preemptions", metavar="N", help="Bound of 'exhaustive', or 'all'; 2.")
 @click.option(
     "--reduction/--no-reduction",
     default=True,
@@ -367,7 +367,7 @@ def explore(
     strategy: str,
     runs: int | None,
     seed: int,
-    preemptions: str,
+    preemptions: str | None,
     reduction: bool,
     protocol: str,
     mutants: tuple[str, ...],
@@ -389,6 +389,9 @@ def explore(
         return 0
     from xipvm.explore.shards import Shard
 
+    if strategy != "exhaustive" and (preemptions is not None or not reduction):
+        raise BadInput("--preemptions and --no-reduction are for --strategy exhaustive")
+    preemptions = "2" if preemptions is None else preemptions
     if preemptions != "all" and not preemptions.isdecimal():
         raise BadInput(f"--preemptions {preemptions}: a number, or 'all'")
     bound = None if preemptions == "all" else int(preemptions)
@@ -419,9 +422,10 @@ def replay(file: str, go_on: bool, events: bool) -> int:
 @click.option("--ablate", "how", flag_value="ablate", help="Hunt with each invariant switched off: which escape then.")
 @click.option("--runs", type=click.IntRange(min=1), default=200, metavar="N", help="At most so many a scenario; 200.")
 @click.option("--seed", type=int, default=0, metavar="N", help="Of all chance; 0.")
-@click.option("--json", "as_json", is_flag=True, help="One line of JSON a mutant.")
+@click.option("--json", "form", flag_value="json", help="One line of JSON a mutant.")
+@click.option("--markdown", "form", flag_value="markdown", help="With --run or --ablate: a table for a document.")
 @click.option("--quiet", is_flag=True, help="No progress bar.")
-def mutants(names: tuple[str, ...], how: str | None, runs: int, seed: int, as_json: bool, quiet: bool) -> int:
+def mutants(names: tuple[str, ...], how: str | None, runs: int, seed: int, form: str | None, quiet: bool) -> int:
     """Known faults that can be planted: list them, or see that they are found.
 
     Scenarios do not know of mutants. 'xipvm explore --mutant NAME' searches one scenario with a fault planted. The exit
@@ -430,13 +434,14 @@ def mutants(names: tuple[str, ...], how: str | None, runs: int, seed: int, as_js
     """
     from xipvm.cli.mutants import ablate, control, list_mutants, run_mutants
 
+    form = form or "text"
     if how == "run":
-        return run_mutants(names, runs=runs, seed=seed, as_json=as_json, quiet=quiet)
+        return run_mutants(names, runs=runs, seed=seed, form=form, quiet=quiet)
     if how == "ablate":
-        return ablate(names, runs=runs, seed=seed, as_json=as_json, quiet=quiet)
+        return ablate(names, runs=runs, seed=seed, form=form, quiet=quiet)
     if how == "control":
-        return control(runs=runs, seed=seed, as_json=as_json, quiet=quiet)
-    return list_mutants(as_json=as_json)
+        return control(runs=runs, seed=seed, as_json=form == "json", quiet=quiet)
+    return list_mutants(as_json=form == "json")
 
 
 cli.add_command(xip)

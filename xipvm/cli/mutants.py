@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import statistics
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -13,13 +15,22 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from xipvm.check import INVARIANTS
 from xipvm.explore.find import KNOWN
+from xipvm.explore.shrink import size
 from xipvm.mutants import ablation, reach
 from xipvm.mutants.hunt import STRATEGIES, Catch, Hunt, hunt
 from xipvm.mutants.mutant import MUTANTS, Mutant, get
 
-HEADER = (
-    "number    mutant                                 expected         caught by  strategy    schedules  ms     small"
-)
+HEADERS = {
+    "text": "number    mutant                                 expected         caught by  strategy    schedules  "
+    "ms     small",
+    "markdown": "| number | mutant | expected | caught by, after so many different schedules | s | counterexample |\n"
+    "|---|---|---|---|---|---|",
+}
+ABLATIONS = {
+    "text": "without  escape  late  seen by another invariant",
+    "markdown": "| without | escape | late | seen by another invariant |\n|---|---|---|---|",
+}
+"""What stands above the lines, by form."""
 
 
 def list_mutants(*, as_json: bool) -> int:
@@ -32,29 +43,48 @@ def list_mutants(*, as_json: bool) -> int:
     return 0
 
 
-def run_mutants(names: Sequence[str], *, runs: int, seed: int, as_json: bool, quiet: bool) -> int:
+def run_mutants(names: Sequence[str], *, runs: int, seed: int, form: str, quiet: bool) -> int:
     """Hunt the mutants ``names``, or all and the right system; 0 when each was found by two strategies, 1 otherwise.
 
-    Raises BadInput.
+    ``form``: "text", "json" or "markdown". Raises BadInput.
     """
     chosen = [get(name) for name in names] or list(MUTANTS.values())
-    escaped = 0
-    if not as_json:
-        print(HEADER)
+    started = time.process_time()
+    reached = reach.survey(chosen, KNOWN, seed=seed)
+    before = time.process_time() - started
+    hunts = []
+    if form in HEADERS:
+        print(HEADERS[form], flush=True)
     with _bar(len(chosen), quiet) as (bar, task):
         for mutant in chosen:
             bar.update(task, description=mutant.name)
-            found = hunt(mutant, KNOWN, runs=runs, seed=seed)
-            escaped += len(found.caught) < 2
-            _tell(found, as_json)
+            found = hunt(mutant, KNOWN, runs=runs, seed=seed, reached=reached)
+            hunts.append(found)
+            TELL[form](mutant, found)
             bar.advance(task)
-    if not as_json:
+    escaped = sum(len(found.caught) < 2 for found in hunts)
+    if form != "json":
+        if form == "markdown":
+            print()
         print(f"{len(chosen)} mutants, {escaped} not caught by two strategies")
+        if len(chosen) > 1:
+            print(_summary(hunts, before))
     if names:
         return 1 if escaped else 0
-    if not as_json:
+    if form == "text":
         print("negative control: the right system, the same budget")
-    return control(runs=runs, seed=seed, as_json=as_json, quiet=quiet) or (1 if escaped else 0)
+    as_json = form == "json"
+    return (form != "markdown" and control(runs=runs, seed=seed, as_json=as_json, quiet=quiet)) or (1 if escaped else 0)
+
+
+def _summary(hunts: Sequence[Hunt], before: float) -> str:
+    said = []
+    for what, seconds in (
+        ("until two strategies have found it", [found.seconds for found in hunts]),
+        ("to shrink what they found", [found.shrinking for found in hunts]),
+    ):
+        said.append(f"{statistics.median(seconds):.2f} s {what} in the median, {max(seconds):.1f} s at most")
+    return f"{'; '.join(said)}; {before:.1f} s for all to see where mutants make a difference"
 
 
 def control(*, runs: int, seed: int, as_json: bool, quiet: bool) -> int:
@@ -80,31 +110,44 @@ def control(*, runs: int, seed: int, as_json: bool, quiet: bool) -> int:
     return 1 if reported else 0
 
 
-def ablate(names: Sequence[str], *, runs: int, seed: int, as_json: bool, quiet: bool) -> int:
-    """Each invariant switched off in turn: which mutants escape then. 1 when an invariant is missed by nobody."""
+def ablate(names: Sequence[str], *, runs: int, seed: int, form: str, quiet: bool) -> int:
+    """Each invariant switched off in turn: which mutants escape then. 1 when an invariant is missed by nobody.
+
+    ``form``: "text", "json" or "markdown". Raises BadInput.
+    """
     chosen = [get(name) for name in names] or list(MUTANTS.values())
     concerned = [name for name in INVARIANTS if any(name in mutant.caught_by for mutant in chosen)]
+    reached = reach.survey(chosen, KNOWN, seed=seed)
     dead = []
-    if not as_json:
-        print("without  escape  late  seen by another invariant")
+    if form in ABLATIONS:
+        print(ABLATIONS[form], flush=True)
     with _bar(len(concerned), quiet) as (bar, task):
         for invariant in concerned:
             bar.update(task, description=f"without {invariant}")
-            found = ablation.ablate(invariant, chosen, KNOWN, runs=runs, seed=seed)
+            found = ablation.ablate(invariant, chosen, KNOWN, runs=runs, seed=seed, reached=reached)
             if found.dead:
                 dead.append(invariant)
-            if as_json:
-                said = {"without": invariant, "escape": found.escapes, "late": found.late, "seen": found.seen}
-                print(json.dumps(said), flush=True)
-            else:
-                by = ", ".join(f"{count} by {what}" for what, count in found.instead.items())
-                print(f"{invariant:8} {len(found.escapes):6}  {len(found.late):4}  {by or 'none'}")
-                for name in (*found.escapes, *found.late):
-                    print(f"{'':23}{name}", flush=True)
+            _tell_ablation(found, form)
             bar.advance(task)
-    if not as_json:
+    if form != "json":
+        if form == "markdown":
+            print()
         print(f"{len(concerned)} invariants, {len(dead)} missed by nobody{': ' if dead else ''}{', '.join(dead)}")
     return 1 if dead else 0
+
+
+def _tell_ablation(found: ablation.Ablation, form: str) -> None:
+    by = ", ".join(f"{count} by {what}" for what, count in found.instead.items()) or "none"
+    if form == "json":
+        said = {"without": found.invariant, "escape": found.escapes, "late": found.late, "seen": found.seen}
+        print(json.dumps(said), flush=True)
+    elif form == "markdown":
+        named = [", ".join(f"`{name}`" for name in names) or "none" for names in (found.escapes, found.late)]
+        print(f"| {found.invariant} | {' | '.join(named)} | {by} |", flush=True)
+    else:
+        print(f"{found.invariant:8} {len(found.escapes):6}  {len(found.late):4}  {by}")
+        for name in (*found.escapes, *found.late):
+            print(f"{'':23}{name}", flush=True)
 
 
 def _described(mutant: Mutant) -> dict[str, Any]:
@@ -124,6 +167,7 @@ def _caught(catch: Catch) -> dict[str, Any]:
         "schedules": catch.runs,
         "distinct": catch.distinct,
         "seconds": round(catch.seconds, 3),
+        "shrinking": round(catch.shrinking, 3),
     }
     if catch.small is not None:
         said |= {
@@ -136,23 +180,42 @@ def _caught(catch: Catch) -> dict[str, Any]:
     return said
 
 
-def _tell(found: Hunt, as_json: bool) -> None:
-    mutant = found.mutant
-    assert mutant is not None
-    if as_json:
-        print(json.dumps({**_described(mutant), "catches": [_caught(catch) for catch in found.catches]}), flush=True)
-        return
+def _tell_json(mutant: Mutant, found: Hunt) -> None:
+    print(json.dumps({**_described(mutant), "catches": [_caught(catch) for catch in found.catches]}), flush=True)
+
+
+def _tell_text(mutant: Mutant, found: Hunt) -> None:
     for number, catch in enumerate(found.catches):
         what = (mutant.number, mutant.name, ", ".join(mutant.caught_by)) if not number else ("", "", "")
-        small = ""
-        if catch.small is not None:
-            small = f"{catch.actors} actors, {catch.small.switches} switches, {catch.small.preemptions} preemptions"
-            small += f" in {catch.scenario} ({catch.protocol})"
         print(
             f"{what[0]:9} {what[1]:38} {what[2]:16} {catch.what or 'ESCAPED':10} {catch.strategy:11} "
-            f"{catch.distinct:9}  {1000 * catch.seconds:<6.0f} {small}",
+            f"{catch.distinct:9}  {1000 * catch.seconds:<6.0f} {_small(catch)}",
             flush=True,
         )
+
+
+def _tell_markdown(mutant: Mutant, found: Hunt) -> None:
+    by = ", ".join(f"{catch.what or 'ESCAPED'}: {catch.strategy} {catch.distinct}" for catch in found.catches)
+    smallest = min(found.caught, key=lambda catch: size(catch.small) if catch.small else (), default=None)
+    print(
+        f"| {mutant.number} | `{mutant.name}` | {', '.join(mutant.caught_by)} | {by} | {found.seconds:.2f} "
+        f"| {_small(smallest) if smallest else ''} |",
+        flush=True,
+    )
+
+
+TELL = {"text": _tell_text, "json": _tell_json, "markdown": _tell_markdown}
+"""How a hunt is told, by form."""
+
+
+def _small(catch: Catch) -> str:
+    if catch.small is None:
+        return ""
+    found = catch.small
+    return (
+        f"{catch.actors} actors, {found.switches} switches, {found.preemptions} preemptions "
+        f"in {catch.scenario} ({catch.protocol})"
+    )
 
 
 @contextmanager

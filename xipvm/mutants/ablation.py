@@ -15,6 +15,7 @@ from xipvm.check import INVARIANTS
 from xipvm.explore.scene import Scenario
 from xipvm.mutants.hunt import hunt
 from xipvm.mutants.mutant import Mutant
+from xipvm.mutants.reach import Reached
 
 STRATEGIES: Final = ("random", "pct")
 
@@ -46,11 +47,18 @@ class Ablation:
 
 
 def ablate(
-    invariant: str, mutants: Iterable[Mutant], scenarios: Mapping[str, Scenario], *, runs: int, seed: int = 0
+    invariant: str,
+    mutants: Iterable[Mutant],
+    scenarios: Mapping[str, Scenario],
+    *,
+    runs: int,
+    seed: int = 0,
+    reached: Reached | None = None,
 ) -> Ablation:
     """Hunt those of ``mutants`` that ``invariant`` may see without it, with the budget of ``hunt``.
 
-    Of what escapes, only that counts which is found with the invariant and the same budget.
+    Of what escapes, only that counts which is found with the invariant and the same budget. With ``reached``, only
+    where what a mutant changes is called.
     """
     others = [name for name in INVARIANTS if name != invariant]
     result = Ablation(invariant)
@@ -58,6 +66,7 @@ def ablate(
         if invariant not in mutant.caught_by:
             continue
         same: dict[str, Any] = {"runs": runs, "seed": seed, "enough": 1, "shrunk": False}
+        same |= {"reached": reached, "everywhere": False}
         found = hunt(mutant, scenarios, STRATEGIES, invariants=others, counts=lambda what: what in INVARIANTS, **same)
         if found.caught:
             result.seen[mutant.name] = found.caught[0].what

@@ -1,7 +1,8 @@
 """Hunting mutants: which searches find a planted fault, after how many runs, and how small it can be made.
 
 A hunt goes over all scenarios in rounds, with more runs in each, so that what is easy somewhere is found soon whatever
-comes first. Scenarios do not know of mutants, and no mutant says where it is to be found.
+comes first. Scenarios do not know of mutants, and no mutant says where it is to be found; but one can see where it
+makes no difference, since nothing that it changes is called there (reach.py), and look there last.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from xipvm.explore.scene import Scenario, Scene
 from xipvm.explore.shrink import shrink
 from xipvm.explore.strategies import Strategy, strategy
 from xipvm.mutants.mutant import Mutant, planted
+from xipvm.mutants.reach import Reached, changes
 from xipvm.trace.events import Event
 
 STRATEGIES: Final = ("pct", "random", "exhaustive", "coverage")
@@ -32,16 +34,22 @@ LIMIT: Final = 1_000
 """Questions after which a run counts as a livelock; right ones ask less than a quarter of that."""
 
 
+_Stage = list[tuple[Scenario, str]]
+"""Scenarios, each in a protocol."""
+
+
 @dataclass
 class Catch:
     """How one strategy fared. ``run`` is None when it found nothing."""
 
     strategy: str
     runs: int = 0
-    distinct: int = 0
-    """Runs, before it was found, that differ in more than the order of steps that nobody can tell apart."""
+    seen: set[tuple[str, str, str]] = field(default_factory=set)
+    """Of those runs: scenario, protocol and fingerprint."""
     seconds: float = 0.0
     """Of processor time, without the shrinking."""
+    shrinking: float = 0.0
+    """The same of the shrinking."""
     scenario: str = ""
     protocol: str = ""
     run: Run | None = None
@@ -49,6 +57,11 @@ class Catch:
     """The same, shrunk."""
     actors: int = 0
     """How many act in that before it fails."""
+
+    @property
+    def distinct(self) -> int:
+        """Runs, before it was found, that differ in more than the order of steps that nobody can tell apart."""
+        return len(self.seen)
 
     @property
     def what(self) -> str:
@@ -67,6 +80,16 @@ class Hunt:
     def caught(self) -> list[Catch]:
         """By strategy."""
         return [catch for catch in self.catches if catch.what]
+
+    @property
+    def seconds(self) -> float:
+        """Of processor time, for all strategies, without the shrinking."""
+        return sum(catch.seconds for catch in self.catches)
+
+    @property
+    def shrinking(self) -> float:
+        """Of processor time, for what all strategies found."""
+        return sum(catch.shrinking for catch in self.catches)
 
 
 @dataclass
@@ -99,43 +122,60 @@ def hunt(
     invariants: Collection[str] = tuple(INVARIANTS),
     shrunk: bool = True,
     counts: Callable[[str], bool] = lambda what: True,
+    reached: Reached | None = None,
+    everywhere: bool = True,
 ) -> Hunt:
     """Search every scenario, ``runs`` runs at most of each in each protocol that the mutant exists in.
 
     One strategy after the other, until ``enough`` of them have found it; what they find is made small if ``shrunk``.
     Without a ``mutant`` the system is right, and all strategies are used. A run is wrong if what was broken ``counts``.
+
+    With ``reached``, the shortest scenarios come first, and those that call nothing of what the mutant changes when all
+    strategies are through with the others; or not at all, unless ``everywhere``.
     """
     result = Hunt(mutant)
+    stages = _stages(mutant, scenarios, reached)
     names = (mutant.name,) if mutant is not None else ()
-    for name in strategies:
-        with planted(*names):
-            options = {"invariants": invariants, "limit": LIMIT}
-            catch = _hunt(mutant, scenarios, name, runs, seed, options, counts)
-            if shrunk and catch.run is not None:
-                _shrink(catch, scenarios[catch.scenario], {"protocol": catch.protocol, **options})
-            result.catches.append(catch)
-        if mutant is not None and len(result.caught) >= enough:
-            break
+    options = {"invariants": invariants, "limit": LIMIT}
+    result.catches = [Catch(name) for name in strategies]
+    for stage in stages if everywhere else stages[:1]:
+        for catch in result.catches:
+            if mutant is not None and len(result.caught) >= enough:
+                break
+            if catch.run is not None:
+                continue
+            with planted(*names):
+                _hunt(catch, stage, runs, seed, options, counts)
+                if shrunk and catch.run is not None:
+                    _shrink(catch, scenarios[catch.scenario], {"protocol": catch.protocol, **options})
+    result.catches = [catch for catch in result.catches if catch.runs]
     return result
 
 
-def _hunt(
-    mutant: Mutant | None,
-    scenarios: Mapping[str, Scenario],
-    name: str,
-    runs: int,
-    seed: int,
-    options: Mapping[str, Any],
-    counts: Callable[[str], bool],
-) -> Catch:
-    catch = Catch(name)
-    fields = [
-        _Field(scenario, protocol, strategy(name, seed))
+def _stages(mutant: Mutant | None, scenarios: Mapping[str, Scenario], reached: Reached | None) -> list[_Stage]:
+    """Where to look, and where when nothing was found there."""
+    places = [
+        (scenario, protocol)
         for scenario in scenarios.values()
         for protocol in scenario.protocols
         if mutant is None or mutant.protocol in ("", protocol)
     ]
-    seen: set[tuple[str, str, str]] = set()
+    if mutant is None or reached is None:
+        return [places]
+    changed = changes(mutant)
+    first: _Stage = []
+    last: _Stage = []
+    for place in places:
+        found = reached[place[0].name, place[1]]
+        (first if changed.matter(found.called) else last).append(place)
+    return [sorted(first, key=lambda place: reached[place[0].name, place[1]].choices), last]
+
+
+def _hunt(
+    catch: Catch, stage: _Stage, runs: int, seed: int, options: Mapping[str, Any], counts: Callable[[str], bool]
+) -> None:
+    """Goes on with ``catch``, in the scenarios of ``stage``."""
+    fields = [_Field(scenario, protocol, strategy(catch.strategy, seed)) for scenario, protocol in stage]
     started, made, count = time.process_time(), 0, ROUND
     while made < runs and catch.run is None:
         count = min(count, runs - made)
@@ -143,23 +183,23 @@ def _hunt(
             share = max(count // GUEST_COST, 1) if each.scenario.name in _WITH_GUEST else count
             for run in each.runs(share, options):
                 catch.runs += 1
-                seen.add((each.scenario.name, each.protocol, run.fingerprint))
+                catch.seen.add((each.scenario.name, each.protocol, run.fingerprint))
                 if run.failure is not None and counts(run.failure.what):
                     catch.scenario, catch.protocol, catch.run = each.scenario.name, each.protocol, run
                     break
             if catch.run is not None:
                 break
         made, count = made + count, 3 * count
-    catch.seconds = time.process_time() - started
-    catch.distinct = len(seen)
-    return catch
+    catch.seconds += time.process_time() - started
 
 
 def _shrink(catch: Catch, scenario: Scenario, options: Mapping[str, Any]) -> None:
     """What was caught, made small."""
     assert catch.run is not None
+    started = time.process_time()
     catch.small = shrink(scenario, catch.run, **options)
     catch.actors = _acting(scenario, catch.small, options)
+    catch.shrinking = time.process_time() - started
 
 
 def _acting(scenario: Scenario, run: Run, options: Mapping[str, Any]) -> int:
@@ -168,9 +208,11 @@ def _acting(scenario: Scenario, run: Run, options: Mapping[str, Any]) -> int:
 
     def furnish(scene: Scene) -> None:
         def listen(event: Event) -> None:
-            names.add(event.actor)
+            if event.actor in actors:  # not the host, who checks what comes of it
+                names.add(event.actor)
 
         scenario(scene)
+        actors = {actor.name for actor in scene.scheduler.actors}
         scene.trace.attach(listen)
         scene.undo(lambda: scene.trace.detach(listen))
 

@@ -7,9 +7,9 @@ explorer and the scenarios find what they are made to find; nothing in a scenari
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from xipvm import actors
@@ -58,18 +58,33 @@ def mutant(
 Site = tuple[Any, str]
 """A function: what it belongs to, and its name there."""
 
-_replacing: list[Site] | None = None
+
+@dataclass
+class Changes:
+    """What a mutant changes, and inside of which functions alone that makes a difference, if there are such."""
+
+    replaced: list[Site] = field(default_factory=list)
+    scopes: list[Site] = field(default_factory=list)
+
+    def matter(self, called: Collection[Site]) -> bool:
+        """Whether it can make a difference where just those functions are called."""
+        return (not self.scopes or any(site in called for site in self.scopes)) and any(
+            site in called for site in self.replaced
+        )
+
+
+_changes: Changes | None = None
 
 
 @contextmanager
-def watching() -> Iterator[list[Site]]:
+def watching() -> Iterator[Changes]:
     """Notes which functions are replaced meanwhile."""
-    global _replacing
-    before, _replacing = _replacing, []
+    global _changes
+    before, _changes = _changes, Changes()
     try:
-        yield _replacing
+        yield _changes
     finally:
-        _replacing = before
+        _changes = before
 
 
 Inside = Callable[[], bool]
@@ -78,7 +93,7 @@ Inside = Callable[[], bool]
 
 @contextmanager
 def inside(owner: Any, attribute: str, when: Callable[..., bool] = lambda *_, **__: True) -> Iterator[Inside]:
-    """Watches calls of ``owner.attribute``, those whose arguments ``when`` accepts."""
+    """Watches calls of ``owner.attribute``, those whose arguments ``when`` accepts: elsewhere, nothing is different."""
     original = getattr(owner, attribute)
     within: Counter[Actor] = Counter()
 
@@ -92,16 +107,24 @@ def inside(owner: Any, attribute: str, when: Callable[..., bool] = lambda *_, **
         finally:
             within[actor] -= 1
 
-    with replaced(owner, attribute, watched):
+    with _put(owner, attribute, watched):
+        if _changes is not None:
+            _changes.scopes.append((owner, attribute))
         yield lambda: within[actors.current] > 0
 
 
 @contextmanager
 def replaced(owner: Any, attribute: str, replacement: Any) -> Iterator[None]:
     """``owner.attribute``, which may be inherited, is ``replacement`` meanwhile."""
+    if _changes is not None:
+        _changes.replaced.append((owner, attribute))
+    with _put(owner, attribute, replacement):
+        yield
+
+
+@contextmanager
+def _put(owner: Any, attribute: str, replacement: Any) -> Iterator[None]:
     getattr(owner, attribute)
-    if _replacing is not None:
-        _replacing.append((owner, attribute))
     own, original = attribute in vars(owner), vars(owner).get(attribute)
     setattr(owner, attribute, replacement)
     try:
