@@ -100,7 +100,7 @@ def test_the_page_of_a_running_loop_moves_from_frame_to_frame() -> None:
 
     trace = Trace()
     trace.attach(watch)
-    storm = Storm(1, rate=200, ops=["migrate", "pageout"])
+    storm = Storm(4, rate=200, ops=["migrate", "pageout"])
     output = io.BytesIO()
     # Its flash driver runs in RAM and polls the chips from there.
     with Machine(guest("reprogram", "arm64"), trace=trace, console=Console(output), storm=storm) as machine:
