@@ -148,6 +148,26 @@ def test_windows() -> None:
         assert mirror.describe(0x10) == f"page 0x10 of mirror: frame {mirror.table[0x10][0]:#x} rw; hva {hva:#x}"
 
 
+def test_a_window_goes_when_nothing_is_in_it() -> None:
+    with open_scene() as scene:
+        mm = scene.mm()
+        hva = mm.mmap(PAGES * PAGE_SIZE, 3)
+        mirror = scene.watch(Mirror(mm, hva))
+        window = mirror.map_window(hva, 1, page=0)
+        mirror.fault(0, WRITE)
+        with pytest.raises(MmError) as refused:
+            mirror.unmap_window(window)
+        assert refused.value.errno == errno.EBUSY
+        mm.madvise(hva, PAGE_SIZE, MADV_DONTNEED)
+        mirror.unmap_window(window)
+        assert mirror.hva_of(0) is None
+        with pytest.raises(MmError) as refused:
+            mirror.unmap_window(window)
+        assert refused.value.errno == errno.EINVAL
+        assert mirror.map_window(hva, 1, page=0).id == window.id  # another one
+        assert mirror.hva_of(0) == hva
+
+
 def test_a_device_reaches_whatever_the_frame_holds_by_now() -> None:
     with open_scene() as scene:
         mm = scene.mm()

@@ -5,7 +5,7 @@ the callbacks of :class:`~xipvm.notifier.MmuNotifier`; in the protocol of 2008 t
 One that watches single ranges derives from :class:`IntervalMmu`, watches them (``self.watch(hva, pages)``) and
 implements ``invalidate``. Its tables are its own; the oracle knows of them what it says::
 
-    map_window     its pages are these bytes of the mm
+    map_window     its pages are these bytes of the mm; unmap_window: they are not any more
     looking_up     a fault has read its count of invalidations, and looks a page up now
     installed      a page has an entry now, or another one
     protected      entries lost the right to write
@@ -19,13 +19,15 @@ the rest, one that says what it does not do is judged for that.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING
 
 from xipvm.address import PAGE_SHIFT, PAGE_SIZE, Gfn, Hva
+from xipvm.errors import MmError
 from xipvm.mmu.frames import PG_DIRTY
 from xipvm.mmu.secondary.base import SecondaryMmu
-from xipvm.mmu.secondary.memslot import Memslot, Memslots
+from xipvm.mmu.secondary.memslot import MAX_SLOTS, Memslot, Memslots
 from xipvm.notifier import (
     MmuIntervalNotifier,
     MmuNotifier,
@@ -59,16 +61,30 @@ class DeviceTables(SecondaryMmu):
 
     # ---- windows
 
-    def map_window(self, hva: int, pages: int, *, page: int = 0) -> None:
+    def map_window(self, hva: int, pages: int, *, page: int = 0) -> Memslot:
         """Its pages ``[page, page + pages)`` are the bytes of the mm from ``hva`` on.
 
-        Raises MmError: EINVAL for an unaligned or empty window, EEXIST for one that overlaps another.
+        Raises MmError: EINVAL for an unaligned or empty window, EEXIST for one that overlaps another, ENFILE.
         """
-        window = Memslot(len(self.windows), Gfn(page), pages, Hva(hva), 0)
+        number = next((n for n in range(MAX_SLOTS) if self.windows.get(n) is None), None)
+        if number is None:
+            raise MmError(errno.ENFILE, f"{self.name} has {MAX_SLOTS} windows")
+        window = Memslot(number, Gfn(page), pages, Hva(hva), 0)
         self.windows.check(window)
         self.windows.insert(window)
         if self.trace.on:
             self.trace.emit("memslot_set", vm=self.name, slot=window.id, gfn=page, pages=pages, hva=hva, flags=0)
+        return window
+
+    def unmap_window(self, window: Memslot) -> None:
+        """Its pages in ``window`` are nothing any more. Raises MmError: EBUSY while there are entries, EINVAL."""
+        if self.windows.get(window.id) is not window:
+            raise MmError(errno.EINVAL, f"{window!r} is no window of {self.name}")
+        if pages_of(self._said, window.gfn, window.gfn_end):
+            raise MmError(errno.EBUSY, f"{self.name} has entries in {window!r}")
+        self.windows.remove(window.id)
+        if self.trace.on:
+            self.trace.emit("memslot_delete", vm=self.name, slot=window.id)
 
     def hva_of(self, page: int) -> Hva | None:
         """The first byte of ``page``, None outside of all windows."""

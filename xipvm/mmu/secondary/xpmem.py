@@ -51,7 +51,7 @@ from xipvm.locks.check import might_sleep
 from xipvm.mmu.frames import ZERO_PFN
 from xipvm.mmu.secondary.base import FAULT, READ, RETRY_WALK, WRITE
 from xipvm.mmu.secondary.device import DeviceMmu
-from xipvm.mmu.secondary.memslot import GFN_LIMIT, HVA_LIMIT, MAX_SLOTS, Memslot
+from xipvm.mmu.secondary.memslot import GFN_LIMIT, HVA_LIMIT, Memslot
 from xipvm.xpmem.link import Link, LinkClosedError
 from xipvm.xpmem.wire import TEXT_LIMIT, Kind, Message, WireError, text_data
 
@@ -338,16 +338,9 @@ class Xpmem(DeviceMmu):
             raise MmError(errno.EMFILE, f"{ATTACHMENT_LIMIT} attachments")
         first, end = (segment.hva + offset) & PAGE_MASK, page_up(segment.hva + offset + size)
         pages = (end - first) >> PAGE_SHIFT
-        number = next((n for n in range(MAX_SLOTS) if self.windows.get(n) is None), -1)
-        if number < 0:
-            raise MmError(errno.ENFILE, f"{MAX_SLOTS} attachments")
-        window = Memslot(number, Gfn(self._room(pages)), pages, Hva(first), 0)
-        self.windows.check(window)
-        self.windows.insert(window)
-        node.attachments[number] = Attachment(node, apid, window)
-        if self.trace.on:
-            self.trace.emit("memslot_set", vm=self.name, slot=number, gfn=window.gfn, pages=pages, hva=first, flags=0)
-        return Message(Kind.ATTACHED, tag, (number, pages, segment.hva + offset - first))
+        window = self.map_window(first, pages, page=self._room(pages))
+        node.attachments[window.id] = Attachment(node, apid, window)
+        return Message(Kind.ATTACHED, tag, (window.id, pages, segment.hva + offset - first))
 
     def _room(self, pages: int) -> int:
         """The first page of so many that no attachment has."""
@@ -447,9 +440,7 @@ class Xpmem(DeviceMmu):
         attachment.node.attachments.pop(attachment.window.id, None)
         self._drop(attachment, dict(attachment.pins))
         if self.windows.get(attachment.window.id) is attachment.window:
-            self.windows.remove(attachment.window.id)
-            if self.trace.on:
-                self.trace.emit("memslot_delete", vm=self.name, slot=attachment.window.id)
+            self.unmap_window(attachment.window)
 
     def _attachments(self) -> list[Attachment]:
         return [attachment for node in self.nodes for attachment in node.attachments.values()]
