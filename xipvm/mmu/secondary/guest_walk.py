@@ -9,7 +9,7 @@ from typing import Final, Protocol
 NO_FAULT: Final = -1
 
 # What a shadow fault answers to an engine, beside RETRY_WALK, MMIO and FAULT, in bits 0 to 3. The page of the guest
-# physical address is in bits 12 and up (MMIO, FAULT), or a fault of the guest's: its kind in bits 4 to 7, its level above.
+# physical address is in bits 12 and up (MMIO, FAULT), or a fault of the guest's: kind in bits 4 to 7, level from 8 on.
 GUEST_FAULT: Final = 3
 """The guest's tables do not allow the access."""
 TABLE_FAULT: Final = 4
