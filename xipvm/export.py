@@ -111,6 +111,7 @@ class Export:
         if not option.size or option.base < first or option.base + option.size > end:
             raise BadInput(f"--export {option.name}: RAM is {first:#x} to {end:#x}; nothing else can be exported")
         self.option = option
+        self._machine = machine
         self._trace = machine.trace
         self._log = log
         self._clock = clock
@@ -185,6 +186,7 @@ class Export:
         if self._closed:
             return
         self._closed = True
+        self._machine.remove_service(self.poll)
         self._listener.close()
         with contextlib.suppress(OSError):
             if os.stat(self.option.path).st_ino == self._inode:

@@ -383,6 +383,10 @@ class Machine:
         self._services.append(poll)
         self._resources.callback(close)
 
+    def remove_service(self, poll: Callable[[], object]) -> None:
+        """Nobody calls ``poll`` any more, which was added; its ``close`` still comes, and has nothing to do."""
+        self._services.remove(poll)
+
     # Building
 
     def write_ram(self, gpa: int, data: bytes) -> None:
@@ -552,7 +556,7 @@ class Machine:
                         raise
                     continue
             self.clock.run_due()
-            for serve in self._services:
+            for serve in tuple(self._services):
                 serve()
             if limit is not None and self._instructions() >= limit:
                 return RunResult(TIMEOUT_STATUS, "limit", self.summary())
@@ -651,7 +655,7 @@ class Machine:
     def _poll_host(self, deadline: float | None) -> bool:
         """Between two ticks of the host: input, signals, time limit. True when the run has to end."""
         self.console.poll()
-        for serve in self._services:
+        for serve in tuple(self._services):
             serve()
         self._seen |= core.take_signals()
         self._seen.discard(core.SIGALRM_NUMBER)

@@ -408,3 +408,17 @@ def test_the_protocol_of_2008_says_why(tmp_path: Path) -> None:
         pytest.raises(BadInput, match="no callback of the 2008 protocol may wait"),
     ):
         Export(machine, ExportOption("ram", RAM, PAGE_SIZE, str(tmp_path / "s")))
+
+
+def test_a_service_that_is_removed_is_not_asked_any_more(tmp_path: Path) -> None:
+    asked: list[int] = []
+
+    def poll() -> None:
+        asked.append(1)
+        machine.remove_service(poll)  # in the middle of being asked
+
+    with Machine(guest=guest(tmp_path / "loop.elf"), memory=4 << 20) as machine:
+        machine.add_service(poll, lambda: None)
+        machine.run(max_instructions=1000)
+        machine.run(max_instructions=1000)
+    assert asked == [1]
