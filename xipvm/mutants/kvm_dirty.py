@@ -63,7 +63,7 @@ def fast_fault_never_marks() -> Iterator[None]:
         yield
 
 
-@mutant("fast-fault-stores-blindly", "M21 (fast)", "I2", "I3", "I4", "I5", "I10", "InternalError")
+@mutant("fast-fault-stores-blindly", "M21 (fast)", "I2", "I3", "I4", "I5", "I10", "InternalError", "AssertionError")
 def fast_fault_stores_blindly() -> Iterator[None]:
     """Rights are given back by a plain store: what an invalidation has removed meanwhile is there again."""
 
