@@ -25,7 +25,7 @@ from xipvm.explore.files import Counterexample
 from xipvm.explore.find import find
 from xipvm.explore.scene import BrokenError, Furnish, Scenario, Scene
 from xipvm.explore.shrink import shrink
-from xipvm.explore.story import needed, tell
+from xipvm.explore.story import extent, needed, tell
 from xipvm.explore.strategies import strategy
 from xipvm.machine import Machine
 from xipvm.testing import plain_scene
@@ -307,17 +307,12 @@ def _fail(item: pytest.Function, scenario: Furnish, run: Run, plan: Plan, path: 
     story = tell(scenario, run, **plan.options)
     if item.config.getoption("xipvm_replay") is not None:
         item.add_report_section("call", _EVENTS, story.timeline())
-    extent = f"{_number(run.switches, 'switch', 'es')}, {_number(run.preemptions, 'preemption', 's')}"
     file = _here(item, path)
-    lines = [story.render(), f"{how}; {extent}", f"again: xipvm replay {file}"]
+    lines = [story.render(), f"{how}; {extent(run)}", f"again: xipvm replay {file}"]
     if "::" in Counterexample.load(path).scenario:
         test = _here(item, item.config.rootpath / item.nodeid.partition("::")[0])
         lines.append(f"   or: pytest '{test}::{item.nodeid.partition('::')[2]}' --xipvm-replay {file}")
     pytest.fail("\n".join(lines), pytrace=False)
-
-
-def _number(count: int, word: str, plural: str) -> str:
-    return f"{count} {word}{'' if count == 1 else plural}"
 
 
 def _path(item: pytest.Function, name: str) -> Path:

@@ -154,7 +154,7 @@ def test_nothing_is_replayed_when_one_file_is_bad(
 
 def test_statuses(write: Callable[[Any], Path], conform: Callable[..., tuple[object, str, str]]) -> None:
     good = conform(write(GOOD))
-    assert good == (0, "made: pass\n1 scenarios: 1 pass, 0 differ, 0 vary, 0 unsupported\n", "")
+    assert good == (0, "made: pass\n1 scenario: 1 pass, 0 differ, 0 vary, 0 unsupported\n", "")
     content = copy.deepcopy(GOOD)
     content["steps"][-1]["expect"]["value"] = "0x1005"
     status, out, _ = conform(write(content))

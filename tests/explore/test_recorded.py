@@ -126,7 +126,7 @@ def test_from_the_command_line(tmp_path: Path) -> None:
     path = golden("madv_dontneed_two_vmas")
     outcome = inside("explore", path, "--runs", 20, "--quiet", cwd=tmp_path)
     assert outcome.status == 0, outcome
-    assert outcome.out.startswith(f"{path}: random: 20 runs (20), ")
+    assert outcome.out.startswith(f"{path}: random: 20 runs, ")
     saved = tmp_path / "found.json"
     outcome = inside("explore", path, "--mutant", "no-retry-check", "--save", saved, "--quiet", cwd=tmp_path)
     assert outcome.status == 1, outcome

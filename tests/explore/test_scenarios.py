@@ -86,7 +86,15 @@ def test_the_list_of_scenarios(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("argv", "line"),
     [
-        (("explore", "nothing"), "no scenario is called 'nothing'"),
+        (("explore", "nothing"), "no scenario is called 'nothing' ('xipvm explore' lists them"),
+        (
+            ("explore", "fault-against-munma"),
+            "no scenario is called 'fault-against-munma'; did you mean fault-against-munmap",
+        ),
+        (
+            ("explore", "mine.py:careless", "--preemptions", "1"),
+            "--preemptions and --no-reduction are for --strategy exhaustive",
+        ),
         (("explore", "nothing.py:x"), "nothing.py: No such file"),
         (("explore", "bad.py:x"), "bad.py: SyntaxError"),
         (("explore", "mine.py:x"), "mine.py has no scenario 'x'; it has careless"),

@@ -16,7 +16,7 @@ from xipvm.explore.files import Counterexample
 from xipvm.explore.find import KNOWN, find
 from xipvm.explore.shards import Shard, dask_executor, explore_shards, local_executor, shards_of
 from xipvm.explore.shrink import shrink
-from xipvm.explore.story import needed, tell
+from xipvm.explore.story import extent, needed, tell
 from xipvm.mutants import planted
 from xipvm.trace.show import format_event
 
@@ -64,12 +64,12 @@ def explore_scenario(
     with planted(*whole.mutants):
         small = shrink(scenario, search.failing, protocol=whole.protocol)
         print(tell(scenario, small, protocol=whole.protocol).render())
-    print(f"found by run {search.failing_at}; shrunk to {small.switches} switches, {small.preemptions} preemptions")
+    print(f"found by run {search.failing_at}; shrunk to {extent(small)}")
     assert small.failure is not None
     path = save or f"{scenario.name}.xipvm.json"
     failure = f"{small.failure.what}: {small.failure.message}"
     Counterexample(whole.scenario, failure, needed(small.choices), whole.mutants, whole.protocol).save(path)
-    print(f"xipvm replay {path}")
+    print(f"again: {shlex.join(['xipvm', 'replay', path])}")
     return 1
 
 
@@ -85,7 +85,8 @@ def _search(
 
 def _interrupted(whole: Shard, done: int) -> int:
     """Says how far a search got, and how to go on."""
-    print(f"{whole.scenario}: {whole.strategy}: interrupted after {done} runs; none of them is wrong")
+    so_far = f"after {done} runs; none of them is wrong" if done else "before a result of any run was there"
+    print(f"{whole.scenario}: {whole.strategy}: interrupted {so_far}")
     if whole.strategy == "exhaustive":
         print("it begins from the start again; --runs N bounds it, --preemptions N makes it smaller")
         return INTERRUPTED
@@ -129,9 +130,9 @@ def _replay_test(test: str, path: str, *, go_on: bool) -> int:
 
 def _report(whole: Shard, search: Search) -> None:
     asked = sum(search.checks.values())
-    extent = "all runs" if search.complete else f"{search.runs} runs"
+    made = f"all runs ({search.runs})" if search.complete else f"{search.runs} runs"
     found = "1 is wrong" if search.failing is not None else "none is wrong"
-    what = f"{whole.scenario}: {whole.strategy}: {extent} ({search.runs})"
+    what = f"{whole.scenario}: {whole.strategy}: {made}"
     if search.cut:
         what += f" and {search.cut} cut short"
     print(f"{what}, {search.distinct} distinct, {asked} checks: {found}")

@@ -136,7 +136,8 @@ def _differences(report: Report) -> Iterator[str]:
 
 def _counts(reports: list[Report]) -> str:
     counts = {verdict: sum(report.verdict == verdict for report in reports) for verdict in _COUNTED}
-    return f"{len(reports)} scenarios: {', '.join(f'{count} {_COUNTED[verdict]}' for verdict, count in counts.items())}"
+    what = "scenario" if len(reports) == 1 else "scenarios"
+    return f"{len(reports)} {what}: {', '.join(f'{count} {_COUNTED[verdict]}' for verdict, count in counts.items())}"
 
 
 _COUNTED: Final = {PASS: "pass", DIFFERS: "differ", VARIES: "vary", UNSUPPORTED: "unsupported"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Final
 
@@ -27,8 +28,11 @@ def find(name: str) -> Scenario:
     if not separator:
         if name.endswith(".py"):
             raise BadInput(f"{name}: which scenario? Write {name}:NAME, NAME being one of {_names(name)}")
-        known = ", ".join(KNOWN)
-        raise BadInput(f"no scenario is called {name!r}; known are {known}, and FILE.py:NAME, and recorded FILE.json")
+        close = get_close_matches(name, KNOWN, n=3)
+        meant = f"; did you mean {' or '.join(close)}?" if close else ""
+        raise BadInput(
+            f"no scenario is called {name!r}{meant} ('xipvm explore' lists them; others are FILE.py:NAME and FILE.json)"
+        )
     found = in_file(path)
     if function not in found:
         raise BadInput(f"{path} has no scenario {function!r}; it has {', '.join(found) or 'none'}")

@@ -20,6 +20,12 @@ _INSIDE: Final = (str(_HERE), str(_HERE.parent / "scheduler.py"), str(_HERE.pare
 """Frames of files that begin so are no business of whoever wrote the scenario."""
 
 
+def extent(run: Run) -> str:
+    """How often ``run`` goes from one actor to another, in words."""
+    switches = f"{run.switches} {'switch' if run.switches == 1 else 'switches'}"
+    return f"{switches}, {run.preemptions} {'preemption' if run.preemptions == 1 else 'preemptions'}"
+
+
 @dataclass
 class Story:
     """A wrong run, made once more. ``turns``: who went on where it was not the plain order, a line each."""
