@@ -18,6 +18,9 @@ is bounded by the memory that is touched: entries go when they are unmapped, a p
 
 The rules here say what holds for an event of their kind in every case. For the usual case of the kinds that come most
 often usual.pyx comes to the same without asking them: change both, tests/check/test_usual.py compares.
+
+The file is long because it has a method for each kind of event, all of which judge by one state. What only some
+secondary MMUs or files do is judged elsewhere (retry.py, pins.py, xip.py).
 """
 
 from __future__ import annotations
@@ -43,6 +46,8 @@ HISTORY: Final = 1 << 15
 """How many events are remembered in any case."""
 EACH: Final = 16
 """And how many of every page, besides the last of each kind."""
+_MAPPED: Final = 1 << 0 | 1 << 4
+"""One of these has every entry of the host's that maps a page: PRESENT, PROTNONE."""
 _HUGE: Final = 1 << 7
 _HUGE_PAGES: Final = 512
 # An entry of the huge zero page maps the zero page, frame 0, so many times.
@@ -284,6 +289,8 @@ class Oracle(Judge):
         flags = fields["flags"]
         for page in process.mapped(fields["start"] >> PAGE_SHIFT, -(-fields["end"] >> PAGE_SHIFT)):
             before = process.entries[page]
+            if not before[1] & _MAPPED:  # a device's: what becomes of it is said by entries of its own
+                continue
             if before[1] & ~flags & WRITE:
                 self._lowered(event, process.name, page, before, before[0], flags)
             process.entries[page] = (before[0], flags)

@@ -28,6 +28,8 @@ ever; it does not show there because nobody in its list ever declines.
 
 Errors: a start that raises stops the operation before anything changed. The notifiers that had begun get their end,
 the range is closed, the exception goes on. An end or a release that raises does not keep the others from being called.
+
+The file is long because joining, leaving and telling are one protocol over one list.
 """
 
 from __future__ import annotations
