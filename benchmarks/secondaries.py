@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from benchmarks import mirrors, sva, xpmem
+from benchmarks import mirrors, shadow, sva, xpmem
 from benchmarks.harness import Bench, Figure, Spread, Target, value
 from xipvm.address import PAGE_SHIFT, PAGE_SIZE
 from xipvm.machine import Machine
@@ -53,6 +53,7 @@ def _of_a_guest(name: str) -> Kind:
 
 
 KINDS: dict[str, Kind] = {name: _of_a_guest(name) for name in SECONDARIES} | {
+    "kvm-shadow": Kind(shadow.make, machine="kvm-shadow"),
     "xpmem": Kind(xpmem.make),
     "odp": Kind(mirrors.make_odp),
     "dmirror": Kind(mirrors.make_dmirror),
