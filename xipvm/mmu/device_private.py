@@ -202,6 +202,11 @@ def is_device_entry(entry: int) -> bool:
     return bool(entry & SWAP and entry & DEVICE)
 
 
+def is_device_exclusive(entry: int) -> bool:
+    """A device is alone with the page."""
+    return is_device_entry(entry) and bool(entry & DEVICE_EXCLUSIVE)
+
+
 def exclusive_pfn(entry: int) -> int:
     """The frame behind a device-exclusive entry."""
     return pte_pfn(entry) & _NUMBER

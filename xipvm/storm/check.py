@@ -88,7 +88,7 @@ def run_once(job: Job, storm: Storm | None = None, *, limit: int | None = None) 
     ) as machine:
         try:
             result = machine.run(max_instructions=min(limits, default=None), until=job.until)
-            for mmu in machine.secondaries():
+            for mmu in [*machine.secondaries(), *(() if storm is None else storm.secondaries())]:
                 what = at_rest.difference(mmu)
                 if what:
                     raise InternalError(what)

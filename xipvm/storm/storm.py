@@ -23,16 +23,20 @@ from typing import TYPE_CHECKING, Final
 from xipvm.actors import on_point, on_wait
 from xipvm.errors import BadInput, DeadlockError, MmError, OutOfFrames, ProtocolUnsupported
 from xipvm.storm.choices import Choices
+from xipvm.storm.devices import DEVICE_OPERATIONS
 from xipvm.storm.operations import OPERATIONS, Operation
 from xipvm.storm.world import World
 
 if TYPE_CHECKING:
     from xipvm.machine import Machine
+    from xipvm.mmu.secondary.base import SecondaryMmu
 
 RATE: Final = 10
 """Operations in a million instructions."""
 MAX_RATE: Final = 100_000
 DEPTH: Final = 2
+GROUPS: Final = {"all": OPERATIONS, "devices": DEVICE_OPERATIONS}
+"""Names that stand for many operations."""
 _MILLION: Final = 1_000_000
 _POINTS: Final = 10_000
 """Points that pass by for an operation at one of them, times the rate."""
@@ -58,7 +62,8 @@ _ALLOWED: Final = frozenset(
 class Storm:
     """The storm of one machine, to be given to it when it is made.
 
-    ``rate``: operations in a million instructions, about. ``ops``: names of the operations that come, by default all.
+    ``rate``: operations in a million instructions, about. ``ops``: names of the operations that come, or of groups of
+    them; by default ``all``, which is all but those with devices beside the guest.
     Raises BadInput.
     """
 
@@ -69,11 +74,13 @@ class Storm:
             raise BadInput(f"a storm's rate is 1 to {MAX_RATE} operations in a million instructions, not {rate}")
         self.seed = seed
         self.rate = rate
-        names = list(OPERATIONS) if ops is None else list(dict.fromkeys(ops))
-        for name in names:
-            if name not in OPERATIONS:
-                raise BadInput(f"no operation of a storm is called {name!r}; known are {', '.join(OPERATIONS)}")
-        if not names:
+        known = OPERATIONS | DEVICE_OPERATIONS
+        wanted: dict[str, Operation] = {}
+        for name in ("all",) if ops is None else ops:
+            if name not in known and name not in GROUPS:
+                raise BadInput(f"no operation of a storm is called {name!r}; known are {', '.join([*known, *GROUPS])}")
+            wanted |= GROUPS.get(name) or {name: known[name]}
+        if not wanted:
             raise BadInput("a storm needs an operation")
         self.done: Counter[str] = Counter()
         """Operations that were done, by name."""
@@ -81,7 +88,7 @@ class Storm:
         """Operations that could not be done at that moment."""
         self.next = 0
         """The instant of the next operation, ns."""
-        self._drawn = [OPERATIONS[name] for name in names for _ in range(OPERATIONS[name].weight)]
+        self._drawn = [operation for operation in wanted.values() for _ in range(operation.weight)]
         self._choices = Choices(seed)
         self._world: World | None = None
         self._depth = 0
@@ -106,6 +113,13 @@ class Storm:
         """Give back what it holds of the machine. Raises InternalError when a child was not what it should be."""
         if self._world is not None:
             self._world.end()
+
+    def secondaries(self) -> list[SecondaryMmu]:
+        """Secondary MMUs that it has put on the guest's mm, beside the machine's own."""
+        world = self._world
+        if world is None:
+            return []
+        return ([] if world.guest is None else [world.guest]) + ([] if world.devices is None else world.devices.mmus())
 
     @contextmanager
     def raging(self) -> Iterator[None]:
@@ -163,8 +177,9 @@ class Storm:
         except ProtocolUnsupported:
             error = errno.EOPNOTSUPP
         except MmError as refusal:
-            # While something is away for a moment, the host process may fail to get at it.
-            if refusal.errno not in _ALLOWED and not (refusal.errno == errno.EFAULT and world.lowered):
+            # While something is away for a moment, the host process and devices may fail to get at it.
+            away = world.lowered and refusal.errno in (errno.EFAULT, errno.EPERM)
+            if refusal.errno not in _ALLOWED and not away:
                 raise
             error = refusal.errno
         else:

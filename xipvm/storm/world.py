@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from xipvm.mmu.secondary.kvm import Kvm
     from xipvm.mmu.userfaultfd import Userfaultfd
     from xipvm.storm.choices import Choices
+    from xipvm.storm.devices import Devices
 
 MAX_CHILDREN: Final = 4
 MAX_HELD: Final = 8
@@ -66,6 +67,8 @@ class World:
         """Frames that have a reference of ours."""
         self.guest: Kvm | None = None
         """A second VM on the same mm."""
+        self.devices: Devices | None = None
+        """Those of other kinds on the same mm."""
         self.monitor: Userfaultfd | None = None
         """Who has pages protected by userfaultfd."""
         self.lowered = 0
@@ -86,6 +89,9 @@ class World:
         for pfn in self.held:
             self.mm.put_frame(pfn)
         self.held.clear()
+        if self.devices is not None:
+            self.devices.destroy()
+            self.devices = None
         children, self.children = self.children, []
         try:
             for child in children:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Final
 
 from xipvm.actors import point
 from xipvm.address import PAGE_MASK, PAGE_SHIFT, Hva
-from xipvm.errors import MmError
+from xipvm.errors import DeadlockError, MmError
 from xipvm.mmu.fault import handle_mm_fault
 from xipvm.mmu.file import VmFault
 from xipvm.mmu.gup import pieces
@@ -131,6 +131,8 @@ class Sva(SecondaryMmu, MmuNotifier):
         try:
             self.mm.check_running("page request")
             fault = handle_mm_fault(self.mm, hva, access == WRITE)
+        except DeadlockError:
+            raise
         except MmError as error:
             self.last_error = str(error)
             return FAULT
