@@ -182,6 +182,12 @@ def test_the_list(tmp_path: Path) -> None:
     assert len(outcome.out.splitlines()) == len(MUTANTS)
     lines = [json.loads(line) for line in inside("mutants", "--json", cwd=tmp_path).out.splitlines()]
     assert [line["mutant"] for line in lines] == list(MUTANTS)
+    columns = [outcome.out.splitlines()[n].index(mutant.doc) for n, mutant in enumerate(MUTANTS.values())]
+    assert len(set(columns)) == 1
+    named = inside("mutants", "flush-skipped", "no-retry-check", cwd=tmp_path)
+    assert [line.split()[1] for line in named.out.splitlines()] == ["flush-skipped", "no-retry-check"]
+    assert inside("mutants", "nothing", cwd=tmp_path).status == 2
+    assert inside("mutants", "--control", "flush-skipped", cwd=tmp_path).status == 2
 
 
 @pytest.mark.slow

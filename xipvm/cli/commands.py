@@ -440,8 +440,10 @@ def mutants(names: tuple[str, ...], how: str | None, runs: int, seed: int, form:
     if how == "ablate":
         return ablate(names, runs=runs, seed=seed, form=form, quiet=quiet)
     if how == "control":
+        if names:
+            raise BadInput("--control hunts nothing: it takes no NAME")
         return control(runs=runs, seed=seed, as_json=form == "json", quiet=quiet)
-    return list_mutants(as_json=form == "json")
+    return list_mutants(names, as_json=form == "json")
 
 
 cli.add_command(xip)

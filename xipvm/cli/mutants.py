@@ -20,8 +20,13 @@ from xipvm.mutants import ablation, reach
 from xipvm.mutants.hunt import STRATEGIES, Catch, Hunt, hunt
 from xipvm.mutants.mutant import MUTANTS, Mutant, get
 
+_NUMBER = max(len(mutant.number) for mutant in MUTANTS.values())
+_NAME = max(map(len, MUTANTS))
+_EXPECTED = max(len(", ".join(mutant.caught_by)) for mutant in MUTANTS.values())
+"""How wide columns are."""
+
 HEADERS = {
-    "text": "number    mutant                                 expected         caught by  strategy    schedules  "
+    "text": f"{'number':{_NUMBER}} {'mutant':{_NAME}} {'expected':{_EXPECTED}} caught by      strategy    schedules  "
     "ms     small",
     "markdown": "| number | mutant | expected | caught by, after so many different schedules | s | counterexample |\n"
     "|---|---|---|---|---|---|",
@@ -33,13 +38,14 @@ ABLATIONS = {
 """What stands above the lines, by form."""
 
 
-def list_mutants(*, as_json: bool) -> int:
-    """Every mutant, a line each."""
-    for mutant in MUTANTS.values():
+def list_mutants(names: Sequence[str], *, as_json: bool) -> int:
+    """The mutants ``names``, or all, a line each. Raises BadInput."""
+    for mutant in [get(name) for name in names] or MUTANTS.values():
         if as_json:
             print(json.dumps(_described(mutant)))
         else:
-            print(f"{mutant.number:9} {mutant.name:38} {', '.join(mutant.caught_by):16} {mutant.doc}")
+            expected = ", ".join(mutant.caught_by)
+            print(f"{mutant.number:{_NUMBER}} {mutant.name:{_NAME}} {expected:{_EXPECTED}} {mutant.doc}")
     return 0
 
 
@@ -188,14 +194,17 @@ def _tell_text(mutant: Mutant, found: Hunt) -> None:
     for number, catch in enumerate(found.catches):
         what = (mutant.number, mutant.name, ", ".join(mutant.caught_by)) if not number else ("", "", "")
         print(
-            f"{what[0]:9} {what[1]:38} {what[2]:16} {catch.what or 'ESCAPED':10} {catch.strategy:11} "
-            f"{catch.distinct:9}  {1000 * catch.seconds:<6.0f} {_small(catch)}",
+            f"{what[0]:{_NUMBER}} {what[1]:{_NAME}} {what[2]:{_EXPECTED}} {catch.what or 'ESCAPED':14} "
+            f"{catch.strategy:11} {catch.distinct:9}  {1000 * catch.seconds:<6.0f} {_small(catch)}",
             flush=True,
         )
 
 
 def _tell_markdown(mutant: Mutant, found: Hunt) -> None:
-    by = ", ".join(f"{catch.what or 'ESCAPED'}: {catch.strategy} {catch.distinct}" for catch in found.catches)
+    by = ", ".join(
+        f"{catch.what}: {catch.strategy} {catch.distinct}" if catch.what else f"not {catch.strategy} ({catch.distinct})"
+        for catch in found.catches
+    )
     smallest = min(found.caught, key=lambda catch: size(catch.small) if catch.small else (), default=None)
     print(
         f"| {mutant.number} | `{mutant.name}` | {', '.join(mutant.caught_by)} | {by} | {found.seconds:.2f} "
