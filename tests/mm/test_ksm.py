@@ -166,6 +166,23 @@ def test_a_page_that_changes_before_it_is_protected(mm: Mm, host: HostMemory, ks
     verify(host)
 
 
+@pytest.mark.parametrize("when", range(12))
+def test_the_other_page_goes_while_one_is_merged(when: int, mm: Mm, host: HostMemory, ksm: Ksm, area: int) -> None:
+    ksm.scan()
+    left = [when]
+
+    def drop(label: str) -> None:
+        left[0] -= 1
+        if left[0] == -1:
+            mm.madvise(area, PAGE, MADV_DONTNEED)
+
+    with on_point(drop):
+        ksm.scan()
+    assert left[0] < 0
+    verify(host)
+    assert content(mm, area)[1:] == b"aaabc"
+
+
 def test_a_held_page_is_not_merged(mm: Mm, host: HostMemory, ksm: Ksm, area: int, steps: Steps) -> None:
     """Whoever has it may write to it without an entry."""
     held = frames(mm, area)[1]

@@ -157,7 +157,10 @@ class Ksm:
     def _merge(self, mm: Mm, hva: int, pfn: int, root: KsmRoot | None) -> bool:
         """Makes the page at ``hva`` the shared page, or replaces it by that of ``root``; False if it could not be."""
         with mm.mmap_lock.read:
-            if not split_if_compound(self._host, pfn):
+            # What was found before may have gone while another page was merged, or this one split.
+            if self._mapped(mm, hva) != pfn or not split_if_compound(self._host, pfn):
+                return False
+            if self._mapped(mm, hva) != pfn or (root is not None and not self._alive(root)):
                 return False
             page_lock = self._rmap.page_lock.attempt(pfn)
             if page_lock is None:

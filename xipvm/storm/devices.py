@@ -1,8 +1,8 @@
 """Other secondary MMUs beside the guest's, and what a storm does with them: the group ``devices`` of its operations.
 
 An RDMA device whose region is all of RAM (ODP), one that shares the page table (SVA), and a mirror with memory of its
-own (dmirror) are on the mm at once, from the first of these operations to the end of the storm. What they read has to be
-what the CPU reads; what they write is there already. Pages that the mirror takes away come back by faults.
+own (dmirror) are on the mm at once, from the first of these operations to the end of the storm. What they read has to
+be what the CPU reads; what they write is there already. Pages that the mirror takes away come back by faults.
 """
 
 from __future__ import annotations
