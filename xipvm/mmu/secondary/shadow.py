@@ -342,10 +342,14 @@ class ShadowPaging(KvmFaults):
         """See KvmDirtyLog; what was made of tables there is made anew."""
         super().write_guest(gpa, data)
         point("kvm.shadow.written")
-        for _, gfn, offset, part in self._pieces(gpa, data):
+        at, end = gpa, gpa + len(data)
+        while at < end:
+            gfn, offset = divmod(at, PAGE_SIZE)
+            size = min(end - at, PAGE_SIZE - offset)
             if gfn in self._shadowed:
                 with self.mmu_lock.write:
-                    self._track_write(gfn, offset, len(part))
+                    self._track_write(gfn, offset, size)
+            at += size
 
     def _track_write(self, gfn: int, offset: int, size: int) -> None:
         """Bytes of a table have changed. Under mmu_lock."""
