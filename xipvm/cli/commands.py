@@ -499,7 +499,11 @@ def show(
     last: int | None,
     as_json: bool,
 ) -> None:
-    """Print the events of a trace FILE."""
+    """Print the events of a trace FILE.
+
+    A line each: virtual time in nanoseconds, #SEQ, who did it, what, its fields, and '<- #SEQ', the event that it was
+    done for.
+    """
     from xipvm.cli.trace import show_trace
     from xipvm.trace.show import Filter
 
