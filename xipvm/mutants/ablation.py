@@ -71,7 +71,7 @@ def ablate(
         if found.caught:
             result.seen[mutant.name] = found.caught[0].what
             continue
-        found = hunt(mutant, scenarios, STRATEGIES, invariants=others, **same)
+        found = hunt(mutant, scenarios, STRATEGIES, invariants=others, counts=lambda what: True, **same)
         if found.caught:
             result.late[mutant.name] = found.caught[0].what
         elif hunt(mutant, scenarios, STRATEGIES, **same).caught:

@@ -121,18 +121,21 @@ def hunt(
     enough: int = 2,
     invariants: Collection[str] = tuple(INVARIANTS),
     shrunk: bool = True,
-    counts: Callable[[str], bool] = lambda what: True,
+    counts: Callable[[str], bool] | None = None,
     reached: Reached | None = None,
     everywhere: bool = True,
 ) -> Hunt:
     """Search every scenario, ``runs`` runs at most of each in each protocol that the mutant exists in.
 
     One strategy after the other, until ``enough`` of them have found it; what they find is made small if ``shrunk``.
-    Without a ``mutant`` the system is right, and all strategies are used. A run is wrong if what was broken ``counts``.
+    Without a ``mutant`` the system is right, and all strategies are used. A run is wrong if what was broken ``counts``,
+    by default what should see the mutant: whatever else comes of it does not.
 
     With ``reached``, the shortest scenarios come first, and those that call nothing of what the mutant changes when all
     strategies are through with the others; or not at all, unless ``everywhere``.
     """
+    if counts is None:
+        counts = _anything if mutant is None else mutant.caught_by.__contains__
     result = Hunt(mutant)
     stages = _stages(mutant, scenarios, reached)
     names = (mutant.name,) if mutant is not None else ()
@@ -152,6 +155,10 @@ def hunt(
     return result
 
 
+def _anything(what: str) -> bool:
+    return True
+
+
 def _stages(mutant: Mutant | None, scenarios: Mapping[str, Scenario], reached: Reached | None) -> list[_Stage]:
     """Where to look, and where when nothing was found there."""
     places = [
@@ -168,7 +175,12 @@ def _stages(mutant: Mutant | None, scenarios: Mapping[str, Scenario], reached: R
     for place in places:
         found = reached[place[0].name, place[1]]
         (first if changed.matter(found.called) else last).append(place)
-    return [sorted(first, key=lambda place: reached[place[0].name, place[1]].choices), last]
+
+    def length(place: tuple[Scenario, str]) -> tuple[bool, int]:
+        choices = reached[place[0].name, place[1]].choices
+        return not choices, choices  # where there is nothing to choose, a search says little
+
+    return [sorted(first, key=length), last]
 
 
 def _hunt(
