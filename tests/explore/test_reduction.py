@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from math import factorial
 
@@ -77,9 +78,12 @@ def test_each_trace_is_run_to_its_end_once(program: Furnish, traces: int) -> Non
 
 
 @pytest.mark.slow
-def test_the_last_zero_of_ten() -> None:
-    search = explore(last_zero(10), Reduced(None), runs=10_000)
-    assert (search.complete, search.runs, search.distinct) == (True, 3328, 3328)
+def test_the_last_zero_of_many() -> None:
+    """XIPVM_LAST_ZERO says of how many; of 10 the literature has 3328, which take some 20 s."""
+    n = int(os.environ.get("XIPVM_LAST_ZERO", "8"))
+    traces = (n + 3) << (n - 2)
+    search = explore(last_zero(n), Reduced(None), runs=2 * traces)
+    assert (search.complete, search.runs, search.distinct) == (True, traces, traces)
 
 
 @pytest.mark.parametrize(
