@@ -19,54 +19,36 @@ from xipvm.mutants.reach import Reached, changes, counting, sites, survey
 
 RUNS = 150
 DEMANDED = {
-    *["1", "2", "3", "4", "6", "7", "8", "9", "10", "11", "13", "14", "15", "17", "18", "19"],
-    *["20", "24", "29", "30", "31", "32", "42"],
-    *(f"M{number}" for number in (*range(1, 15), *range(16, 23), 25, 26, 27, *range(30, 36), 38)),
+    *["1", "2", "3", "4", "5", "6", "7", "8", "9", "10", "11", "13", "14", "15", "17", "18", "19"],
+    *["20", "24", "26", "29", "30", "31", "32", "42"],
+    *(f"M{number}" for number in (*range(1, 15), *range(16, 28), *range(29, 36), 38)),
+    *(f"B{number}" for number in range(1, 12)),
 }
 SLOW = {
-    "change-pte-inside-the-range",
-    "check-only-count",
-    "cleared-log-not-flushed",
-    "code-not-dropped",
-    "count-read-after-seq",
+    "announced-one-page-short",
+    "announced-where-somebody-looks",
     "device-fault-holds-what-it-waits-for",
-    "dma-not-waited-for",
     "exit-unlinks-first",
-    "fast-fault-forgets-who-may-write",
-    "fast-fault-marks-first",
-    "fast-fault-stores-blindly",
     "faults-after-release",
-    "flush-without-a-kick",
-    "huge-entry-written-while-logged",
-    "log-cleared-when-it-is-flushed",
+    "flush-of-one-vcpu",
+    "gru-range-active-is-a-flag",
+    "inner-start-shrinks-the-hull",
     "mmio-entry-over-memory",
+    "mmio-generations-wrap",
     "mremap-flushes-without-the-lock",
-    "old-entry-keeps-w",
     "pfncache-active-before-it-is-listed",
-    "pfncache-asks-only-for-open-ranges",
-    "pfncache-asks-only-for-seq",
-    "pfncache-asks-what-is-in-progress",
-    "pfncache-unlisted-while-valid",
-    "pfncache-used-while-invalidated",
     "pfncache-valid-outside-the-lock",
-    "release-runs-once-only",
-    "reloaded-inside-the-range",
-    "remote-answers-before-it-drops",
     "remote-granted-late",
-    "remote-pinned-after-release",
-    "ring-harvested-without-a-reset",
+    "reverse-map-of-another-slot",
     "ring-reset-not-flushed",
-    "ring-reset-protects-nothing",
     "seq-after-count",
-    "seq-after-count-2008",
-    "seq-read-after-lookup",
     "slot-goes-without-a-second-look",
-    "slots-change-inside-a-range",
     "slots-change-under-readers",
     "walk-not-repeated",
-    "writable-or-executable-by-entry",
+    "xip-fault-does-not-see-truncation",
     "zap-all-keeps-seq",
 }
+"""Those that take a second to be found, or longer."""
 
 
 @pytest.fixture(scope="module")
@@ -77,10 +59,7 @@ def reached() -> Reached:
 
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(name, marks=pytest.mark.slow) if name in SLOW or name.startswith(("gru-", "sva-")) else name
-        for name in MUTANTS
-    ],
+    [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in MUTANTS],
 )
 def test_a_mutant_is_caught_by_two_strategies(name: str, reached: Reached) -> None:
     mutant = MUTANTS[name]
