@@ -95,7 +95,7 @@ class StreamInput:
 
     def take(self) -> bytes:
         """What can be read now; at the end of the file the source has ended."""
-        if self._ended or not select.select([self._fd], [], [], 0)[0]:
+        if self._ended or not _readable(self._fd, 0):
             return b""
         data = os.read(self._fd, _BUFFER)
         self._ended = not data
@@ -300,7 +300,7 @@ class Console:
         fd = self._source.fileno()
         if fd is None:
             return False
-        select.select([fd], [], [], seconds)
+        _readable(fd, seconds)
         return True
 
     def watch(self, until: bytes | str, on_until: Callable[[], None]) -> None:
@@ -372,3 +372,10 @@ class Console:
         for changed in self._listeners:
             changed()
         return True
+
+
+def _readable(fd: int, seconds: float | None) -> bool:
+    """Whether ``fd`` can be read, or has ended, within so many seconds (None: no limit). Any descriptor will do."""
+    poller = select.poll()
+    poller.register(fd, select.POLLIN)
+    return bool(poller.poll(None if seconds is None else seconds * 1000))

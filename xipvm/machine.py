@@ -61,7 +61,7 @@ from xipvm.mmu.huge_pmd import HPAGE_SIZE
 from xipvm.mmu.mm import Mm
 from xipvm.mmu.reclaim import watch_memory
 from xipvm.mmu.secondary.choose import make_secondary
-from xipvm.mmu.swap import swap_of
+from xipvm.mmu.swap import close_swap, swap_of
 from xipvm.mmu.swap_file import SwapOption, open_swap, parse_swap
 from xipvm.mmu.vma import MAP_ANONYMOUS, MAP_HUGETLB, MAP_PRIVATE, PROT_EXEC, PROT_READ, PROT_WRITE
 from xipvm.oom_report import OOM_STATUS, oom_report
@@ -220,6 +220,7 @@ class Machine:
             undo(image.close)
         self.host = HostMemory(self.host_size)
         undo(self.host.close)
+        undo(close_swap, self.host)
         if self._choice is not None:
             from xipvm.image_memory import ImageMemory
 

@@ -58,6 +58,7 @@ def test_erased_images_share_nothing_that_is_written():
 
 def test_erased_memory_costs_nothing_until_it_is_written(monkeypatch):
     """64 MiB: one reservation and one mapping a MiB, and not a single page of this process."""
+    mapping.drop_kept()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     calls = []
     original = mapping.map_memory

@@ -97,7 +97,9 @@ def read_until(child: subprocess.Popen[bytes], text: bytes) -> bytes:
     seen = b""
     deadline = time.monotonic() + DEADLINE
     while text not in seen:
-        ready, _, _ = select.select([fd], [], [], deadline - time.monotonic())
+        poller = select.poll()
+        poller.register(fd, select.POLLIN)
+        ready = poller.poll(max(deadline - time.monotonic(), 0) * 1000)
         assert ready, f"{text!r} did not come, but {seen!r}"
         piece = os.read(fd, 65536)
         assert piece, f"ended before {text!r}: {seen!r}"

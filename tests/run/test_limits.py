@@ -114,9 +114,12 @@ def communicate(child: subprocess.Popen[bytes]) -> tuple[bytes, bytes]:
     found: dict[int, bytes] = {child.stdout.fileno(): b"", child.stderr.fileno(): b""}
     unread = list(found)
     while unread:
-        ready, _, _ = select.select(unread, [], [], DEADLINE)
+        poller = select.poll()
+        for fd in unread:
+            poller.register(fd, select.POLLIN)
+        ready = poller.poll(DEADLINE * 1000)
         assert ready, "neither says anything nor ends"
-        for fd in ready:
+        for fd, _ in ready:
             piece = os.read(fd, 65536)
             found[fd] += piece
             if not piece:

@@ -185,7 +185,10 @@ class Session:
         until = None if seconds is None else time.monotonic() + seconds
         while True:
             left = None if until is None else max(until - time.monotonic(), 0.0)
-            readable, _, _ = select.select([self.link.fileno(), *others], [], [], left)
+            poller = select.poll()
+            for fd in (self.link.fileno(), *others):
+                poller.register(fd, select.POLLIN)
+            readable = [fd for fd, _ in poller.poll(None if left is None else left * 1000)]
             if self.link.fileno() in readable:
                 self.node.serve()
                 if self.link.closed:

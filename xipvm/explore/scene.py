@@ -41,6 +41,7 @@ from xipvm.mmu.secondary.gru import GruBase
 from xipvm.mmu.secondary.gru_2008 import gru_of
 from xipvm.mmu.secondary.kvm import KvmBase
 from xipvm.mmu.secondary.kvm_2008 import kvm_of
+from xipvm.mmu.swap import close_swap
 from xipvm.mmu.verify import verify
 from xipvm.scheduler import Scheduler
 from xipvm.trace.funnel import Trace
@@ -234,6 +235,7 @@ class Scene:
             except XipvmError:
                 if not broken:
                     raise
+        close_swap(self.host)
         self.host.close()
 
     def _choose(self, n: int, label: str) -> int:

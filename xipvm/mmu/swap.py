@@ -237,6 +237,13 @@ def swap_of(mm: Mm) -> Swap:
     return rmap.swap
 
 
+def close_swap(host: HostMemory) -> None:
+    """Closes the files of all swap areas: nobody will use the memory ``host`` any more."""
+    swap = reverse_map(host).swap
+    for area in () if swap is None else swap.areas.values():
+        area.close()
+
+
 def swapon(mm: Mm, pages: int, path: str | None) -> None:
     """See :meth:`Mm.swapon`."""
     if pages <= 0:

@@ -127,8 +127,9 @@ class SocketLink:
             left = patience - self._clock()
             if left <= 0:
                 return False
-            writers = [self._socket] if self._unsent else []
-            select.select([self._socket], writers, [], None if left == math.inf else left)
+            poller = select.poll()
+            poller.register(self._socket, select.POLLIN | (select.POLLOUT if self._unsent else 0))
+            poller.poll(None if left == math.inf else left * 1000)
 
     def close(self) -> None:
         """See :class:`~xipvm.xpmem.link.Link`. What the other end can still take is sent first."""
