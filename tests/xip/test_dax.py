@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
 from xipvm.actors import on_point
 from xipvm.address import PAGE_SHIFT, PAGE_SIZE
 from xipvm.check import Oracle
-from xipvm.errors import DeadlockError
+from xipvm.errors import DeadlockError, MmError
 from xipvm.explore.scripted import ScriptedVcpu
 from xipvm.mmu.frames import HUGE_PAGES, HostMemory
 from xipvm.mmu.huge_pmd import HPAGE_SIZE
+from xipvm.mmu.migrate_device import pin_longterm
 from xipvm.mmu.mm import Mm
 from xipvm.mmu.pin import pin_user_page, unpin_user_page
 from xipvm.mmu.pte import DIRTY, HUGE, WRITE
 from xipvm.mmu.secondary.kvm_2008 import kvm_of
+from xipvm.mmu.secondary.xpmem import Xpmem
 from xipvm.mmu.verify import verify
 from xipvm.mmu.vma import MAP_PRIVATE, MAP_SHARED, PROT_READ, PROT_WRITE
 from xipvm.trace.events import Event
@@ -24,6 +28,8 @@ from xipvm.trace.funnel import Trace
 from xipvm.xip.dax import DaxFile
 from xipvm.xip.open_file import OpenFile
 from xipvm.xip.ram import RamVolume
+from xipvm.xpmem.link import ActorLink
+from xipvm.xpmem.node import XpmemNode
 
 RW = PROT_READ | PROT_WRITE
 HVA = 0x2000_0000_0000
@@ -133,3 +139,92 @@ def test_a_pinned_block_is_not_freed(world: World) -> None:
     with on_point(lambda label: let_go.pop()() if label == "dax.busy" and let_go else None):
         world.file.punch_hole(0, 4)
     assert len(world.volume.free) == 12
+
+
+def test_who_has_a_page_pinned_may_need_another_of_the_file_to_get_on(world: World) -> None:
+    """As a copy to user space does. What it faults in while a hole is waited for is not left mapped."""
+    hva = world.map(MAP_SHARED)
+    pfn = pin_user_page(world.mm, hva, write=True)
+
+    def get_on(label: str) -> None:
+        if label == "dax.busy" and world.host.refcount(pfn):
+            world.mm.write(hva + PAGE_SIZE, b"last one")
+            unpin_user_page(world.mm, pfn)
+
+    with on_point(get_on):
+        world.file.punch_hole(0, 2)
+    assert len(world.volume.free) == 10
+    assert world.mm.read(hva + PAGE_SIZE, 8) == bytes(8)
+
+
+def test_a_guest_that_pins_what_it_maps_keeps_its_blocks(world: World) -> None:
+    hva = world.map(MAP_SHARED)
+    kvm = kvm_of(world.mm, world.trace, world.host, pin_sptes=True)
+    kvm.set_memslot(0, 0, 4, hva)
+    vcpu = ScriptedVcpu(kvm.port(0), world.host, world.trace, 0)
+    kvm.vcpus.append(vcpu)
+    assert vcpu.load(2) == word(2)
+    with pytest.raises(DeadlockError, match="pinned pages"):
+        world.file.truncate(0)
+    assert world.file.size == 2 * HPAGE_SIZE
+    kvm.zap_gfn_range(0, 4, "tests")
+    world.file.truncate(0)
+    assert len(world.volume.free) == 2 * HUGE_PAGES + 8
+    kvm.destroy()
+
+
+def test_a_remote_node_is_recalled_before_blocks_are_freed(world: World) -> None:
+    hva = world.map(MAP_SHARED)
+    owner = Xpmem(world.mm)
+    owner.register()
+    owner.make("file", hva, 4 * PAGE_SIZE)
+    owner_end, node_end = ActorLink.pair("owner", "node0")
+    remote = owner.connect(owner_end)
+    node = XpmemNode(node_end, "node0", memory=world.mm)
+    owner_end.serve = lambda: owner.serve(remote)
+    node_end.serve = node.serve
+    node.hello()
+    permit, _ = node.get("file")
+    at = node.attach(permit, 0, 4 * PAGE_SIZE)
+    assert node.load(at, PAGE_SIZE, 8) == word(1)
+    (pfn,) = owner.pins()
+    assert world.host.refcount(pfn) == 1
+    del world.events[:]
+    world.file.punch_hole(0, 4)
+    kinds = [event.kind for event in world.events]
+    assert kinds.index("xpmem_recall") < kinds.index("page_unpin") < kinds.index("xip_free")
+    assert not world.host.refcount(pfn)
+    assert node.load(at, PAGE_SIZE, 8) == bytes(8)
+    owner.destroy()
+
+
+def test_no_page_of_a_file_is_pinned_for_long(world: World) -> None:
+    hva = world.map(MAP_SHARED)
+    with pytest.raises(MmError) as refused:
+        pin_longterm(world.mm, hva)
+    assert refused.value.errno == errno.EOPNOTSUPP
+
+
+FREED = "xip_free", {"file": "file", "first": 0, "end": 1, "pages": [(0x1000000, 1)]}
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "complaint"),
+    [
+        (("pte_set", {"mm": "mm0", "hva": HVA, "pfn": 0x1000000, "flags": 3}), None, "maps it at 0x200000000000"),
+        (("spte_set", {"vm": "vm0", "gfn": 7, "pfn": 0x1000000, "rights": "rw"}), None, "guest frame 0x7"),
+        (("page_pin", {"vm": "remote", "gfn": 7, "pfn": 0x1000000}), None, "remote has it pinned as guest frame 0x7"),
+        (None, ("pte_set", {"mm": "mm0", "hva": HVA, "pfn": 0x1000000, "flags": 3}), "is no file's since"),
+    ],
+)
+def test_the_oracle_sees_who_has_a_freed_block(
+    before: tuple[str, dict[str, Any]] | None, after: tuple[str, dict[str, Any]] | None, complaint: str
+) -> None:
+    trace, oracle = Trace(), Oracle()
+    trace.attach(oracle)
+    trace.emit("xip_map", file="file", mm="mm0", start=HVA, end=HVA + PAGE_SIZE, pgoff=0)
+    for kind, fields in filter(None, (before, FREED, after)):
+        trace.emit(kind, **fields)
+    (violation,) = oracle.violations
+    assert violation.invariant == "I5"
+    assert complaint in violation.message

@@ -1,15 +1,18 @@
-"""I16 to I18: files that are used in place, by what their operations say.
+"""I16 to I18, and I5 for blocks: files that are used in place, by what their operations say.
 
 * ``xip_map`` tells which pages of a file an area shows; ``xip_sparse_page`` which frame a hole is mapped as. In a DAX
   file that is the zero page.
 * From ``xip_allocate`` on a page is no hole. Who still maps the hole then has to lose it before ``xip_unmapped``; and
   nobody may map it again from the allocation on (I16).
 * Nobody may write to the page that stands for holes (I17): by an entry of the host, a shadow entry, or a TLB.
+* The blocks of ``xip_free`` may be another file's next: from there until they are allocated again no entry of the host
+  maps one, no TLB or shadow entry translates to one, and nobody has one pinned (I5).
 * ``xip_read`` says what was asked for, what came of it and how much was stored in the buffer (I18).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Final
 
 from xipvm.address import PAGE_SHIFT
@@ -37,6 +40,8 @@ class XipFiles:
         """Pages of files that have a block, and the event that gave it."""
         self._shown: dict[tuple[str, int], tuple[str, int]] = {}
         """Where a hole is mapped, and which."""
+        self._free: dict[int, int] = {}
+        """Blocks that are no file's, and the event that says so."""
         self._watching = False
         oracle.on("xip_map", self._mapped)
         oracle.on("xip_sparse_page", self._sparse_page)
@@ -92,6 +97,9 @@ class XipFiles:
         mm, page = fields["mm"], fields["hva"] >> PAGE_SHIFT
         self._shown.pop((mm, page), None)
         pfn = fields["pfn"]
+        if pfn in self._free:
+            what = f"block {pfn:#x} is mapped, and is no file's since #{self._free[pfn]}"
+            self._oracle.broken("I5", what, event, hva=fields["hva"], pfn=pfn)
         if pfn == self._sparse:
             self._no_writer(event, "an entry", bool(fields["flags"] & (WRITE | _DIRTY)), fields["hva"])
         if pfn not in (self._sparse, _ZERO_PFN):
@@ -116,6 +124,7 @@ class XipFiles:
 
     def _allocated(self, event: Event, fields: Fields) -> None:
         self._filled[fields["file"], fields["pgoff"]] = event.seq
+        self._free.pop(fields["pfn"], None)
 
     def _unmapped(self, event: Event, fields: Fields) -> None:
         hole = fields["file"], fields["pgoff"]
@@ -131,6 +140,26 @@ class XipFiles:
         file, first, end = fields["file"], fields["first"], fields["end"]
         for hole in [hole for hole in self._filled if hole[0] == file and first <= hole[1] < end]:
             del self._filled[hole]
+        blocks = {pfn for start, count in fields["pages"] for pfn in range(start, start + count)}
+        self._free.update(dict.fromkeys(blocks, event.seq))
+        self._oracle.checks["I5"] += len(blocks)
+        for pfn, who in self._holders(blocks):
+            self._oracle.broken("I5", f"block {pfn:#x} of {file} is freed, but {who}", event, pfn=pfn)
+
+    def _holders(self, blocks: set[int]) -> Iterator[tuple[int, str]]:
+        """Who still has one of ``blocks``, each with the first that does."""
+        world = self._oracle.world
+        for process in world.mms.values():
+            for page, (pfn, _) in process.entries.items():
+                if pfn in blocks:
+                    yield pfn, f"{process.name} maps it at {page << PAGE_SHIFT:#x}"
+        for pfn in blocks:
+            if pfn in world.holders:
+                yield pfn, "; ".join(world.who_holds(pfn))
+        for vm in world.vms.values():
+            for gfn, pfn in vm.pins.items():
+                if pfn in blocks:
+                    yield pfn, f"{vm.name} has it pinned as guest frame {gfn:#x}"
 
     # ---- I17
 

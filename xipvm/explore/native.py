@@ -250,6 +250,14 @@ class RecordedMemory(HostMemory):
         self._meta(_COUNT, pfn, True)
         super().get(pfn)
 
+    def pin(self, pfn: int) -> None:
+        self._meta(_COUNT, pfn, True)
+        super().pin(pfn)
+
+    def unpin(self, pfn: int) -> list[tuple[int, int]]:
+        freed: list[tuple[int, int]] = self._put(pfn, lambda: HostMemory.unpin(self, pfn))
+        return freed
+
     def set_flags(self, pfn: int, mask: int) -> None:
         before = HostMemory.flags(self, pfn)
         super().set_flags(pfn, mask)

@@ -71,7 +71,15 @@ class HostMemory:
     def get(self, pfn: int) -> None:
         """Takes a reference. No effect on the zero page and device frames."""
 
-    def refcount(self, pfn: int) -> int: ...
+    def pin(self, pfn: int) -> None:
+        """Holds the frame whatever becomes of the entries that map it. Unlike :meth:`get` it counts device frames, too:
+        who frees blocks of a device waits for those (xip/dax.py)."""
+
+    def unpin(self, pfn: int) -> list[tuple[int, int]]:
+        """Lets go of a frame that was pinned; what that freed, as with :meth:`put_page`."""
+
+    def refcount(self, pfn: int) -> int:
+        """References to the page, or pins of a device frame."""
     def mapcount(self, pfn: int) -> int:
         """Entries that map the frame, huge ones included."""
 

@@ -429,6 +429,22 @@ cdef class HostMemory:
             raise InternalError(f"get of the free frame {pfn:#x}")
         meta.refcount += 1
 
+    def pin(self, uint64_t pfn):
+        cdef FrameMeta *meta = self._folio(pfn)
+        if meta.flags & DEVICE:
+            meta.refcount += 1
+        else:
+            self.get(pfn)
+
+    def unpin(self, uint64_t pfn):
+        cdef FrameMeta *meta = self._folio(pfn)
+        if not meta.flags & DEVICE:
+            return self.put_page(pfn)
+        if meta.refcount <= 0:
+            raise InternalError(f"frame {pfn:#x} is unpinned, and was not pinned")
+        meta.refcount -= 1
+        return []
+
     def refcount(self, uint64_t pfn):
         return self._folio(pfn).refcount
 

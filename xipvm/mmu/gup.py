@@ -98,7 +98,7 @@ def copy_to_user(mm: Mm, hva: int, data: bytes | bytearray | memoryview) -> None
     try:
         for address, _, _ in cuts:
             page = mm.get_user_pages(address, write=True)
-            host.get(page.pfn)
+            host.pin(page.pfn)
             held.append(page.pfn)
         done = 0
         for pfn, (_, offset, length) in zip(held, cuts, strict=True):
@@ -106,4 +106,4 @@ def copy_to_user(mm: Mm, hva: int, data: bytes | bytearray | memoryview) -> None
             done += length
     finally:
         for pfn in held:
-            mm.put_frame(pfn)
+            mm.unpin_frame(pfn)

@@ -436,10 +436,14 @@ def _remove_migration_entries(mm: Mm, old: int, new: int) -> None:
 def pin_longterm(mm: Mm, hva: int) -> int:
     """The frame of ``hva``, to write to, with a reference that may be kept for long (FOLL_LONGTERM).
 
-    No page of a device may be held for long, so one that the CPU reaches there moves to system memory first. Raises
-    MmError EFAULT, ENOMEM, EBUSY for a page that cannot move; OutOfFrames.
+    No page of a device may be held for long, so one that the CPU reaches there moves to system memory first; the block
+    of a file that is used in place cannot. Raises MmError EFAULT, ENOMEM, EBUSY for a page that cannot move now,
+    EOPNOTSUPP for such a file's; OutOfFrames.
     """
     while True:
+        area = mm.find_vma(hva)
+        if area is not None and area.file is not None and area.file.devmap:
+            raise MmError(errno.EOPNOTSUPP, f"a pin for long of {area.file.name}, whose blocks are used in place")
         pfn: int = mm.get_user_pages(hva, write=True).pfn
         of_device = None if mm.rmap.devices is None else mm.rmap.devices.pagemap_of(pfn)
         if of_device is None:

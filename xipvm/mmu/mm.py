@@ -427,6 +427,12 @@ class Mm:
         if freed and self.trace.on:
             self.trace.emit("page_free", pages=freed)
 
+    def unpin_frame(self, pfn: int) -> None:
+        """Lets go of ``pfn``, which was pinned (HostMemory.pin)."""
+        freed = self.host.unpin(pfn)
+        if freed and self.trace.on:
+            self.trace.emit("page_free", pages=freed)
+
     def set_pte(self, hva: int, entry: int) -> None:
         """Writes the entry of ``hva``."""
         if self.ptl.held:

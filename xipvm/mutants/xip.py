@@ -20,6 +20,7 @@ from xipvm.mmu.mm import Mm
 from xipvm.mmu.pte import MAPPED, pte_pfn
 from xipvm.mmu.rmap import PMD_SHIFT
 from xipvm.mutants.mutant import mutant, replaced
+from xipvm.xip.dax import DaxFile
 from xipvm.xip.filemap import XipFile
 from xipvm.xip.ram import RamInode
 from xipvm.xip.sparse import sparse_page
@@ -156,7 +157,7 @@ def two_faults_are_a_bug() -> Iterator[None]:
         yield
 
 
-@mutant("xip-fault-does-not-see-truncation", "B8", "I4", "AssertionError", protocol="2008")
+@mutant("xip-fault-does-not-see-truncation", "B8", "I4", "I5", "AssertionError", protocol="2008")
 def fault_does_not_see_truncation() -> Iterator[None]:
     """A fault looks at size and block once, when it begins, and nothing keeps the file from being cut behind that."""
 
@@ -203,4 +204,11 @@ def partial_copy_not_counted() -> Iterator[None]:
         return copied if copied == length else 0
 
     with replaced(XipFile, "_counted", staticmethod(counted)):
+        yield
+
+
+@mutant("dax-blocks-freed-under-a-pin", "D1", "AssertionError", protocol="modern")
+def blocks_freed_under_a_pin() -> Iterator[None]:
+    """Truncation does not wait for who has a page of the file pinned, and writes to it."""
+    with replaced(DaxFile, "_busy", lambda self, first, end: False):
         yield

@@ -214,7 +214,11 @@ define("xip_allocate", "file:str pgoff:int pfn:pfn", "a hole got a block, of zer
 define("xip_unmapped", "file:str pgoff:int", "nobody maps the page as a hole any more")
 define("xip_read", "file:str pos:int count:int result:int stored:int", "a read; result as read(2)'s, an error below 0")
 define("dax_entry", "file:str pgoff:int pfn:pfn", "what a page of a DAX file is mapped as: its block, or the zero page")
-define("xip_free", "file:str first:int end:int", "these pages are holes now; their blocks may be another file's")
+define(
+    "xip_free",
+    "file:str first:int end:int pages:pfns",
+    "these pages of it are holes now; their blocks, `pages`, may be another file's",
+)
 define("device_tlb_drop", "mm:str start:hva end:hva device:str", "a device forgot its translations of the range")
 define("iotlb_insert", "mm:str hva:hva pfn:pfn rights:str device:str", "an IOMMU walked the host's table for a device")
 define("iotlb_drop", "mm:str start:hva end:hva device:str", "its TLB has forgotten what the device had of the range")

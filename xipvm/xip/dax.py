@@ -11,7 +11,7 @@ read fault of 2 MiB     one huge entry, where the file has them in one piece; a 
 private write fault     copied at once; of a hole, zeros
 write(2) over a hole    block allocated → the page unmapped everywhere → data copied
 write-back              for each area: range start, entry read-only and clean, range end; then the entry is clean
-truncation, a hole      size → unmapped everywhere → nobody has a page pinned → blocks freed
+truncation, a hole      unmapped everywhere → nobody has a page pinned → size → unmapped → blocks freed
 ======================  ==========================================================================================
 
 Faults hold invalidate_lock for reading, truncation for writing. The decision what a fault maps is made with no schedule
@@ -21,6 +21,8 @@ point between it and the entry.
 from __future__ import annotations
 
 import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from xipvm import actors
@@ -32,7 +34,6 @@ from xipvm.locks.order import DAX_ENTRY
 from xipvm.mmu.file import FaultResult, VmFault
 from xipvm.mmu.frames import HUGE_PAGES, ZERO_PFN
 from xipvm.mmu.mkclean import page_mkclean
-from xipvm.mmu.pin import pinned_device_pages
 from xipvm.mmu.zap import unmap_mapping_range
 from xipvm.xip.filemap import XipFile
 
@@ -143,18 +144,31 @@ class DaxFile(XipFile):
         self.inode.sync()
         return done
 
+    @contextmanager
+    def _cutting(self, first: int, end: int) -> Iterator[None]:
+        """See the base. Nobody has a page of these pinned either (dax_layout_busy_page): who has may still need faults
+        to get on, so the lock is not kept while that is waited for, and what was mapped meanwhile goes again."""
+        while True:
+            with self.invalidate_lock.write:
+                if any(first <= page < end for page in self.entries):
+                    unmap_mapping_range(self, first, end - first, even_cows=False)
+                if not self._busy(first, end):
+                    yield
+                    return
+            actors.wait(
+                f"pinned pages of {self.name}",
+                lambda: not self._busy(first, end),
+                because="who pins them would have to let go first",
+                label="dax.busy",
+            )
+
+    def _busy(self, first: int, end: int) -> bool:
+        """Whether somebody has a block of the pages ``[first, end)`` pinned."""
+        refcount = self.host.refcount
+        return any(first <= page < end and pfn != ZERO_PFN and refcount(pfn) for page, pfn in self.entries.items())
+
     def _free(self, first: int, end: int) -> None:
-        """Frees blocks behind the last pin of one of them (dax_layout_busy_page); nobody can fault meanwhile."""
-        gone = [page for page in self.entries if first <= page < end]
-        busy = {self.entries[page] for page in gone}
-        pins = pinned_device_pages(self.host)
-        actors.wait(
-            f"pinned pages of {self.name}",
-            lambda: busy.isdisjoint(pins),
-            because="who pins them would have to let go first",
-            label="dax.busy",
-        )
-        for page in gone:
+        for page in [page for page in self.entries if first <= page < end]:
             del self.entries[page]
             self.dirty.discard(page)
         super()._free(first, end)

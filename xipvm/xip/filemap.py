@@ -20,10 +20,12 @@ from __future__ import annotations
 
 import copy
 import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
 from xipvm.actors import point
-from xipvm.address import PAGE_SHIFT, PAGE_SIZE, page_up
+from xipvm.address import PAGE_SHIFT, PAGE_SIZE, join_runs, page_up
 from xipvm.errors import MmError
 from xipvm.locks.lock import RwLock
 from xipvm.locks.order import INODE_LOCK, INVALIDATE_LOCK, XIP_SPARSE
@@ -318,14 +320,14 @@ class XipFile(AddressSpace):
         self._check("truncate", size, 0)
         if not self.writable:
             raise MmError(errno.EINVAL, f"truncate: {self.name} is not writable")
-        with self.i_rwsem.write, self.invalidate_lock.write:
+        first = page_up(size) >> PAGE_SHIFT
+        with self.i_rwsem.write, self._cutting(first, _ALL_PAGES):
             if size > self.size:
                 self._zero_tail()
             old = self.size
             self.inode.set_size(size)
             self.inode.modified()
             if size < old:
-                first = page_up(size) >> PAGE_SHIFT
                 unmap_mapping_range(self, first, _ALL_PAGES)
                 point("mm.xip.truncate.unmapped")
                 self._zero_tail()
@@ -337,14 +339,23 @@ class XipFile(AddressSpace):
             raise MmError(errno.EINVAL, f"{self.name}: a hole of {count} pages at {pgoff:#x}")
         if not self.writable:
             raise MmError(errno.EBADF, f"{self.name} is not writable")
-        with self.i_rwsem.write, self.invalidate_lock.write:
+        with self.i_rwsem.write, self._cutting(pgoff, pgoff + count):
             unmap_mapping_range(self, pgoff, count, even_cows=False)
             self._free(pgoff, pgoff + count)
 
+    @contextmanager
+    def _cutting(self, first: int, end: int) -> Iterator[None]:
+        """No fault comes while blocks of pages ``[first, end)`` are freed. Raises DeadlockError."""
+        with self.invalidate_lock.write:
+            yield
+
     def _free(self, first: int, end: int) -> None:
         """Frees blocks, which nobody maps."""
-        if self.inode.free_blocks(first, end) and self.trace.on:
-            self.trace.emit("xip_free", file=self.name, first=first, end=end)
+        freed = self.inode.free_blocks(first, end)
+        if freed and self.trace.on:
+            self.trace.emit(
+                "xip_free", file=self.name, first=first, end=end, pages=join_runs((pfn, 1) for pfn in freed)
+            )
 
     def _zero_tail(self) -> None:
         """The bytes of the last block behind the end of the file are zeros (xip_truncate_page)."""

@@ -128,7 +128,7 @@ class HostInode(XipInode):
         os.ftruncate(self._fd, length)
         self.memory.resize(length)
 
-    def free_blocks(self, first: int, end: int) -> int:
+    def free_blocks(self, first: int, end: int) -> list[Pfn]:
         """See the base."""
         gone = sorted(page for page in self._blocks if first <= page < end)
         try:
@@ -141,7 +141,7 @@ class HostInode(XipInode):
             self._fit()
         except OSError as error:
             raise MmError(error.errno or errno.EIO, f"a hole in {self.name}") from None
-        return len(gone)
+        return [self.memory.pfn(page) for page in gone]
 
     def _punch(self, page: int) -> None:
         try:

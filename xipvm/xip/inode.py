@@ -47,8 +47,8 @@ class XipInode(ABC):
         """Bytes up to ``size``, behind the present end, are about to be stored; ``set_size`` follows. MmError."""
 
     @abstractmethod
-    def free_blocks(self, first: int, end: int) -> int:
-        """The pages ``[first, end)`` are holes from now on; how many were not. Raises MmError."""
+    def free_blocks(self, first: int, end: int) -> list[Pfn]:
+        """The pages ``[first, end)`` are holes from now on; the frames of those that were not. Raises MmError."""
 
     def accessed(self) -> None:  # noqa: B027
         """Somebody read the file: its atime. By default it has none; likewise below."""

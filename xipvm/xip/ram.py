@@ -92,9 +92,8 @@ class RamInode(XipInode):
             raise MmError(errno.EROFS, self.name)
         self._size = size
 
-    def free_blocks(self, first: int, end: int) -> int:
+    def free_blocks(self, first: int, end: int) -> list[Pfn]:
         """See the base."""
-        gone = [page for page in self.blocks if first <= page < end]
-        for page in gone:
-            self.volume.free.append(self.blocks.pop(page))
-        return len(gone)
+        freed = [self.blocks.pop(page) for page in list(self.blocks) if first <= page < end]
+        self.volume.free += freed
+        return [self.volume.memory.pfn(block) for block in freed]

@@ -79,7 +79,7 @@ class RomfsInode(XipInode):
         """Never: EROFS."""
         raise MmError(errno.EROFS, self.name)
 
-    def free_blocks(self, first: int, end: int) -> int:
+    def free_blocks(self, first: int, end: int) -> list[Pfn]:
         """Never: EROFS."""
         raise MmError(errno.EROFS, self.name)
 

@@ -14,6 +14,7 @@ from xipvm.address import PAGE_SIZE
 from xipvm.errors import MmError
 from xipvm.explore.scenarios.faults import GFN, RW
 from xipvm.explore.scene import Scene, scenario
+from xipvm.mmu.pin import pin_user_page, unpin_user_page
 from xipvm.mmu.remap_file_pages import remap_file_pages
 from xipvm.mmu.vma import MAP_PRIVATE, MAP_SHARED, PROT_NONE, PROT_READ
 from xipvm.xip.filemap import XipFile
@@ -141,6 +142,38 @@ def block_read_while_it_is_freed(scene: Scene) -> None:
             raise AssertionError(f"the other file has {found!r}")
 
     scene.actor("vcpu0", use)
+    scene.actor("host", cut)
+    scene.afterwards(whole)
+
+
+@scenario(protocols=("modern",))
+def block_pinned_while_it_is_freed(scene: Scene) -> None:
+    """A device writes to a page of a file, pinned, while the file is cut off and another one gets the block."""
+    file, volume = make_file(scene, 1)
+    _write(file, b"old data")
+    other = FORMS[scene.protocol](scene.host, scene.trace, volume.file())
+    mm = scene.mm()
+    hva = mm.mmap(PAGE_SIZE, RW, MAP_SHARED, file=file)
+    mm.write(hva, b"old data")
+
+    def transfer() -> None:
+        with suppress(MmError):  # when there is no page any more
+            pfn = pin_user_page(mm, hva, write=True)
+            for at in range(4):
+                point("scenario.pinned")
+                scene.host.write(pfn, 8 * at, b"transfer")
+            unpin_user_page(mm, pfn)
+
+    def cut() -> None:
+        file.truncate(0)
+        _write(other, DATA)
+
+    def whole() -> None:
+        found = OpenFile(other).get(32)
+        if found != DATA:
+            raise AssertionError(f"the other file has {found!r}")
+
+    scene.actor("device0", transfer)
     scene.actor("host", cut)
     scene.afterwards(whole)
 

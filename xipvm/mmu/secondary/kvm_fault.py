@@ -165,12 +165,12 @@ class KvmFaults(KvmSlots):
     def _fault_holding(self, slot: Memslot, gfn: int, hva: int, seq: int, write: bool) -> int:
         """The rest of a fault whose lookup takes a reference. Raises MmError when there is no page."""
         page = self._look_up(slot, hva, write)
-        self.host.get(page.pfn)
+        self.host.pin(page.pfn)
         try:
             point("kvm.fault.gup_done")
             self._install(slot, gfn, page, seq)
         finally:
-            self.mm.put_frame(page.pfn)
+            self.mm.unpin_frame(page.pfn)
         return RETRY_WALK
 
     def _look_up(self, slot: Memslot, hva: int, write: bool) -> GupPage:
@@ -208,7 +208,7 @@ class KvmFaults(KvmSlots):
                 return
             new = self._replace(gfn, old, spte)
         if new and self.pin_sptes:
-            self.host.get(pfn)
+            self.host.pin(pfn)
         if writable:
             # The guest writes without telling anybody: to the mm the frame is dirty from now on.
             self.host.set_flags(pfn, PG_DIRTY)

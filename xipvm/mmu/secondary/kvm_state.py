@@ -153,7 +153,7 @@ class KvmState(GuestMmu):
         runs, self._unpinned = self._unpinned, []
         for first, count in runs:
             for pfn in range(first, first + count):
-                self.mm.put_frame(pfn)
+                self.mm.unpin_frame(pfn)
 
     def zap_gfn_range(self, start: int, end: int, reason: str) -> None:
         """Remove the entries of guest frames ``[start, end)``, MMIO ones included; the guest faults them in again.

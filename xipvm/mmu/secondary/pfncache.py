@@ -195,7 +195,7 @@ class PfnCache:
             seq, ended = kvm.mmu_invalidate_seq, kvm.pfn_caches.ended
             point("kvm.gpc.seq_read")
             pfn = kvm.mm.get_user_pages(hva, write=True).pfn
-            kvm.host.get(pfn)
+            kvm.host.pin(pfn)
             try:
                 point("kvm.gpc.gup_done")
                 with self.lock.write:
@@ -203,7 +203,7 @@ class PfnCache:
                         self._map(pfn)
                         return
             finally:
-                kvm.mm.put_frame(pfn)
+                kvm.mm.unpin_frame(pfn)
             give_way("kvm.gpc.retry")
         raise DeadlockError(f"{self.name}: its page is invalidated again and again")
 

@@ -405,7 +405,7 @@ class Xpmem(DeviceMmu):
         if pin is not None and (pin.recall or pin.pfn != found.pfn):
             return None  # the node still has the old page
         if pin is None:
-            self.mm.host.get(found.pfn)
+            self.mm.host.pin(found.pfn)
             pin = attachment.pins[page] = Pin(found.pfn, write)
             if self.trace.on:
                 self.trace.emit("page_pin", vm=self.name, gfn=page, pfn=pin.pfn)
@@ -433,7 +433,7 @@ class Xpmem(DeviceMmu):
             self.set_page_dirty(pin.pfn)
         if self.trace.on:
             self.trace.emit("page_unpin", vm=self.name, gfn=page, pfn=pin.pfn)
-        self.mm.put_frame(pin.pfn)
+        self.mm.unpin_frame(pin.pfn)
 
     def _detach(self, attachment: Attachment) -> None:
         """The attachment goes, with its pins; the node knows, or has been cut off."""

@@ -187,11 +187,11 @@ class Ext2Inode(XipInode):
         group = (self.number - 1) // self.image.sb.inodes_per_group
         return group * self.image.sb.blocks_per_group
 
-    def free_blocks(self, first: int, end: int) -> int:
+    def free_blocks(self, first: int, end: int) -> list[Pfn]:
         """See the base. EUCLEAN when an indirect block is met twice."""
         self.image.may_write()
         seen: set[int] = set()
-        freed = 0
+        freed: list[Pfn] = []
         start = 0
         for slot, pages, depth in _ROOTS:
             if start < end and first < start + pages:
@@ -199,20 +199,21 @@ class Ext2Inode(XipInode):
             start += pages
         return freed
 
-    def _free_below(self, link: int, depth: int, start: int, first: int, end: int, seen: set[int]) -> int:
+    def _free_below(self, link: int, depth: int, start: int, first: int, end: int, seen: set[int]) -> list[Pfn]:
         """Frees what lies in ``[first, end)`` of the pages from ``start`` on behind the number at byte ``link``."""
         image = self.image
         block = image.get32(link)
         if not block:
-            return 0
+            return []
         image.check_block(block, f"a block of {self.name}")
         if depth == 0:
             self._unlink(link, block)
-            return 1
+            return [image.pfn(block)]
         if block in seen:
             raise corrupt(f"{image.path}: block {block:#x} of {self.name} is met twice")
         seen.add(block)
-        freed, pages = 0, PER_BLOCK ** (depth - 1)
+        freed: list[Pfn] = []
+        pages = PER_BLOCK ** (depth - 1)
         for index in _used(image.block(block)):
             at = start + index * pages
             if at < end and first < at + pages:
