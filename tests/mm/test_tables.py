@@ -218,24 +218,34 @@ def test_like_a_dict(sequence: list[tuple[str, int, int]]) -> None:
 
 
 @given(
-    st.dictionaries(st.integers(500, 540), st.integers(0, 255), max_size=20),
-    st.integers(0, 20),
-    st.lists(st.integers(4000, 4400), max_size=300),
+    st.lists(
+        st.tuples(st.integers(0, 259), st.sampled_from([b"\0", b"\x01", b"\x80", b"\xff", b"\xff" * 16])), max_size=30
+    ),
+    st.integers(0, 70),
+    st.integers(1, 260),
+    st.sets(st.integers(3584, 5700), max_size=40),
+    st.sampled_from([2, 4, 6, 0]),
 )
-def test_clear_bits_of_a_bitmap(pattern: dict[int, int], shift: int, pages: list[int]) -> None:
-    """As clear_bits of each page whose bit is set; huge entries as a whole."""
-    bitmap = bytearray(64)
-    for at, value in pattern.items():
-        bitmap[at - 500] = value
+def test_clear_bits_of_a_bitmap(
+    pattern: list[tuple[int, bytes]], shift: int, size: int, odd: set[int], mask: int
+) -> None:
+    """As clear_bits of each page whose bit is set: tables are full, or have gaps, or are none; huge ones as a whole."""
+    bitmap = bytearray(size)
+    for at, value in pattern:
+        bitmap[at : at + len(value)] = value
+    del bitmap[size:]
     one, other = PageTable(3), PageTable(3)
     for table in (one, other):
-        for page in pages:
-            table.set(page, page << 12 | (3 if page % 3 else 1))
-        table.set(4608, 9 << 21 | 0x83)
-    first = 4090 + shift
-    changed = one.clear_bits_of(first, bytes(bitmap), 2, 1)
+        for page in (*range(3584, 4608), *range(5120, 5632)):
+            if page % 5 or page not in odd:
+                table.set(page, page << 12 | (1 + page % 4 * 2 if page in odd else 7))
+        table.set(4608, 9 << 21 | 0x87)
+    first = 4000 + shift
+    changed = one.clear_bits_of(first, bytes(bitmap), mask, 1)
     expected = sum(
-        other.clear_bits(first + bit, first + bit + 1, 2, 1) for bit in range(512) if bitmap[bit >> 3] >> (bit & 7) & 1
+        other.clear_bits(first + bit, first + bit + 1, mask, 1)
+        for bit in range(8 * len(bitmap))
+        if bitmap[bit >> 3] >> (bit & 7) & 1
     )
     assert changed == expected
     assert one.entries(0, 1 << 27) == other.entries(0, 1 << 27)

@@ -21,7 +21,7 @@ that none calls anything per page, and that needs the type's C fields and functi
 cimport cython
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport free, realloc
-from libc.string cimport memset
+from libc.string cimport memcpy, memset
 from posix.mman cimport MAP_ANONYMOUS, MAP_FAILED, MAP_PRIVATE, PROT_READ, PROT_WRITE, mmap
 
 from xipvm.errors import InternalError, OutOfFrames
@@ -45,12 +45,22 @@ from xipvm.mmu.pte cimport (
 cdef extern from "<sys/mman.h>":
     int MAP_NORESERVE
 
+cdef extern from "<endian.h>":
+    uint64_t le64toh(uint64_t)
+
+cdef extern from *:
+    int ctz "__builtin_ctzll"(uint64_t)  # of what is not 0
+    void prefetch "__builtin_prefetch"(uint64_t *, int)
+
 cdef enum:
     ENTRIES = 512
     MAX_LEVELS = 4
     POOL_TABLES = 1 << 20  # 4 GiB of address space: leaf tables for 2 TiB
 
     HUGE = 1 << 7  # in primary and secondary entries
+
+    WORD = 64               # pages that a word of a bitmap is for
+    AHEAD = 64              # bytes of a bitmap: a leaf table. By themselves processors fetch no further than a page
 
     # frame flags, see frames.pyx
     PG_ANON = 1 << 1
@@ -60,6 +70,7 @@ cdef enum:
     PG_HUGETLB = 1 << 26
 
 cdef uint64_t PFN_MASK = 0x000FFFFFFFFFF000
+cdef uint64_t NO_REGION = ~<uint64_t>0
 cdef uint64_t MMIO = <uint64_t>1 << 62
 
 # ---- the pool of tables ----
@@ -201,6 +212,13 @@ cdef struct Pass:
     bint keep_anon
     bint keep_markers
     bint cow
+
+
+cdef struct Cursor:
+    uint64_t region         # the entries are those of pages [ENTRIES * region, ENTRIES * (region + 1))
+    uint64_t within         # the bits of a page that select one of them; 0 where a huge entry is all, or nothing is
+    uint64_t *entries
+    uint64_t none           # what is found where nothing is mapped: 0
 
 
 @cython.final
@@ -500,32 +518,31 @@ cdef class PageTable:
         return self.change_bits(start, end, mask, 0, where)
 
     def clear_bits_of(self, uint64_t first, const uint8_t[::1] bitmap, uint64_t mask, uint64_t where=0):
-        cdef Py_ssize_t at
-        cdef uint64_t changed = 0, page
+        cdef uint64_t changed = 0, page, word
         cdef uint64_t *slot
-        cdef uint64_t entry
-        cdef int level = 0, bit
-        cdef uint8_t wanted
+        cdef Cursor here, ahead
+        cdef Py_ssize_t at, i, size = bitmap.shape[0]
         self.check_range(first, first)
-        for at in range(bitmap.shape[0]):
-            wanted = bitmap[at]
-            if wanted == 0:
-                continue
-            page = first + 8 * at
-            slot = self.lookup(page, &level) if page & (ENTRIES - 1) <= ENTRIES - 8 else NULL
-            if slot != NULL and level == 1:     # all eight are in one table
-                for bit in range(8):
-                    entry = slot[bit]
-                    if wanted >> bit & 1 and entry & where == where and entry & mask:
-                        slot[bit] = entry & ~mask
-                        changed += 1
-                continue
-            for bit in range(8):
-                if wanted >> bit & 1:
-                    slot = self.lookup(page + bit, &level)
-                    if slot != NULL and slot[0] & where == where and slot[0] & mask:
-                        slot[0] &= ~mask
-                        changed += 1
+        if mask == 0:
+            return 0
+        here.region = ahead.region = NO_REGION
+        for at in range(0, size, 8):
+            if at + AHEAD < size and word_at(&bitmap[at + AHEAD], size - at - AHEAD):
+                slot = seek(self, &ahead, first + 8 * (at + AHEAD))
+                for i in range(0, WORD, 8):
+                    prefetch(slot + (i & ahead.within), 1)
+            word = word_at(&bitmap[at], size - at)
+            while word:
+                page = first + 8 * at + ctz(word)
+                slot = seek(self, &here, page)
+                if ~word == 0 and here.within and page & here.within <= ENTRIES - WORD:
+                    if clear_word(slot, mask, mask | where):
+                        changed += WORD
+                        break
+                if slot[0] & where == where and slot[0] & mask:
+                    slot[0] &= ~mask
+                    changed += 1
+                word &= word - 1
         return changed
 
     def set_bits(self, uint64_t start, uint64_t end, uint64_t mask, uint64_t where=0):
@@ -620,6 +637,41 @@ cdef class PageTable:
         todo.verb, todo.start, todo.end, todo.cow = COPY, start, end, cow
         run_pass(self, &todo, frames, child, parts)
         return parts.take() if segments and todo.changed else []
+
+
+cdef inline uint64_t word_at(const uint8_t *bitmap, Py_ssize_t left) noexcept:
+    """The next 64 bits of a bitmap that has ``left`` bytes left; zeros behind its end."""
+    cdef uint64_t word = 0
+    if left >= 8:
+        memcpy(&word, bitmap, 8)
+    else:
+        memcpy(&word, bitmap, left)
+    return le64toh(word)
+
+
+cdef inline uint64_t *seek(PageTable tree, Cursor *cursor, uint64_t page) noexcept:
+    """The entry of ``page``. Walks when the cursor leaves a leaf table."""
+    cdef int level
+    if page // ENTRIES != cursor.region:
+        cursor.region = page // ENTRIES
+        cursor.entries = tree.lookup(page & ~<uint64_t>(ENTRIES - 1), &level)
+        cursor.within = ENTRIES - 1 if cursor.entries != NULL and level == 1 else 0
+        if cursor.entries == NULL:
+            cursor.none = 0
+            cursor.entries = &cursor.none
+    return cursor.entries + (page & cursor.within)
+
+
+cdef inline bint clear_word(uint64_t *entries, uint64_t mask, uint64_t need) noexcept:
+    """Clears ``mask`` in WORD entries, if all of them have ``need``. Compilers make vectors of both loops."""
+    cdef uint64_t i, common = need
+    for i in range(WORD):
+        common &= entries[i]
+    if common != need:
+        return False
+    for i in range(WORD):
+        entries[i] &= ~mask
+    return True
 
 
 cdef int run_pass(PageTable tree, Pass *todo, Gather gather, PageTable child, Segments parts) except -1:
