@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from xipvm.actors import on_point
 from xipvm.errors import MmError
@@ -37,6 +40,34 @@ def test_only_what_was_written_since(world: Any) -> None:
     assert logged(world.kvm.get_dirty_log(0)) == []
     world.write(0x104, b"again")
     assert logged(world.kvm.get_dirty_log(0)) == [4]
+
+
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.integers(1, 400),
+    st.integers(200, 600),
+    st.lists(st.lists(st.tuples(st.integers(0, 399), st.sampled_from([1, 2, 64, 300])), max_size=4), max_size=3),
+)
+def test_harvests_are_those_of_a_log_of_sets(
+    make_world: Callable[[], Any], pages: int, gfn: int, rounds: list[list[tuple[int, int]]]
+) -> None:
+    """Also while a trace is listened to, when each run of pages is protected by itself and told."""
+    quiet, heard = make_world(), make_world()
+    for world in (quiet, heard):
+        start(world, pages, gfn)
+    for writes in rounds:
+        written = {page for first, count in writes for page in range(first, min(first + count, pages))}
+        for world in (quiet, heard):
+            for page in written:
+                world.access(gfn + page, WRITE)
+            assert [page for page in range(pages) if world.kvm.translate(gfn + page)[1]] == sorted(written)
+        assert logged(quiet.kvm.get_dirty_log(0)) == sorted(written)
+        with heard.watching():
+            assert logged(heard.kvm.get_dirty_log(0)) == sorted(written)
+            told = [range(e.fields["start"], e.fields["end"]) for e in heard.events if e.kind == "spte_protect"]
+        assert [page - gfn for run in told for page in run] == sorted(written)
+        for world in (quiet, heard):
+            assert not any(world.kvm.translate(gfn + page)[1] for page in range(pages))
 
 
 def test_reads_do_not_fault_and_writes_do(world: Any) -> None:
