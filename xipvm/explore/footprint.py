@@ -45,6 +45,7 @@ from typing import Any, Final
 
 from xipvm import actors
 from xipvm.actors import Actor
+from xipvm.locks.gate import Gate
 from xipvm.locks.lock import Keyed, KeyedLocks, Reading, RwLock, Writing
 from xipvm.locks.order import LockClass
 from xipvm.notifier.srcu import Srcu
@@ -64,7 +65,7 @@ _CODE: Final = frozenset(
     (MethodType, FunctionType, BuiltinFunctionType, MethodWrapperType, type, ModuleType, GenericAlias, property)
 )
 _VALUES: Final = frozenset((int, str, bytes, float, bool, NoneType, range, frozenset, complex, MappingProxyType))
-_DECLARED: Final = frozenset((RwLock, Reading, Writing, KeyedLocks, Keyed, LockClass, Srcu, Trace, Actor))
+_DECLARED: Final = frozenset((RwLock, Reading, Writing, KeyedLocks, Keyed, Gate, LockClass, Srcu, Trace, Actor))
 _CONTAINERS: Final = frozenset(
     (list, dict, set, deque, OrderedDict, defaultdict, bytearray, weakref.WeakValueDictionary, weakref.WeakSet)
 )

@@ -4,6 +4,8 @@ The order of the host's locks is the one that Linux 6.12 documents at the head o
 KVM's the one of Documentation/virt/kvm/locking.rst:
 
 * from the file's side: i_rwsem, then invalidate_lock, then the page;
+* sb_writers, which keeps changes out of a frozen file system, outside i_rwsem; its level for faults, sb_pagefaults,
+  inside mmap_lock and outside invalidate_lock (include/linux/fs.h);
 * mmap_lock inside i_rwsem (a write copies from user memory), outside invalidate_lock (a fault takes it);
 * xip_sparse_mutex inside mmap_lock and i_rwsem, outside the locks that find the areas of a file (mm/filemap_xip.c);
 * the lock of a DAX entry likewise: a file without a page cache locks that as others do the page (fs/dax.c);
@@ -47,8 +49,10 @@ class LockClass:
 SLOTS_LOCK: Final = LockClass("slots_lock", 10)
 SLOTS_ARCH_LOCK: Final = LockClass("slots_arch_lock", 11)
 GPC_REFRESH_LOCK: Final = LockClass("gpc refresh_lock", 12)
+SB_WRITERS: Final = LockClass("sb_writers", 18)
 INODE_LOCK: Final = LockClass("i_rwsem", 20, lenient=True)
 MMAP_LOCK: Final = LockClass("mmap_lock", 30)
+SB_PAGEFAULTS: Final = LockClass("sb_pagefaults", 35)
 INVALIDATE_LOCK: Final = LockClass("invalidate_lock", 40, lenient=True)
 DAX_ENTRY: Final = LockClass("dax entry", 44, lenient=True)
 XIP_SPARSE: Final = LockClass("xip_sparse_mutex", 45, lenient=True)

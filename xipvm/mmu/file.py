@@ -34,6 +34,8 @@ class VmFault(IntEnum):
     """No area, or none that allows the access."""
     NOPAGE = 0x100
     """A file says: not this page any more, look again."""
+    RETRY = 0x400
+    """What was needed could not be had at once: drop the locks, wait for it, look again."""
 
 
 FaultResult = tuple[int, VmFault]

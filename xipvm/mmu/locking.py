@@ -5,6 +5,7 @@ mmap_lock, write       whoever changes the list of areas or one of them: mmap, m
                        fork, clear_refs, the end of the mm, a notifier that joins. munmap goes on as a reader once its
                        areas are unlinked. Also who replaces a page table by a huge page (collapse)
 mmap_lock, read        madvise, KSM for the page that it merges, and faults while they notify or ask a file
+sb_writers             of a file system: who changes it, faults at a level of their own; shut while it is frozen
 i_rwsem                of a file: who writes to it, truncates it or punches holes
 invalidate_lock        of a disk file: a page is read in (read); pages are taken out (write)
 page lock              migration, reclaim and KSM (only if it is free), write-back, a page that leaves its cache, a

@@ -14,8 +14,9 @@ write-back              for each area: range start, entry read-only and clean, r
 truncation, a hole      unmapped everywhere → nobody has a page pinned → size → unmapped → blocks freed
 ======================  ==========================================================================================
 
-Faults hold invalidate_lock for reading, truncation for writing. The decision what a fault maps is made with no schedule
-point between it and the entry.
+Faults hold invalidate_lock for reading, truncation for writing; those that write, and whoever makes an entry writable,
+wait while the file system is frozen. The decision what a fault maps is made with no schedule point between it and the
+entry.
 """
 
 from __future__ import annotations
@@ -60,16 +61,18 @@ class DaxFile(XipFile):
 
     def fault(self, area: Vma, pgoff: int, write: bool) -> FaultResult:
         """The block, or the zero page; a write fault of a shared area allocates (dax_iomap_fault)."""
-        with self.invalidate_lock.read:
-            try:
-                return self._dax_fault(pgoff, write)
-            except MmError as error:
-                if error.errno == errno.EDEADLK:
-                    raise
-                return 0, VmFault.OOM if error.errno == errno.ENOMEM else VmFault.SIGBUS
+        try:
+            if not write:
+                return self._dax_fault(pgoff, False)
+            with self.sb.pagefaults:
+                return self._dax_fault(pgoff, True)
+        except MmError as error:
+            if error.errno == errno.EDEADLK:
+                raise
+            return 0, VmFault.OOM if error.errno == errno.ENOMEM else VmFault.SIGBUS
 
     def _dax_fault(self, pgoff: int, write: bool) -> FaultResult:
-        with self.entry_lock(pgoff):
+        with self.invalidate_lock.read, self.entry_lock(pgoff):
             point("dax.fault.locked")
             if pgoff >= page_up(self.size) >> PAGE_SHIFT:
                 return 0, VmFault.SIGBUS
@@ -115,7 +118,7 @@ class DaxFile(XipFile):
 
     def page_mkwrite(self, pgoff: int, pfn: int) -> VmFault:
         """The page is dirty from now on (dax_finish_sync_fault's pfn_mkwrite). NOPAGE when it is not the block."""
-        with self.invalidate_lock.read, self.entry_lock(pgoff):
+        with self.sb.pagefaults, self.invalidate_lock.read, self.entry_lock(pgoff):
             point("dax.mkwrite.locked")
             try:
                 if pgoff >= page_up(self.size) >> PAGE_SHIFT:

@@ -22,6 +22,7 @@ import copy
 import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
+from resource import RLIM_INFINITY
 from typing import TYPE_CHECKING, Final
 
 from xipvm.actors import point
@@ -46,6 +47,8 @@ if TYPE_CHECKING:
     from xipvm.xip.inode import XipInode
 
 _ALL_PAGES: Final = TASK_SIZE >> PAGE_SHIFT
+_NOPAGE: Final = VmFault.NOPAGE  # attributes of enumerations are slow
+_RETRY: Final = VmFault.RETRY
 
 
 class XipFile(AddressSpace):
@@ -58,6 +61,8 @@ class XipFile(AddressSpace):
     def __init__(self, host: HostMemory, trace: Trace, inode: XipInode, *, writable: bool = True) -> None:
         super().__init__(host, trace, inode.name, writable=writable and not inode.read_only)
         self.inode = inode
+        self.sb = inode.sb
+        self.sb.files.append(self)
         self.i_rwsem = RwLock(f"i_rwsem of {self.name}", INODE_LOCK)
         """For writing: who writes to the file, or changes its length (i_mutex)."""
         self.sparse_mutex = RwLock(f"xip_sparse_mutex of {self.name}", XIP_SPARSE)
@@ -125,24 +130,28 @@ class XipFile(AddressSpace):
         """How many bytes to read from ``offset`` of a page, ``done`` of ``count`` being read; ``left`` to the end."""
         return min(PAGE_SIZE - offset, count - done, left)
 
-    def write(self, buffer: UserBuffer, count: int, pos: int, *, append: bool = False) -> tuple[int, int]:
+    def write(
+        self, buffer: UserBuffer, count: int, pos: int, *, append: bool = False, limit: int = RLIM_INFINITY
+    ) -> tuple[int, int]:
         """``count`` bytes of ``buffer`` to ``pos``, or to the end; (how many, the position behind) (xip_file_write).
 
-        A partial copy counts. Raises MmError: EBADF (not writable), EFAULT, EFBIG, EINVAL, and what the file system
-        has, when there is not even one byte.
+        What would lie behind ``limit``, the writer's RLIMIT_FSIZE, is not written; a partial copy counts. Waits while
+        the file system is frozen. Raises MmError: EBADF (not writable), EFAULT, EFBIG, EINVAL, EDEADLK, and what the
+        file system has, when there is not even one byte.
         """
         self._check("write", pos, count)
         if not self.writable:
             raise MmError(errno.EBADF, f"{self.name} is not writable")
         if not buffer.access_ok(count):
             raise MmError(errno.EFAULT, f"write of {count} bytes to {self.name}")
-        with self.i_rwsem.write:
-            start = self.size if append else pos
-            if count and start >= self.inode.max_bytes:
-                raise MmError(errno.EFBIG, f"write at {start:#x} of {self.name}")
-            count = min(count, self.inode.max_bytes - start)
+        with self.sb.writers, self.i_rwsem.write:
             if count == 0:
-                return 0, start
+                return 0, pos
+            start = self.size if append else pos
+            end = self._largest(limit)
+            if start >= end:
+                raise MmError(errno.EFBIG, f"write at {start:#x} of {self.name}")
+            count = min(count, end - start)
             self.inode.drop_privileges()
             self.inode.modified()
             if start > self.size:
@@ -158,6 +167,11 @@ class XipFile(AddressSpace):
             if error is not None and not done:
                 raise error
             return done, start + done
+
+    def _largest(self, limit: int) -> int:
+        """How large somebody whose RLIMIT_FSIZE is ``limit`` may make the file (generic_write_check_limits)."""
+        most = self.inode.max_bytes
+        return most if limit == RLIM_INFINITY else min(limit, most)
 
     def _write_pages(self, buffer: UserBuffer, count: int, start: int) -> tuple[int, MmError | None]:
         """__xip_file_write: how many bytes, and why not all of them."""
@@ -210,11 +224,14 @@ class XipFile(AddressSpace):
     def fault(self, area: Vma, pgoff: int, write: bool) -> FaultResult:
         """Fills the entry itself, hence never OK (xip_file_fault).
 
-        NOPAGE: it is filled, or was. SIGBUS: behind the end, or the file system has an error or no room. Raises
-        OutOfFrames.
+        NOPAGE: it is filled, or was. SIGBUS: behind the end, or the file system has an error or no room. What would
+        allocate waits while the file system is frozen. Raises OutOfFrames, and MmError EDEADLK.
         """
         with area.mm.mmap_lock.read, self.invalidate_lock.read:
             result = self._fault(area, pgoff, write)
+        if result == _RETRY:
+            self.sb.pagefaults.wait()
+            result = _NOPAGE
         return 0, result
 
     def _fault(self, area: Vma, pgoff: int, write: bool) -> VmFault:
@@ -227,7 +244,12 @@ class XipFile(AddressSpace):
             found: int | None = self.inode.find(pgoff)
             point("mm.xip.looked_up")
             if found is None and self._allocates(area):
-                found = self._block(pgoff)
+                if not self.sb.pagefaults.attempt():
+                    return _RETRY
+                try:
+                    found = self._block(pgoff)
+                finally:
+                    self.sb.pagefaults.leave()
             with self.i_mmap.read:
                 if not self._still_there(pgoff):
                     return VmFault.SIGBUS
@@ -312,17 +334,20 @@ class XipFile(AddressSpace):
 
     # ---- truncated
 
-    def truncate(self, size: int) -> None:
+    def truncate(self, size: int, *, limit: int = RLIM_INFINITY) -> None:
         """The file has ``size`` bytes; what is cut off goes from every mapping, private copies included.
 
-        Raises MmError: EINVAL (also: not writable), EFBIG, and what the file system has.
+        Nobody makes it grow beyond his RLIMIT_FSIZE, ``limit``. Waits while the file system is frozen. Raises MmError:
+        EINVAL (also: not writable), EFBIG, EDEADLK, and what the file system has.
         """
         self._check("truncate", size, 0)
         if not self.writable:
             raise MmError(errno.EINVAL, f"truncate: {self.name} is not writable")
         first = page_up(size) >> PAGE_SHIFT
-        with self.i_rwsem.write, self._cutting(first, _ALL_PAGES):
+        with self.sb.writers, self.i_rwsem.write, self._cutting(first, _ALL_PAGES):
             if size > self.size:
+                if size > self._largest(limit):
+                    raise MmError(errno.EFBIG, f"truncate of {self.name} to {size:#x}")
                 self._zero_tail()
             old = self.size
             self.inode.set_size(size)
@@ -334,12 +359,18 @@ class XipFile(AddressSpace):
                 self._free(first, _ALL_PAGES)
 
     def punch_hole(self, pgoff: int, count: int) -> None:
-        """Pages ``[pgoff, pgoff + count)`` are holes from now on; private copies of them stay. Errors as truncate's."""
+        """Pages ``[pgoff, pgoff + count)`` are holes from now on; private copies of them stay.
+
+        They may lie behind the end and anybody's RLIMIT_FSIZE, but not where no file can reach. Waits while the file
+        system is frozen. Errors as truncate's; EBADF where it is not writable.
+        """
         if pgoff < 0 or count <= 0:
             raise MmError(errno.EINVAL, f"{self.name}: a hole of {count} pages at {pgoff:#x}")
         if not self.writable:
             raise MmError(errno.EBADF, f"{self.name} is not writable")
-        with self.i_rwsem.write, self._cutting(pgoff, pgoff + count):
+        if pgoff + count << PAGE_SHIFT > self.inode.max_bytes:
+            raise MmError(errno.EFBIG, f"{self.name}: a hole of {count} pages at {pgoff:#x}")
+        with self.sb.writers, self.i_rwsem.write, self._cutting(pgoff, pgoff + count):
             unmap_mapping_range(self, pgoff, count, even_cows=False)
             self._free(pgoff, pgoff + count)
 

@@ -21,6 +21,7 @@ from xipvm.host_mapping import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, alloca
 from xipvm.image_file import close_image, open_image
 from xipvm.xip.inode import XipInode
 from xipvm.xip.memory import XipMemory
+from xipvm.xip.super_block import SuperBlock
 
 if TYPE_CHECKING:
     from xipvm.mmu.frames import HostMemory
@@ -37,6 +38,7 @@ class HostInode(XipInode):
 
     def __init__(self, host: HostMemory, path: str, *, read_only: bool = False, snapshot: bool = False) -> None:
         self.name = os.path.basename(path)
+        self.sb = SuperBlock(path, freeze_fs=self.sync)
         self.path = path
         self.read_only = read_only
         self._private = read_only or snapshot

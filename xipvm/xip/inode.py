@@ -12,15 +12,21 @@ from __future__ import annotations
 
 import errno
 from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING
 
 from xipvm.address import Pfn
 from xipvm.errors import MmError
+
+if TYPE_CHECKING:
+    from xipvm.xip.super_block import SuperBlock
 
 
 class XipInode(ABC):
     """A file of ``size`` bytes, called ``name``."""
 
     name: str
+    sb: SuperBlock
+    """Its file system, which may be frozen. Whoever calls what changes something keeps to that."""
     read_only: bool = False
     """Nothing of its file system may change: no block is allocated, no size or time written."""
     max_bytes: int = (1 << 63) - 1

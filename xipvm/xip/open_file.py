@@ -1,9 +1,10 @@
-"""A file as a process has it open: a position, flags, and the calls read, write, pread, pwrite and lseek."""
+"""A file as a process has it open: a position, flags, and the calls read, write, ftruncate and lseek."""
 
 from __future__ import annotations
 
 import errno
 import os
+from resource import RLIM_INFINITY
 from typing import TYPE_CHECKING
 
 from xipvm.errors import MmError
@@ -15,11 +16,16 @@ if TYPE_CHECKING:
 
 
 class OpenFile:
-    """``file``, opened with ``flags`` (``os.O_*``). ``pos`` is the file position, bytes."""
+    """``file``, opened with ``flags`` (``os.O_*``). ``pos`` is the file position, bytes.
 
-    def __init__(self, file: XipFile, flags: int = os.O_RDWR) -> None:
+    ``fsize`` is RLIMIT_FSIZE of the process, bytes, as ``resource.getrlimit`` has it; it may change. The process
+    ignores SIGXFSZ: it gets EFBIG.
+    """
+
+    def __init__(self, file: XipFile, flags: int = os.O_RDWR, *, fsize: int = RLIM_INFINITY) -> None:
         self.file = file
         self.flags = flags
+        self.fsize = fsize
         self.pos = 0
 
     def read(self, mm: Mm, hva: int, count: int) -> int:
@@ -47,8 +53,14 @@ class OpenFile:
     def _write(self, buffer: UserBuffer, count: int) -> int:
         self._may(os.O_RDONLY)
         append = bool(self.flags & os.O_APPEND)
-        done, self.pos = self.file.write(buffer, count, self.pos, append=append)
+        done, self.pos = self.file.write(buffer, count, self.pos, append=append, limit=self.fsize)
         return done
+
+    def truncate(self, size: int) -> None:
+        """ftruncate(2) to ``size`` bytes. Raises MmError, EINVAL where it is not open for writing."""
+        if self.flags & os.O_ACCMODE == os.O_RDONLY:
+            raise MmError(errno.EINVAL, f"{self.file.name} is not open for that")
+        self.file.truncate(size, limit=self.fsize)
 
     def lseek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         """lseek(2) to ``offset`` from the beginning, the position or the end. Raises MmError EINVAL."""

@@ -15,6 +15,7 @@ from xipvm.address import PAGE_SIZE, Pfn
 from xipvm.errors import MmError
 from xipvm.xip.inode import XipInode
 from xipvm.xip.memory import XipMemory
+from xipvm.xip.super_block import SuperBlock
 
 if TYPE_CHECKING:
     from xipvm.mmu.frames import HostMemory
@@ -25,6 +26,7 @@ class RamVolume:
 
     def __init__(self, host: HostMemory, blocks: int) -> None:
         self.host = host
+        self.sb = SuperBlock("the file system in memory")
         self.read_only = False
         self._fd = os.memfd_create("xipvm-xip", os.MFD_CLOEXEC)
         os.ftruncate(self._fd, blocks * PAGE_SIZE)
@@ -48,6 +50,7 @@ class RamInode(XipInode):
 
     def __init__(self, volume: RamVolume, name: str, size: int) -> None:
         self.volume = volume
+        self.sb = volume.sb
         self.name = name
         self._size = size
         self.blocks: dict[int, int] = {}

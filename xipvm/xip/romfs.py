@@ -19,6 +19,7 @@ from xipvm.errors import MmError, XipImageError
 from xipvm.image_file import close_image, open_image
 from xipvm.xip.inode import XipInode
 from xipvm.xip.memory import XipMemory
+from xipvm.xip.super_block import SuperBlock
 from xipvm.xip.volume import Status, Volume
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ class RomfsInode(XipInode):
 
     def __init__(self, volume: RomfsVolume, header: _Header) -> None:
         self.volume = volume
+        self.sb = volume.sb
         self.header = header
         self.name = header.name
 
@@ -93,6 +95,7 @@ class RomfsVolume(Volume):
     def __init__(self, host: HostMemory, path: str) -> None:
         super().__init__()
         self.path = path
+        self.sb = SuperBlock(path)
         self._inodes: dict[int, RomfsInode] = {}
         self._fd = open_image(path, XipImageError, writable=False, shared=True)
         try:

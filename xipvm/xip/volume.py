@@ -93,6 +93,18 @@ class Volume(ABC):
         """Takes a file's name away, and an empty directory. Raises MmError EBUSY (mapped), EROFS, ENOENT, ENOTEMPTY."""
         raise MmError(errno.EROFS, self.path)
 
+    def freeze(self) -> None:
+        """Nothing of the image changes until :meth:`thaw`, and a copy of it is consistent (FIFREEZE).
+
+        Waits for whoever is changing something; who begins to waits for the thaw. Only stores through mappings of the
+        2008 form go on, to blocks that are there. Raises MmError EBUSY (frozen), EDEADLK, EIO, EOPNOTSUPP.
+        """
+        raise MmError(errno.EOPNOTSUPP, self.path)
+
+    def thaw(self) -> None:
+        """Everybody goes on (FITHAW). Raises MmError EINVAL (not frozen), EOPNOTSUPP."""
+        raise MmError(errno.EOPNOTSUPP, self.path)
+
     def file(self, host: HostMemory, trace: Trace, inode: XipInode, protocol: str = "modern") -> XipFile:
         """``inode`` as a file to read, write and map; the same one for everybody. Raises MmError EISDIR, EINVAL."""
         letter = self.status(inode).letter
@@ -113,7 +125,9 @@ class Volume(ABC):
         file = self._files.get(inode)
         if file is not None and file.areas:
             raise MmError(errno.EBUSY, inode.name)
-        self._files.pop(inode, None)
+        if file is not None:
+            del self._files[inode]
+            inode.sb.files.remove(file)
 
     def __enter__(self) -> Self:
         return self

@@ -44,6 +44,7 @@ class Ext2Inode(XipInode):
 
     def __init__(self, image: Ext2Image, number: int, at: int) -> None:
         self.image = image
+        self.sb = image.super_block
         self.number = number
         self.at = at
         self.name = f"inode {number}"
@@ -109,9 +110,10 @@ class Ext2Inode(XipInode):
                 self.image.note_large_file()
 
     def accessed(self) -> None:
-        """See the base."""
-        if not self.read_only:
+        """See the base; not while nothing may change (touch_atime)."""
+        if not self.read_only and self.sb.writers.attempt():
             self.image.put32(self.at + layout.I_ATIME, self.image.now() & 0xFFFF_FFFF)
+            self.sb.writers.leave()
 
     def modified(self) -> None:
         """See the base."""

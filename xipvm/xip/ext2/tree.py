@@ -72,11 +72,13 @@ class Ext2Volume(Volume):
 
     def create(self, path: str) -> Ext2Inode:
         """See the base."""
-        return directory.create(self.image, path)
+        with self.image.super_block.writers:
+            return directory.create(self.image, path)
 
     def mkdir(self, path: str) -> Ext2Inode:
         """See the base."""
-        return directory.mkdir(self.image, path)
+        with self.image.super_block.writers:
+            return directory.mkdir(self.image, path)
 
     def check_room(self, pages: Iterable[int], instead_of: XipInode) -> None:
         """See the base."""
@@ -88,12 +90,21 @@ class Ext2Volume(Volume):
 
     def unlink(self, path: str) -> None:
         """See the base."""
-        inode = self.lookup(path, follow=False)
-        self.forget(inode)
-        if inode.is_dir:
-            directory.rmdir(self.image, path)
-        else:
-            directory.unlink(self.image, path)
+        with self.image.super_block.writers:
+            inode = self.lookup(path, follow=False)
+            self.forget(inode)
+            if inode.is_dir:
+                directory.rmdir(self.image, path)
+            else:
+                directory.unlink(self.image, path)
+
+    def freeze(self) -> None:
+        """See the base."""
+        self.image.super_block.freeze()
+
+    def thaw(self) -> None:
+        """See the base."""
+        self.image.super_block.thaw()
 
     def close(self) -> None:
         """See the base."""

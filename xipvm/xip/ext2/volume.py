@@ -25,6 +25,7 @@ from xipvm.image_file import close_image, open_image
 from xipvm.xip.ext2 import layout
 from xipvm.xip.ext2.layout import BLOCK, Group, Superblock
 from xipvm.xip.memory import XipMemory
+from xipvm.xip.super_block import SuperBlock
 
 if TYPE_CHECKING:
     from xipvm.mmu.frames import HostMemory
@@ -60,6 +61,8 @@ class Ext2Image:
         self.host = host
         self.read_only = read_only
         self.now = now
+        self.super_block = SuperBlock(path, self._freeze, lambda: self._mark_clean(False))
+        """The file system as the kernel has it; ``sb`` is what the image says."""
         private = read_only or snapshot
         self._fd = open_image(path, XipImageError, writable=not private, shared=private)
         try:
@@ -82,8 +85,7 @@ class Ext2Image:
             raise
         self.clean = bool(self.sb.state & layout.VALID_FS)
         """It was put away properly the last time; else e2fsck should look at it."""
-        if not private and self.clean:
-            self._put16(layout.SUPERBLOCK_AT + layout.S_STATE, self.sb.state & ~layout.VALID_FS)
+        self._mark_clean(False)
 
     def _read_superblock(self) -> Superblock:
         def bad(reason: str) -> XipImageError:
@@ -140,10 +142,20 @@ class Ext2Image:
         """Puts the image away; it counts as clean again if it was. A second call does nothing."""
         if self._fd < 0:
             return
+        self._mark_clean(True)
         if self.clean and not self.memory.private:
-            self._put16(layout.SUPERBLOCK_AT + layout.S_STATE, self.sb.state)
             self._put32(layout.SUPERBLOCK_AT + layout.S_WTIME, self.now() & 0xFFFF_FFFF)
         self._unmap()
+
+    def _freeze(self) -> None:
+        self._mark_clean(True)
+        self.sync()
+
+    def _mark_clean(self, clean: bool) -> None:
+        """Whether the image says that it was put away properly, if it said so when it was opened."""
+        if self.clean and not self.memory.private:
+            state = self.sb.state if clean else self.sb.state & ~layout.VALID_FS
+            self._put16(layout.SUPERBLOCK_AT + layout.S_STATE, state)
 
     def _unmap(self) -> None:
         self.bytes.release()
