@@ -18,6 +18,7 @@ from xipvm.explore.scenarios import SCENARIOS
 ABOUT = {
     "a-device-that-follows-the-host-s-tlbs": "I3",
     "a-snapshot-is-taken": "I15",
+    "block-pinned-while-it-is-freed": "I5",
     "hole-filled-while-its-mapping-is-protected": "I16",
     "hole-filled-twice": "I16",
     "hole-of-a-file-system-that-turns-read-only": "I16",
