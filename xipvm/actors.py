@@ -109,6 +109,9 @@ _access_hook: AccessHook | None = None
 _range_hook: RangeHook | None = None
 _made_hook: Callable[[object], object] | None = None
 
+watched: bool = False
+"""Somebody listens to :func:`access`, which need not be called otherwise. Set by :func:`on_access` only."""
+
 
 def point(label: str) -> None:
     """A place where another actor may run. ``label`` names it, dotted, module first."""
@@ -174,8 +177,8 @@ def made(owner: object) -> None:
 
 def on_access(single: AccessHook | None, ranges: RangeHook | None, birth: Callable[[object], object] | None) -> None:
     """Who listens to :func:`access`, :func:`access_range` and :func:`made` from now on, if anybody. For searches."""
-    global _access_hook, _range_hook, _made_hook
-    _access_hook, _range_hook, _made_hook = single, ranges, birth
+    global _access_hook, _range_hook, _made_hook, watched
+    _access_hook, _range_hook, _made_hook, watched = single, ranges, birth, single is not None
 
 
 def can_wait() -> bool:

@@ -97,7 +97,8 @@ class Reading:
         lock = self._lock
         if check.checker is not None:
             check.checker.before(lock, "read", False)
-        actors.access(lock, write=False)
+        if actors.watched:
+            actors.access(lock, write=False)
         if lock.writer:
             lock.block("read", lock._no_writer)
         lock.readers += 1
@@ -106,7 +107,8 @@ class Reading:
 
     def __exit__(self, *_: object) -> None:
         lock = self._lock
-        actors.access(lock, write=False)
+        if actors.watched:
+            actors.access(lock, write=False)
         if not lock.readers:
             raise InternalError(f"{lock.name} is dropped by a reader, and has none")
         lock.readers -= 1
@@ -127,7 +129,8 @@ class Writing:
         lock = self._lock
         if check.checker is not None:
             check.checker.before(lock, "write", self._nest)
-        actors.access(lock, write=True)
+        if actors.watched:
+            actors.access(lock, write=True)
         if lock.writer or lock.readers:
             lock.block("write", lock._free)
         lock.writer += 1
@@ -136,7 +139,8 @@ class Writing:
 
     def __exit__(self, *_: object) -> None:
         lock = self._lock
-        actors.access(lock, write=True)
+        if actors.watched:
+            actors.access(lock, write=True)
         if lock.writer:
             lock.writer -= 1
         elif lock.readers:
@@ -170,6 +174,11 @@ class KeyedLocks:
         """Nobody holds it."""
         actors.access(self, number, write=False)
         return number not in self.held
+
+    def free_range(self, first: int, end: int) -> bool:
+        """Nobody holds any of ``[first, end)``."""
+        actors.access_range(self, first, end, write=False)
+        return not any(first <= number < end for number in self.held)
 
     def wait(self, number: int) -> bool:
         """Returns when nobody holds it, as if it was taken and dropped at once; False when it was passed."""
@@ -230,7 +239,8 @@ class Keyed:
 
     def take(self) -> None:
         """It is free: now it is not."""
-        actors.access(self._all, self._number, write=True)
+        if actors.watched:
+            actors.access(self._all, self._number, write=True)
         self._all.held[self._number] = self
         self.owner = actors.current
         if check.checker is not None:
@@ -238,7 +248,8 @@ class Keyed:
 
     def drop(self) -> None:
         """Gives it back."""
-        actors.access(self._all, self._number, write=True)
+        if actors.watched:
+            actors.access(self._all, self._number, write=True)
         if self._all.held.pop(self._number, None) is not self:
             raise InternalError(f"{self.name} is dropped, and was not held")
         if check.checker is not None:
@@ -248,7 +259,8 @@ class Keyed:
         held, number = self._all.held, self._number
         if check.checker is not None:
             check.checker.before(held.get(number, self), "write", self._nest)
-        actors.access(self._all, number, write=False)
+        if actors.watched:
+            actors.access(self._all, number, write=False)
         if self.cls.lenient and number in held and not actors.can_wait():
             return
         while number in held:
