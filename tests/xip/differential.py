@@ -4,8 +4,8 @@
 
 Each sequence begins with an empty file and does some operations on both: read, write, append, truncate, a hole punched,
 mapped privately and shared, read and written through the mappings, msync, also with buffers that end in the middle of
-what is asked for. What a mapping shows behind the end of the file is an error in one and would end the process in the
-other, so that is asked of the XIP file alone.
+what is asked for, and under limits to the size of files (RLIMIT_FSIZE). What a mapping shows behind the end of the file
+is an error in one and would end the process in the other, so that is asked of the XIP file alone.
 """
 
 from __future__ import annotations
@@ -16,11 +16,15 @@ import errno
 import mmap
 import os
 import random
+import resource
+import signal
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from resource import RLIM_INFINITY, RLIMIT_FSIZE
 
 from xipvm.address import PAGE_SIZE, page_up
 from xipvm.errors import MmError
@@ -47,12 +51,29 @@ _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c
 _libc.read.argtypes = _libc.write.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t]
 _libc.read.restype = _libc.write.restype = ctypes.c_ssize_t
 
+_OPERATIONS = (
+    *("read", "write", "write", "append", "append", "truncate", "punch", "limit"),
+    *("map", "load", "store", "store", "sync"),
+)
 CONFIGS = ("host 2008", "host modern", "ext2 2008", "ext2 modern")
 _FORMS: dict[str, type[XipFile]] = {"2008": XipFile, "modern": DaxFile}
 
 
 class Different(AssertionError):
     """The two did not do the same; the operations are in the message."""
+
+
+@contextmanager
+def limited(fsize: int) -> Iterator[None]:
+    """For one call of the host's: this RLIMIT_FSIZE, and SIGXFSZ ignored. Nothing else may write to files meanwhile."""
+    before = resource.getrlimit(RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(RLIMIT_FSIZE, (fsize, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
 class Ordinary:
@@ -62,6 +83,7 @@ class Ordinary:
         self.fd = os.open(path, os.O_RDWR | os.O_CREAT)
         self.reading = os.open(path, os.O_RDONLY)
         self.appending = os.open(path, os.O_WRONLY | os.O_APPEND)
+        self.fsize = RLIM_INFINITY
         self.maps: dict[str, int] = {}
         self.buffer = self._map(2 * PAGE_SIZE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1)
         _libc.munmap(self.buffer + PAGE_SIZE, PAGE_SIZE)
@@ -76,6 +98,7 @@ class Ordinary:
         for address in self.maps.values():
             _libc.munmap(address, PAGES * PAGE_SIZE)
         self.maps.clear()
+        self.fsize = RLIM_INFINITY
         os.ftruncate(self.fd, 0)
 
     @property
@@ -89,21 +112,29 @@ class Ordinary:
         assert os.lseek(self.fd, 0, os.SEEK_CUR) == pos + done
         return ctypes.string_at(at, done)
 
-    def write(self, pos: int, data: bytes, count: int, *, append: bool) -> int:
+    def write(self, pos: int, data: bytes, count: int, *, append: bool) -> tuple[int, int]:
         fd = self.appending if append else self.fd
         os.lseek(fd, pos, os.SEEK_SET)
         at = self.buffer + PAGE_SIZE - len(data)
         ctypes.memmove(at, data, len(data))
-        return self._checked(_libc.write(fd, at, count))
+        with limited(self.fsize):
+            done = _libc.write(fd, at, count)
+        return self._checked(done), os.lseek(fd, 0, os.SEEK_CUR)
 
     def write_read_only(self, data: bytes) -> int:
         return os.write(self.reading, data)
 
     def truncate(self, size: int) -> None:
-        os.ftruncate(self.fd, size)
+        with limited(self.fsize):
+            os.ftruncate(self.fd, size)
 
     def punch(self, page: int, count: int) -> None:
-        self._checked(_libc.fallocate(self.fd, _PUNCH, page * PAGE_SIZE, count * PAGE_SIZE))
+        with limited(self.fsize):
+            done = _libc.fallocate(self.fd, _PUNCH, page * PAGE_SIZE, count * PAGE_SIZE)
+        self._checked(done)
+
+    def limit(self, fsize: int) -> None:
+        self.fsize = fsize
 
     def sync(self) -> None:
         os.fdatasync(self.fd)
@@ -148,6 +179,7 @@ class InPlace:
     def reset(self) -> None:
         for kind in list(self.maps):
             self.unmap(kind)
+        self.limit(RLIM_INFINITY)
         self.file.truncate(0)
 
     @property
@@ -161,18 +193,21 @@ class InPlace:
         assert self.handle.pos == pos + done
         return self.mm.read(at, done)
 
-    def write(self, pos: int, data: bytes, count: int, *, append: bool) -> int:
+    def write(self, pos: int, data: bytes, count: int, *, append: bool) -> tuple[int, int]:
         at = self.buffer + PAGE_SIZE - len(data)
         self.mm.write(at, data)
         handle = self.appending if append else self.handle
         handle.lseek(pos)
-        return handle.write(self.mm, at, count)
+        return handle.write(self.mm, at, count), handle.pos
 
     def write_read_only(self, data: bytes) -> int:
         return self.reading.put(data)
 
     def truncate(self, size: int) -> None:
-        self.file.truncate(size)
+        self.handle.truncate(size)
+
+    def limit(self, fsize: int) -> None:
+        self.handle.fsize = self.appending.fsize = self.reading.fsize = fsize
 
     def punch(self, page: int, count: int) -> None:
         self.file.punch_hole(page, count)
@@ -258,7 +293,7 @@ class Pair:
         """An operation: what it is, and how to do it to either."""
         ours, theirs = self.ours, self.theirs
         kind = choose.choice(("shared", "private"))
-        what = choose.choice(("read", "write", "append", "truncate", "punch", "map", "load", "store", "store", "sync"))
+        what = choose.choice(_OPERATIONS)
         if what == "read":
             pos, count = choose.randrange(PAGES * PAGE_SIZE), choose.choice((0, 1, 100, 4096, 5000))
             room = choose.choice((PAGE_SIZE, PAGE_SIZE, 0, 60))
@@ -279,6 +314,11 @@ class Pair:
                 lambda: ours.write(pos, data, count, append=append),
                 lambda: theirs.write(pos, data, count, append=append),
             )
+        if what == "limit":
+            fsize = choose.choice(
+                (RLIM_INFINITY, choose.randrange(PAGES * PAGE_SIZE), choose.randrange(PAGES) * PAGE_SIZE)
+            )
+            return f"limit({fsize})", lambda: ours.limit(fsize), lambda: theirs.limit(fsize)
         if what == "truncate":
             size = choose.choice((0, choose.randrange(PAGES * PAGE_SIZE), choose.randrange(PAGES) * PAGE_SIZE, -1))
             return f"truncate({size})", lambda: ours.truncate(size), lambda: theirs.truncate(size)

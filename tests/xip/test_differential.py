@@ -17,12 +17,17 @@ def test_the_same_bytes_sizes_and_errors(tmp_path: Path, config: str) -> None:
     counts = sum((pair.run(seed, 24) for seed in range(150)), start=pair.run(1000, 24))
     pair.close()
     assert min(counts[what] for what in ("read", "write", "append", "truncate", "punch", "load", "store")) > 20
+    assert min(counts["limit"], counts["EFBIG"]) > 20
     assert counts["EFAULT"] > 5
 
 
-def test_a_difference_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("method", "wrong"),
+    [("_zero_tail", lambda self: None), ("_largest", lambda self, limit: self.inode.max_bytes)],
+)
+def test_a_difference_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, wrong: object) -> None:
     pair = Pair(tmp_path, "ext2 modern")
-    monkeypatch.setattr(XipFile, "_zero_tail", lambda self: None)
+    monkeypatch.setattr(XipFile, method, wrong)
 
     def run() -> None:
         for seed in range(300):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from xipvm.address import PAGE_SIZE
+from xipvm.address import PAGE_SHIFT, PAGE_SIZE
 from xipvm.errors import MmError
 from xipvm.mmu.frames import HostMemory
 from xipvm.mmu.mm import Mm
@@ -127,6 +128,42 @@ def test_append_writes_at_the_end(world: World) -> None:
     with pytest.raises(MmError) as caught:
         log.get(1)
     assert caught.value.errno == errno.EBADF
+
+
+def test_nobody_writes_beyond_his_limit(world: World) -> None:
+    """RLIMIT_FSIZE: what would cross it is cut short; holes may be punched wherever they like."""
+    limited = OpenFile(world.file, fsize=PAGE_SIZE + 2)
+    limited.lseek(PAGE_SIZE)
+    assert limited.put(b"data") == 2
+    assert limited.pos == PAGE_SIZE + 2
+    for refused in (lambda: limited.put(b"x"), lambda: limited.truncate(5 * PAGE_SIZE + 1)):
+        with pytest.raises(MmError) as caught:
+            refused()
+        assert caught.value.errno == errno.EFBIG
+    assert limited.put(b"") == 0
+    world.file.punch_hole(3, 1)
+    limited.truncate(3 * PAGE_SIZE)  # shorter than it was
+    with pytest.raises(MmError):
+        limited.truncate(3 * PAGE_SIZE + 1)
+    limited.fsize = resource.RLIM_INFINITY
+    limited.truncate(3 * PAGE_SIZE + 1)
+    limited.lseek(0)
+    assert limited.get(PAGE_SIZE + 4)[PAGE_SIZE:] == b"da\0\0"
+
+
+def test_an_append_of_nothing_moves_nobody(world: World) -> None:
+    log = OpenFile(world.file, os.O_RDWR | os.O_APPEND)
+    assert log.put(b"") == 0
+    assert log.pos == 0
+
+
+def test_who_reads_does_not_truncate_and_no_hole_is_where_no_file_can_be(world: World) -> None:
+    with pytest.raises(MmError) as caught:
+        OpenFile(world.file, os.O_RDONLY).truncate(0)
+    assert caught.value.errno == errno.EINVAL
+    with pytest.raises(MmError) as caught:
+        world.file.punch_hole(world.inode.max_bytes >> PAGE_SHIFT, 1)
+    assert caught.value.errno == errno.EFBIG
 
 
 def test_who_may_not_write_maps_holes_and_sees_what_comes_into_them(world: World) -> None:
