@@ -69,6 +69,8 @@ _VACANT: Final = (0, UFFD_WP)
 """Entries that can be filled."""
 _OK: Final = VmFault.OK  # attributes of enumerations are slow
 _NOPAGE: Final = VmFault.NOPAGE
+_WORDS: Final = {fault: fault.name.lower() for fault in VmFault}
+"""For traces."""
 
 
 def handle_mm_fault(mm: Mm, hva: int, write: bool, force: bool = False) -> VmFault:
@@ -196,7 +198,7 @@ def _do_read_fault(mm: Mm, area: Vma, file: AddressSpace, hva: int) -> tuple[VmF
             return _OK, "file"
     pfn, fault = _ask(mm, area, file, hva, False)
     if fault:
-        return fault, fault.name.lower()
+        return fault, _WORDS[fault]
     if mm.find_vma(hva) is not area or mm.pgd.get(page) not in _VACANT:
         mm.put_frame(pfn)
         return _OK, "retry"
@@ -223,7 +225,7 @@ def _do_shared_fault(mm: Mm, area: Vma, file: AddressSpace, hva: int) -> tuple[V
         return _OK, "thp"
     pfn, fault = _ask(mm, area, file, hva, True)
     if fault:
-        return fault, fault.name.lower()
+        return fault, _WORDS[fault]
     with mm.mmap_lock.read:
         fault = file.page_mkwrite(pgoff, pfn)
     if not fault and mm.still_writable(area, hva) and mm.pgd.get(page) in _VACANT:
@@ -232,7 +234,7 @@ def _do_shared_fault(mm: Mm, area: Vma, file: AddressSpace, hva: int) -> tuple[V
     mm.put_frame(pfn)
     if fault in (_OK, VmFault.NOPAGE):
         return _OK, "retry"
-    return fault, fault.name.lower()
+    return fault, _WORDS[fault]
 
 
 def _do_cow_fault(mm: Mm, area: Vma, file: AddressSpace, hva: int) -> tuple[VmFault, str]:
@@ -251,7 +253,7 @@ def _do_cow_fault(mm: Mm, area: Vma, file: AddressSpace, hva: int) -> tuple[VmFa
             map_new_anon(mm, area, hva, new, 0, mm.pgd.get(page))
             return _OK, "cow"
     mm.put_frame(new)
-    return fault, fault.name.lower() if fault else "retry"
+    return fault, _WORDS[fault] if fault else "retry"
 
 
 def _ask(mm: Mm, area: Vma, file: AddressSpace, hva: int, write: bool) -> FaultResult:

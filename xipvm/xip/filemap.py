@@ -235,13 +235,14 @@ class XipFile(AddressSpace):
         return 0, result
 
     def _fault(self, area: Vma, pgoff: int, write: bool) -> VmFault:
+        inode = self.inode
         hva = area.address_of(pgoff)
         if hva is None or area.mm.find_vma(hva) is not area:
-            return VmFault.NOPAGE
-        if pgoff >= page_up(self.size) >> PAGE_SHIFT:
+            return _NOPAGE
+        if pgoff << PAGE_SHIFT >= inode.size:
             return VmFault.SIGBUS
         try:
-            found: int | None = self.inode.find(pgoff)
+            found: int | None = inode.find(pgoff)
             point("mm.xip.looked_up")
             if found is None and self._allocates(area):
                 if not self.sb.pagefaults.attempt():
@@ -261,7 +262,7 @@ class XipFile(AddressSpace):
 
     def _still_there(self, pgoff: int) -> bool:
         """Whether the file still has page ``pgoff``, which it had when the fault began."""
-        return pgoff < page_up(self.size) >> PAGE_SHIFT
+        return pgoff << PAGE_SHIFT < self.inode.size
 
     def _look_again(self, pgoff: int, found: int | None) -> int | None:
         """What is mapped: behind all points, as a hole may have been filled since it was ``found`` to be one."""
@@ -280,7 +281,7 @@ class XipFile(AddressSpace):
         """Fills the entry of ``hva`` with a block or the sparse page; one that is there stays. Passes no point."""
         mm = area.mm
         if mm.pgd.get(hva >> PAGE_SHIFT):  # another thread was faster
-            return VmFault.NOPAGE
+            return _NOPAGE
         if pfn is None:
             sparse = need_sparse_page(self.host, self.trace)
             self.host.get(sparse)
@@ -291,7 +292,7 @@ class XipFile(AddressSpace):
             if write and flags & WRITE:
                 flags |= DIRTY | SOFT_DIRTY
             mm.set_pte(hva, pfn << PFN_SHIFT | flags)
-        return VmFault.NOPAGE
+        return _NOPAGE
 
     def page_mkwrite(self, pgoff: int, pfn: int) -> VmFault:
         """A read-only entry of a shared area is to be written: a block may be, the sparse page never."""
