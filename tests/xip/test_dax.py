@@ -15,6 +15,7 @@ from xipvm.errors import DeadlockError, MmError
 from xipvm.explore.scripted import ScriptedVcpu
 from xipvm.mmu.frames import HUGE_PAGES, HostMemory
 from xipvm.mmu.huge_pmd import HPAGE_SIZE
+from xipvm.mmu.madvise import MADV_NOHUGEPAGE
 from xipvm.mmu.migrate_device import pin_longterm
 from xipvm.mmu.mm import Mm
 from xipvm.mmu.pin import pin_user_page, unpin_user_page
@@ -91,10 +92,11 @@ def test_two_mebibytes_in_one_piece_are_one_entry_also_of_a_guest(world: World) 
 
 
 @pytest.mark.parametrize("flags", [MAP_SHARED, MAP_PRIVATE])
-def test_a_store_takes_the_huge_entry_away_and_nothing_else(world: World, flags: int) -> None:
+def test_a_store_is_the_file_s_or_takes_the_huge_entry_away(world: World, flags: int) -> None:
     hva = world.map(flags)
     world.mm.read(hva, 8)
     world.mm.write(hva + PAGE_SIZE, b"new word")
+    assert bool(world.mm.pgd.huge(hva >> PAGE_SHIFT)) == (flags == MAP_SHARED)
     assert world.mm.read(hva, 8) == word(0)
     assert world.mm.read(hva + PAGE_SIZE, 8) == b"new word"
     world.handle.lseek(PAGE_SIZE)
@@ -120,6 +122,7 @@ def test_truncation_in_the_middle_of_a_huge_entry(world: World) -> None:
 
 def test_write_back_makes_entries_clean_and_a_store_makes_them_dirty_again(world: World) -> None:
     hva = world.map(MAP_SHARED)
+    world.mm.madvise(hva, 2 * HPAGE_SIZE, MADV_NOHUGEPAGE)
     world.mm.write(hva, b"first...")
     world.mm.write(hva + PAGE_SIZE, b"second..")
     assert world.file.fsync() == 2

@@ -8,8 +8,9 @@ such.
 from __future__ import annotations
 
 import errno
+from contextlib import AbstractContextManager, nullcontext
 from enum import IntEnum
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Final
 
 from xipvm.errors import MmError
 from xipvm.locks.lock import RwLock
@@ -18,6 +19,7 @@ from xipvm.mmu.rmap import reverse_map
 
 if TYPE_CHECKING:
     from xipvm.mmu.frames import HostMemory
+    from xipvm.mmu.mm import Mm
     from xipvm.mmu.vma import Vma
     from xipvm.trace.funnel import Trace
 
@@ -40,6 +42,9 @@ class VmFault(IntEnum):
 
 FaultResult = tuple[int, VmFault]
 """What a file gives the fault handler: a frame, with a reference for the mapping, and OK; or 0 and why not."""
+
+
+_FALLBACK: Final[AbstractContextManager[int | None]] = nullcontext()
 
 
 class AddressSpace:
@@ -88,9 +93,13 @@ class AddressSpace:
         """The frame of a page that can be mapped without sleeping, None otherwise. No reference is taken."""
         return None
 
-    def device_pmd(self, pgoff: int) -> int | None:
-        """The first frame of the 2 MiB from page ``pgoff`` on, if they are one piece of a device; passes no point."""
-        return None
+    def huge_fault(self, mm: Mm, pgoff: int, write: bool) -> AbstractContextManager[int | None]:
+        """A context in which the 2 MiB from page ``pgoff`` on may be mapped in ``mm`` by one entry: its first frame.
+
+        None: by small entries only (VM_FAULT_FALLBACK). ``write``: in a shared area, where they count as written now.
+        May sleep.
+        """
+        return _FALLBACK
 
     def has_page(self, pgoff: int) -> bool | None:
         """Whether a memory file has the page, in memory or in swap. None: it has no such page, or is no memory file."""

@@ -5,8 +5,9 @@
   → new entry → range end``.
 * Write to a shared huge page: reused when nobody else has it; otherwise the entry is split (huge_pmd.py, with a range
   of its own), and the fault goes on with the small entry, which copies one page.
-* A page of a memory file that is part of a compound one is mapped by a huge entry where it can be; so are 2 MiB of a
-  device that are a file's, to be read.
+* A page of a memory file that is part of a compound one is mapped by a huge entry where it can be.
+* 2 MiB of a file that is used in place are mapped by a huge entry if the file has them so, or if they are a hole to be
+  read. A write to a read-only one makes it writable, when the file has been told; or the entry goes.
 
 Where no compound page is to be had, small pages do. Those functions return None then, and the caller goes on without.
 """
@@ -21,10 +22,22 @@ from xipvm.mmu.file import VmFault
 from xipvm.mmu.frames import HUGE_PAGES, PG_ANON, PG_SWAPBACKED
 from xipvm.mmu.huge_pmd import HPAGE_MASK, HPAGE_SIZE, pmdp_clear_flush, split_huge_pmd
 from xipvm.mmu.mapping import anon_vma_prepare
-from xipvm.mmu.pte import ACCESSED, ANON, DIRTY, EXCLUSIVE, HUGE, PFN_SHIFT, SOFT_DIRTY, SPECIAL, WRITE, pte_pfn
+from xipvm.mmu.pte import (
+    ACCESSED,
+    ANON,
+    DIRTY,
+    EXCLUSIVE,
+    HUGE,
+    PFN_SHIFT,
+    PRESENT,
+    SOFT_DIRTY,
+    SPECIAL,
+    WRITE,
+    pte_pfn,
+)
 from xipvm.mmu.rmap import PMD_SHIFT
 from xipvm.mmu.thp import alloc_huge_or_none, forbidden, suitable, thp_of
-from xipvm.mmu.vma import VM_UFFD
+from xipvm.mmu.vma import VM_NOHUGEPAGE, VM_UFFD
 from xipvm.notifier import RangeEvent
 
 if TYPE_CHECKING:
@@ -61,9 +74,11 @@ def do_huge_pmd_anonymous_page(mm: Mm, area: Vma, hva: int, write: bool) -> Outc
 def do_huge_pmd_wp_page(mm: Mm, area: Vma, hva: int, entry: int) -> Outcome:
     """``entry`` is huge, maps ``hva`` and does not allow writing; ``area`` does. None: it is split, or was changed."""
     start = hva & HPAGE_MASK
-    if entry & SPECIAL:
-        zeros = not mm.host.is_device(pte_pfn(entry))
-        if zeros and not area.shared and _replace_zero(mm, area, start, entry):
+    if area.file is not None and area.file.devmap:
+        if area.shared and _map_device_pmd(mm, area, area.file, start, True):
+            return VmFault.OK, "mkwrite"
+    elif entry & SPECIAL:
+        if _replace_zero(mm, area, start, entry):
             return VmFault.OK, "cow"
     elif entry & ANON and (entry & EXCLUSIVE or mm.host.refcount(pte_pfn(entry)) == 1):
         mm.host.set_rmap(pte_pfn(entry), anon_vma_prepare(area).id, area.page_offset(start))
@@ -107,22 +122,38 @@ def map_huge_anon(mm: Mm, area: Vma, start: int, head: int) -> None:
     mm.set_pte(start, head << PFN_SHIFT | area.new_anon | ANON | EXCLUSIVE | HUGE)
 
 
-def _map_device_pmd(mm: Mm, area: Vma, file: AddressSpace, start: int) -> bool:
-    """Maps 2 MiB of a device at once, to read; whoever writes gets small entries. A split just takes it away."""
-    if area.flags & VM_UFFD or not suitable(area, start) or not mm.pgd.pmd_none(start >> PAGE_SHIFT):
+def _map_device_pmd(mm: Mm, area: Vma, file: AddressSpace, start: int, write: bool) -> bool:
+    """Maps the 2 MiB at ``start`` by one entry, or lets the one that is there be written; False where that cannot be.
+
+    What ``file.huge_fault`` says stays true until its context ends (vmf_insert_pfn_pmd).
+    """
+    if not _may_be_huge(mm, area, start, write):
         return False
-    first = file.device_pmd(area.page_offset(start))
-    if first is None:
+    with mm.mmap_lock.read, file.huge_fault(mm, area.page_offset(start), write) as pfn, mm.ptl(start >> PMD_SHIFT):
+        if pfn is None or not _may_be_huge(mm, area, start, write):
+            return False
+        page = start >> PAGE_SHIFT
+        entry = mm.pgd.huge(page)
+        if not entry and mm.pgd.pmd_none(page):
+            entry = pfn << PFN_SHIFT | area.rights | SPECIAL | HUGE
+        elif not entry & PRESENT or pte_pfn(entry) != pfn:
+            return False
+        mm.set_pte(start, entry | ACCESSED | (_WRITTEN if write else 0))
+        return True
+
+
+def _may_be_huge(mm: Mm, area: Vma, start: int, write: bool) -> bool:
+    """Whether ``area`` is still there, and such that the 2 MiB of a device at ``start`` may be one entry."""
+    if area.flags & (VM_UFFD | VM_NOHUGEPAGE) or not suitable(area, start) or not mm.notifiers.huge_entries:
         return False
-    mm.set_pte(start, first << PFN_SHIFT | area.rights | SPECIAL | ACCESSED | HUGE)
-    return True
+    return mm.still_writable(area, start) if write else mm.find_vma(start) is area
 
 
 def map_huge_file_page(mm: Mm, area: Vma, file: AddressSpace, hva: int, write: bool) -> bool:
     """Maps the compound page that ``file`` has cached around ``hva`` by a huge entry; False where that cannot be."""
     start = hva & HPAGE_MASK
     if file.devmap:
-        return not write and _map_device_pmd(mm, area, file, start)
+        return mm.pgd.pmd_none(start >> PAGE_SHIFT) and _map_device_pmd(mm, area, file, start, write)
     pfn = file.cached(area.page_offset(hva))
     host = mm.host
     if pfn is None or not host.is_compound(pfn) or area.flags & VM_UFFD or (write and file.tracks_writes):

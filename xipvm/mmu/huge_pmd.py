@@ -5,15 +5,15 @@ Whoever changes a part of what a huge entry maps splits it first::
     range start (CLEAR, the 2 MiB) → 512 entries of the same pages in place of the huge one → TLB flush → range end
 
 No page moves and none is freed; a secondary MMU has to hear of it because it may have mapped the 2 MiB by one entry of
-its own. Huge entries of the huge zero page become entries of the zero page. Those of a file's page, or of a device, are
-just taken away: the next fault maps what is needed. The compound page remains one (huge_page.py splits that).
+its own. Huge entries of the huge zero page become entries of the zero page. Those of a file (its page, a device's, or
+a hole) are just taken away: the next fault maps what is needed. The compound page remains one (huge_page.py splits it).
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from xipvm.address import PAGE_SHIFT
+from xipvm.address import PAGE_SHIFT, PAGE_SIZE
 from xipvm.mmu.frames import HUGE_PAGES, PG_DIRTY, PG_REFERENCED, ZERO_PFN
 from xipvm.mmu.pte import ACCESSED, ANON, DIRTY, FLAGS, HUGE, MIGRATION, PFN_SHIFT, SPECIAL, UFFD_WP, pte_pfn
 from xipvm.mmu.rmap import PMD_SHIFT
@@ -51,7 +51,7 @@ def split_huge_pmd_locked(mm: Mm, start: int) -> None:
     if entry & MIGRATION:
         mm.pgd.split_huge(page, entry & ~HUGE)
         return
-    if entry & SPECIAL and host.is_device(pte_pfn(entry)):
+    if entry & SPECIAL and _of_file(mm, start):
         pmdp_clear_flush(mm, start)
         return
     if entry & SPECIAL:
@@ -68,6 +68,12 @@ def split_huge_pmd_locked(mm: Mm, start: int) -> None:
         first = ZERO_PFN if entry & SPECIAL else pte_pfn(entry)
         mm.trace.emit("pmd_split", mm=mm.name, start=start, end=start + HPAGE_SIZE, pfn=first, flags=flags)
     mm.flush_tlb_range(start, start + HPAGE_SIZE)
+
+
+def _of_file(mm: Mm, start: int) -> bool:
+    """Whether the huge entry at ``start`` belongs to an area of a file, a part of which may be gone already."""
+    area = mm.find_vma(start) or mm.find_vma(start + HPAGE_SIZE - PAGE_SIZE)
+    return area is None or area.file is not None
 
 
 def split_huge_edges(mm: Mm, start: int, end: int) -> None:

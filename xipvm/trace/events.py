@@ -214,6 +214,13 @@ define("xip_allocate", "file:str pgoff:int pfn:pfn", "a hole got a block, of zer
 define("xip_unmapped", "file:str pgoff:int", "nobody maps the page as a hole any more")
 define("xip_read", "file:str pos:int count:int result:int stored:int", "a read; result as read(2)'s, an error below 0")
 define("dax_entry", "file:str pgoff:int pfn:pfn", "what a page of a DAX file is mapped as: its block, or the zero page")
+define("xip_allocate_huge", "file:str pgoff:int count:int pfn:pfn", "so many holes got blocks of zeros, one piece")
+define("xip_unmapped_huge", "file:str pgoff:int count:int", "nobody maps so many pages as holes any more")
+define(
+    "dax_entry_huge",
+    "file:str pgoff:int count:int pfn:pfn hole:bool",
+    "so many pages of a DAX file have one entry: their blocks, from `pfn` on, or the huge zero page",
+)
 define(
     "xip_free",
     "file:str first:int end:int pages:pfns",

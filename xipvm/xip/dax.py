@@ -7,39 +7,55 @@ block was written through a mapping since the last write-back. Who faults, write
 read fault on a hole    the zero page; nothing is allocated, also where the mapping is shared and may be written
 write fault on a hole   block allocated → the zero page unmapped everywhere → entry is the block → mapped writable
 write fault on a block  the entry is dirty from now on
-read fault of 2 MiB     one huge entry, where the file has them in one piece; a write splits it, which takes it away
 private write fault     copied at once; of a hole, zeros
 write(2) over a hole    block allocated → the page unmapped everywhere → data copied
 write-back              for each area: range start, entry read-only and clean, range end; then the entry is clean
 truncation, a hole      unmapped everywhere → nobody has a page pinned → size → unmapped → blocks freed
 ======================  ==========================================================================================
 
+Where 2 MiB are one piece of the device, or one hole, they are one entry, with one lock, that of its first page, and
+dirty or clean as a whole:
+
+======================  ==========================================================================================
+fault                   one huge entry, of the huge zero page for a hole; where the area, or the file, has room for it
+write fault on a block  the huge entry becomes writable where it is
+write fault on a hole   as a small one, if the file system has one piece; if not, small entries
+a small fault           of a block: its page of the entry; of a hole: unmapped everywhere, small entries from then on
+write(2) over a hole    block allocated → all of the 2 MiB unmapped everywhere → data copied
+write-back              of all 512 pages
+truncation in it        small entries of what is left
+small entries are there small entries; nobody makes one of them (grab_mapping_entry)
+======================  ==========================================================================================
+
 Faults hold invalidate_lock for reading, truncation for writing; those that write, and whoever makes an entry writable,
 wait while the file system is frozen. The decision what a fault maps is made with no schedule point between it and the
-entry.
+entry, or under the entry's lock.
 """
 
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 from xipvm import actors
 from xipvm.actors import point
-from xipvm.address import PAGE_SHIFT, page_up
+from xipvm.address import PAGE_SHIFT, Pfn, page_up
 from xipvm.errors import MmError
-from xipvm.locks.lock import KeyedLocks
+from xipvm.locks.lock import Keyed, KeyedLocks
 from xipvm.locks.order import DAX_ENTRY
 from xipvm.mmu.file import FaultResult, VmFault
 from xipvm.mmu.frames import HUGE_PAGES, ZERO_PFN
-from xipvm.mmu.mkclean import page_mkclean
+from xipvm.mmu.mkclean import pfn_mkclean_range
+from xipvm.mmu.thp import thp_of
 from xipvm.mmu.zap import unmap_mapping_range
 from xipvm.xip.filemap import XipFile
+from xipvm.xip.inode import HOLE
 
 if TYPE_CHECKING:
     from xipvm.mmu.frames import HostMemory
+    from xipvm.mmu.mm import Mm
     from xipvm.mmu.vma import Vma
     from xipvm.trace.funnel import Trace
     from xipvm.xip.inode import XipInode
@@ -55,8 +71,10 @@ class DaxFile(XipFile):
         super().__init__(host, trace, inode, writable=writable)
         self.entries: dict[int, int] = {}
         """What is mapped, by page: the frame of a block, or the zero page for a hole."""
+        self.huge: set[int] = set()
+        """The first pages of 2 MiB that have one entry. The entry is empty until those pages are in ``entries``."""
         self.dirty: set[int] = set()
-        """Pages that were written through a mapping."""
+        """Pages that were written through a mapping; all of a huge entry, or none."""
         self.entry_lock = KeyedLocks(f"dax entry {{:#x}} of {self.name}", DAX_ENTRY)
 
     def fault(self, area: Vma, pgoff: int, write: bool) -> FaultResult:
@@ -72,80 +90,188 @@ class DaxFile(XipFile):
             return 0, VmFault.OOM if error.errno == errno.ENOMEM else VmFault.SIGBUS
 
     def _dax_fault(self, pgoff: int, write: bool) -> FaultResult:
-        with self.invalidate_lock.read, self.entry_lock(pgoff):
+        with self.invalidate_lock.read, self._grab(pgoff):
             point("dax.fault.locked")
             if pgoff >= page_up(self.size) >> PAGE_SHIFT:
                 return 0, VmFault.SIGBUS
-            if write:
-                super()._block(pgoff)
-            pfn = self.inode.find(pgoff)
+            pfn = super()._block(pgoff) if write else self.inode.find(pgoff)
             self.entries[pgoff] = ZERO_PFN if pfn is None else pfn
             if self.trace.on:
                 self.trace.emit("dax_entry", file=self.name, pgoff=pgoff, pfn=self.entries[pgoff])
             return self.entries[pgoff], VmFault.OK
-
-    def device_pmd(self, pgoff: int) -> int | None:
-        """See the base: 512 blocks in one piece, none of whose entries anybody holds, nor the file is cut in."""
-        pages = range(pgoff, pgoff + HUGE_PAGES)
-        if self.invalidate_lock.writer or pages.stop > self.size >> PAGE_SHIFT:
-            return None
-        if not all(self.entry_lock.free(page) for page in pages):
-            return None
-        try:
-            first = self.inode.find(pgoff)
-            if first is None or first % HUGE_PAGES:
-                return None
-            if any(self.inode.find(page) != first + n for n, page in enumerate(pages)):
-                return None
-        except MmError:
-            return None
-        for n, page in enumerate(pages):
-            self.entries[page] = first + n
-        return first
 
     def _block(self, pgoff: int) -> int:
         """See the base; for who does not have the entry's lock."""
         pfn = self.inode.find(pgoff)
         if pfn is not None:
             return pfn
-        with self.entry_lock(pgoff):
+        with self._locked(pgoff):
             return super()._block(pgoff)
 
     def _filled(self, pgoff: int) -> None:
         """A hole got a block: nobody maps the zero page for it any more."""
-        if self.entries.pop(pgoff, None) is not None:
+        if pgoff & -HUGE_PAGES in self.huge:
+            self._forget_huge_hole(pgoff & -HUGE_PAGES)
+        elif self.entries.pop(pgoff, None) is not None:
             unmap_mapping_range(self, pgoff, 1, even_cows=False)
 
     def page_mkwrite(self, pgoff: int, pfn: int) -> VmFault:
         """The page is dirty from now on (dax_finish_sync_fault's pfn_mkwrite). NOPAGE when it is not the block."""
-        with self.sb.pagefaults, self.invalidate_lock.read, self.entry_lock(pgoff):
+        with self.sb.pagefaults, self.invalidate_lock.read, self._grab(pgoff):
             point("dax.mkwrite.locked")
             try:
                 if pgoff >= page_up(self.size) >> PAGE_SHIFT:
                     return VmFault.SIGBUS
-                super()._block(pgoff)
-                if self.inode.find(pgoff) != pfn:
+                if super()._block(pgoff) != pfn:
                     return VmFault.NOPAGE
             except MmError as error:
                 if error.errno == errno.EDEADLK:
                     raise
                 return VmFault.SIGBUS
             self.entries[pgoff] = pfn
-            self.dirty.add(pgoff)
+            if self.huge:
+                self.dirty.update(self._with(pgoff))
+            else:
+                self.dirty.add(pgoff)
             return VmFault.OK
 
     def fsync(self, pgoff: int = 0, count: int | None = None) -> int:
-        """Writes back what was written through mappings in the range; how many pages. Raises MmError."""
+        """Writes back what was written through mappings in the range; how many pages. Raises MmError.
+
+        Of a huge entry all pages are, whichever are in the range (dax_writeback_one).
+        """
         end = 1 << 52 if count is None else pgoff + count
         done = 0
         for page in sorted(page for page in self.dirty if pgoff <= page < end):
-            with self.entry_lock(page):
+            if page not in self.dirty:
+                continue
+            with self._locked(page):
                 if page in self.dirty:
-                    page_mkclean(self, page, self.entries[page])
-                    self.dirty.discard(page)
-                    done += 1
+                    pages = self._with(page)
+                    pfn_mkclean_range(self, pages.start, self.entries[pages.start], len(pages))
+                    self.dirty.difference_update(pages)
+                    done += len(pages)
         self.inode.sync()
         return done
+
+    # ---- entries and their locks
+
+    def _with(self, pgoff: int) -> range:
+        """The pages whose entry is that of page ``pgoff``."""
+        first = pgoff & -HUGE_PAGES
+        return range(first, first + HUGE_PAGES) if first in self.huge else range(pgoff, pgoff + 1)
+
+    def _locked(self, pgoff: int) -> Keyed:
+        """The lock of the entry of page ``pgoff``, which nobody has now. That of a huge one is its first page's."""
+        locks = self.entry_lock
+        number = self._with(pgoff).start
+        while locks.held:
+            locks.not_others(number)
+            before, number = number, self._with(pgoff).start
+            if before == number:
+                break
+        return locks(number)
+
+    def _grab(self, pgoff: int) -> Keyed:
+        """As :meth:`_locked`, for a fault on this page alone: a huge hole goes before (grab_mapping_entry)."""
+        if not self.huge and not self.entry_lock.held:
+            return self.entry_lock(pgoff)
+        lock, first = self._locked(pgoff), pgoff & -HUGE_PAGES
+        while self._huge_hole(first):
+            with lock:
+                self._forget_huge_hole(first)
+            lock = self._locked(pgoff)
+        return lock
+
+    def _huge_hole(self, first: int) -> bool:
+        return first in self.huge and self.entries.get(first) == ZERO_PFN
+
+    def _forget_huge_hole(self, first: int) -> None:
+        """The 2 MiB are no hole any more, or not to be mapped as one: all of them go from all mappings. Locked."""
+        unmap_mapping_range(self, first, HUGE_PAGES, even_cows=False)
+        self._drop(range(first, first + HUGE_PAGES))
+        self.huge.discard(first)
+
+    def _drop(self, pages: Collection[int]) -> None:
+        """``pages`` have no entries any more."""
+        for page in pages:
+            self.entries.pop(page, None)
+        self.dirty.difference_update(pages)
+
+    # ---- 2 MiB at once
+
+    @contextmanager
+    def huge_fault(self, mm: Mm, pgoff: int, write: bool) -> Iterator[int | None]:
+        """See the base (dax_iomap_pmd_fault). Small entries take precedence: where there is one, it stays so."""
+        with self.sb.pagefaults if write else nullcontext(), self.invalidate_lock.read:
+            lock = None if pgoff + HUGE_PAGES > page_up(self.size) >> PAGE_SHIFT else self._grab_huge(pgoff)
+            if lock is None:
+                yield None
+                return
+            with lock:
+                point("dax.huge_fault.locked")
+                try:
+                    yield self._dax_huge_fault(mm, pgoff, write)
+                finally:
+                    if pgoff not in self.entries:
+                        self.huge.discard(pgoff)
+
+    def _grab_huge(self, first: int) -> Keyed | None:
+        """The lock of one entry for the 2 MiB from page ``first`` on, which is there from now on, if only empty.
+
+        None where a page of them has an entry of its own, or somebody is about to give it one.
+        """
+        if first not in self.huge:
+            pages = range(first, first + HUGE_PAGES)
+            if not self.entries.keys().isdisjoint(pages) or not self.entry_lock.free_range(first, pages.stop):
+                return None
+            self.huge.add(first)
+            return self.entry_lock(first)
+        lock = self._locked(first)
+        return lock if first in self.huge else self._grab_huge(first)
+
+    def _dax_huge_fault(self, mm: Mm, first: int, write: bool) -> int | None:
+        """What the 2 MiB are to be mapped as, if by one entry, which says so then. Raises MmError EDEADLK."""
+        try:
+            found = self.inode.find_huge(first)
+            if found == HOLE and write:
+                found = self._fill_huge(first)
+        except MmError as error:
+            if error.errno == errno.EDEADLK:
+                raise
+            return None
+        if found is None:
+            return None
+        pfn = thp_of(self.host).get_zero(mm) if found == HOLE else found
+        if pfn is None:
+            return None
+        pages = range(first, first + HUGE_PAGES)
+        blocks = range(pfn, pfn + HUGE_PAGES)
+        self.entries.update(dict.fromkeys(pages, ZERO_PFN) if found == HOLE else zip(pages, blocks, strict=True))
+        if write:
+            self.dirty.update(pages)
+        if self.trace.on:
+            self.trace.emit(
+                "dax_entry_huge", file=self.name, pgoff=first, count=HUGE_PAGES, pfn=pfn, hole=found == HOLE
+            )
+        return pfn
+
+    def _fill_huge(self, first: int) -> Pfn | None:
+        """Gives the 2 MiB from page ``first`` on, a hole, one piece of the device, if there is one. Raises MmError."""
+        with self.sparse_mutex.write:
+            pfn = self.inode.create_huge(first)
+        if pfn is None:
+            return None
+        if self.trace.on:
+            self.trace.emit("xip_allocate_huge", file=self.name, pgoff=first, count=HUGE_PAGES, pfn=pfn)
+        point("mm.xip.allocated")
+        if first in self.entries:
+            unmap_mapping_range(self, first, HUGE_PAGES, even_cows=False)
+        if self.trace.on:
+            self.trace.emit("xip_unmapped_huge", file=self.name, pgoff=first, count=HUGE_PAGES)
+        return pfn
+
+    # ---- truncated
 
     @contextmanager
     def _cutting(self, first: int, end: int) -> Iterator[None]:
@@ -171,7 +297,10 @@ class DaxFile(XipFile):
         return any(first <= page < end and pfn != ZERO_PFN and refcount(pfn) for page, pfn in self.entries.items())
 
     def _free(self, first: int, end: int) -> None:
-        for page in [page for page in self.entries if first <= page < end]:
-            del self.entries[page]
-            self.dirty.discard(page)
+        for huge in [huge for huge in self.huge if huge < end and first < huge + HUGE_PAGES]:
+            with self._locked(huge):
+                if self._huge_hole(huge):
+                    self._drop(range(huge, huge + HUGE_PAGES))
+                self.huge.discard(huge)  # what is left of blocks has entries of its own
+        self._drop([page for page in self.entries if first <= page < end])
         super()._free(first, end)

@@ -19,7 +19,8 @@ from xipvm.address import PAGE_SHIFT, PAGE_SIZE, Pfn, page_up
 from xipvm.errors import MmError, XipImageError
 from xipvm.host_mapping import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, allocate
 from xipvm.image_file import close_image, open_image
-from xipvm.xip.inode import XipInode
+from xipvm.mmu.frames import HUGE_PAGES
+from xipvm.xip.inode import HOLE, XipInode
 from xipvm.xip.memory import XipMemory
 from xipvm.xip.super_block import SuperBlock
 
@@ -73,7 +74,23 @@ class HostInode(XipInode):
             self._allocate(pgoff)
         return self.memory.pfn(pgoff)
 
-    def _allocate(self, pgoff: int) -> None:
+    def find_huge(self, pgoff: int) -> Pfn | None:
+        """See the base."""
+        pages = range(pgoff, pgoff + HUGE_PAGES)
+        if self._blocks.isdisjoint(pages):
+            return HOLE
+        first = self.memory.pfn(pgoff)
+        return first if self._blocks.issuperset(pages) and first % HUGE_PAGES == 0 else None
+
+    def create_huge(self, pgoff: int) -> Pfn | None:
+        """See the base: there always is one."""
+        first = self.memory.pfn(pgoff)
+        if first % HUGE_PAGES:
+            return None
+        self._allocate(pgoff, HUGE_PAGES)
+        return first
+
+    def _allocate(self, pgoff: int, count: int = 1) -> None:
         what = f"a block for page {pgoff:#x} of {self.name}"
         if self.read_only:
             raise MmError(errno.EROFS, what)
@@ -81,19 +98,21 @@ class HostInode(XipInode):
         if start >= self.max_bytes:
             raise MmError(errno.EFBIG, what)
         point("xip.allocate")
-        if pgoff in self._blocks:
+        missing = [page for page in range(pgoff, pgoff + count) if page not in self._blocks]
+        if not missing:
             return
+        beyond = [page for page in missing if page >= page_up(self.size) >> PAGE_SHIFT]
         try:
             if not self._private:
-                allocate(self._fd, FALLOC_FL_KEEP_SIZE, start, PAGE_SIZE)
-            if pgoff >= page_up(self.size) >> PAGE_SHIFT:
-                self._beyond.add(pgoff)
+                allocate(self._fd, FALLOC_FL_KEEP_SIZE, start, count << PAGE_SHIFT)
+            self._beyond.update(beyond)
             self._fit()
         except OSError as error:
-            self._beyond.discard(pgoff)
+            self._beyond.difference_update(beyond)
             raise MmError(error.errno or errno.EIO, what) from None
-        self._host.write(self.memory.pfn(pgoff), 0, bytes(PAGE_SIZE))
-        self._blocks.add(pgoff)
+        for page in missing:
+            self._host.write(self.memory.pfn(page), 0, bytes(PAGE_SIZE))
+        self._blocks.update(missing)
 
     def will_end(self, size: int) -> None:
         """See the base."""

@@ -12,13 +12,17 @@ from __future__ import annotations
 
 import errno
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from xipvm.address import Pfn
 from xipvm.errors import MmError
+from xipvm.mmu.frames import HUGE_PAGES
 
 if TYPE_CHECKING:
     from xipvm.xip.super_block import SuperBlock
+
+HOLE: Final = Pfn(0)
+"""What :meth:`XipInode.find_huge` says of a hole. No block is frame 0."""
 
 
 class XipInode(ABC):
@@ -76,3 +80,23 @@ class XipInode(ABC):
             if error.errno == errno.ENODATA:
                 return None
             raise
+
+    def find_huge(self, pgoff: int) -> Pfn | None:
+        """The first frame of the 2 MiB from page ``pgoff`` on if they are one aligned piece, HOLE if they are one hole.
+
+        None for anything else. Raises MmError as :meth:`find`.
+        """
+        first = self.find(pgoff)
+        if first is None:
+            holes = all(self.find(page) is None for page in range(pgoff, pgoff + HUGE_PAGES))
+            return HOLE if holes else None
+        if first % HUGE_PAGES or any(self.find(pgoff + n) != first + n for n in range(HUGE_PAGES)):
+            return None
+        return first
+
+    def create_huge(self, pgoff: int) -> Pfn | None:
+        """Gives the 2 MiB from page ``pgoff`` on, which are a hole, one aligned piece of zeros; its first frame.
+
+        None where there is none to be had, or the file system does not look for one. Raises MmError.
+        """
+        return None

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from xipvm.actors import point
 from xipvm.address import PAGE_SIZE, Pfn
 from xipvm.errors import MmError
+from xipvm.mmu.frames import HUGE_PAGES
 from xipvm.xip.inode import XipInode
 from xipvm.xip.memory import XipMemory
 from xipvm.xip.super_block import SuperBlock
@@ -43,6 +44,16 @@ class RamVolume:
         """A new file of ``size`` bytes, all holes."""
         self._files += 1
         return RamInode(self, f"file{self._files}", size)
+
+    def take_huge(self) -> int | None:
+        """The first of 512 blocks that were free, and are one aligned piece; None if there are none."""
+        free, first = set(self.free), -self.memory.first % HUGE_PAGES
+        for block in range(first, self.memory.pages - HUGE_PAGES + 1, HUGE_PAGES):
+            blocks = range(block, block + HUGE_PAGES)
+            if free.issuperset(blocks):
+                self.free = [block for block in self.free if block not in blocks]
+                return block
+        return None
 
 
 class RamInode(XipInode):
@@ -84,6 +95,20 @@ class RamInode(XipInode):
                 self.volume.host.write(self.volume.memory.pfn(block), 0, bytes(PAGE_SIZE))
                 self.blocks[pgoff] = block
         return self.volume.memory.pfn(self.blocks[pgoff])
+
+    def create_huge(self, pgoff: int) -> Pfn | None:
+        """See the base."""
+        if self.read_only:
+            raise MmError(errno.EROFS, self.name)
+        point("xip.allocate")
+        volume = self.volume
+        first = volume.take_huge()
+        if first is None:
+            return None
+        for n in range(HUGE_PAGES):
+            volume.host.write(volume.memory.pfn(first + n), 0, bytes(PAGE_SIZE))
+            self.blocks[pgoff + n] = first + n
+        return volume.memory.pfn(first)
 
     def _found_meanwhile(self, pgoff: int) -> bool:
         """Somebody else has allocated the block since it was looked up."""
