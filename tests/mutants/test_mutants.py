@@ -99,7 +99,7 @@ ONLY = {
     "I8": ("engine-writes-unnoticed", "an-engine-s-page-is-swapped-twice"),
     "I9": ("use-not-passed-on", "fault-against-swapout"),
     "I10": ("flush-at-the-end", "fault-against-munmap"),
-    "I11": ("copy-without-a-flush", "cow-under-host-threads"),
+    "I11": ("copy-flushed-when-the-old-page-goes", "cow-under-host-threads"),
     "I12": ("dirty-log-flushed-when-it-is-out", "the-dirty-log-is-read"),
     "I13": ("mirror-goes-while-it-faults", "a-mirror-is-closed"),
     "I15": ("interval-number-not-set-by-who-only-looks", "a-snapshot-is-taken"),

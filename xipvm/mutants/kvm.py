@@ -66,7 +66,8 @@ def same_entry_taken_for_no_change() -> Iterator[None]:
 
     def same(self: KvmBase, slot: Memslot, gfn: int, page: GupPage, seq: int) -> None:
         entry = self.mm.pgd.pte((slot.hva >> PAGE_SHIFT) + gfn - slot.gfn)
-        if entry & PRESENT and pte_pfn(entry) == page.pfn and (entry & WRITE or not page.writable):
+        unchanged = entry & PRESENT and pte_pfn(entry) == page.pfn and (entry & WRITE or not page.writable)
+        if unchanged and not self.released:
             seq = self.mmu_invalidate_seq
         install(self, slot, gfn, page, seq)
 

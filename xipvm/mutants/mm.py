@@ -82,6 +82,28 @@ def copy_without_a_flush() -> Iterator[None]:
             yield
 
 
+@mutant("copy-flushed-when-the-old-page-goes", "M30 (late)", "I11")
+def copy_flushed_when_the_old_page_goes() -> Iterator[None]:
+    """Copy on write leaves the flush to when the old page is let go of: until then some read that."""
+    flush, put = Mm.flush_tlb_range, Mm.put_frame
+    late: list[tuple[Mm, int, int]] = []
+    with inside(cow, "wp_page_copy") as copying:
+
+        def flush_later(self: Mm, start: int, end: int) -> None:
+            if copying():
+                late.append((self, start, end))
+            else:
+                flush(self, start, end)
+
+        def flush_first(self: Mm, pfn: int) -> None:
+            while late:
+                flush(*late.pop())
+            put(self, pfn)
+
+        with replaced(Mm, "flush_tlb_range", flush_later), replaced(Mm, "put_frame", flush_first):
+            yield
+
+
 @mutant("shared-page-reused", "M35", "AssertionError", "InternalError")
 def shared_page_reused() -> Iterator[None]:
     """A write to a page that others share makes it writable where it is."""
