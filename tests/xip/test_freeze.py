@@ -157,7 +157,7 @@ def test_a_store_to_a_block_goes_on_where_nobody_could_see_it(world: World, dirt
         if world.protocol == "2008":
             store()
         else:
-            with pytest.raises(XipvmError, match="sb_pagefaults .* is frozen"):
+            with pytest.raises(XipvmError, match=r"sb_pagefaults .* is frozen"):
                 store()
     held = b"guest" if world.protocol == "2008" else b"first" if dirty else b"block"
     assert world.read(BLOCK, 5) == held

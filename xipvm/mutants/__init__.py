@@ -2,6 +2,7 @@
 
 from xipvm.mutants import cpu as _cpu
 from xipvm.mutants import dmirror as _dmirror
+from xipvm.mutants import freeze as _freeze
 from xipvm.mutants import gru as _gru
 from xipvm.mutants import intervals as _intervals
 from xipvm.mutants import kvm as _kvm
@@ -22,6 +23,7 @@ __all__ = ["MUTANTS", "Mutant", "get", "planted"]
 del (
     _cpu,
     _dmirror,
+    _freeze,
     _gru,
     _intervals,
     _kvm,

@@ -229,10 +229,12 @@ class XipFile(AddressSpace):
         """
         with area.mm.mmap_lock.read, self.invalidate_lock.read:
             result = self._fault(area, pgoff, write)
-        if result == _RETRY:
-            self.sb.pagefaults.wait()
-            result = _NOPAGE
-        return 0, result
+        return 0, self._thawed() if result == _RETRY else result
+
+    def _thawed(self) -> VmFault:
+        """Waits until the file system is not frozen: the fault has to look again."""
+        self.sb.pagefaults.wait()
+        return _NOPAGE
 
     def _fault(self, area: Vma, pgoff: int, write: bool) -> VmFault:
         inode = self.inode

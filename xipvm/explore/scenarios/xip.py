@@ -221,6 +221,46 @@ def hole_of_a_file_system_that_turns_read_only(scene: Scene) -> None:
 
 
 @scenario
+def file_system_frozen_while_it_is_in_use(scene: Scene) -> None:
+    """A file is appended to and stored to through a mapping, while somebody freezes its file system and looks at it.
+
+    He sees no write half done, and nothing that changes; but stores of 2008 to blocks that are there.
+    """
+    file, volume = make_file(scene, 2)
+    mm = scene.mm()
+    hva = mm.mmap(2 * PAGE_SIZE, RW, MAP_SHARED, file=file)
+    mm.write(hva, b"old data")
+    vcpu = scene.vcpu(scene.kvm(mm, hva, pages=2, gfn=GFN))
+
+    def state() -> tuple[int, set[int], bytes]:
+        size, pages = file.size, {page for page in range(4) if file.inode.find(page) is not None}
+        return size, pages, b"" if scene.protocol == "2008" else OpenFile(file).get(size)
+
+    def look() -> None:
+        volume.sb.freeze()
+        size, pages, data = state()
+        if any(page * PAGE_SIZE >= size for page in pages):
+            raise AssertionError("a write is half done while the file system is frozen")
+        point("scenario.frozen")
+        if state() != (size, pages, data):
+            raise AssertionError("the file system changes while it is frozen")
+        volume.sb.thaw()
+
+    def store() -> None:
+        vcpu.store(GFN, DATA)
+        vcpu.store(GFN + 1, DATA)
+
+    def all_there() -> None:
+        if OpenFile(file).get(3 * PAGE_SIZE)[::PAGE_SIZE] != DATA[:1] * 3:
+            raise AssertionError("something that was stored is not there")
+
+    scene.actor("writer", _write, file, DATA, 2 * PAGE_SIZE)
+    scene.actor("vcpu0", store)
+    scene.actor("freezer", look)
+    scene.afterwards(all_there)
+
+
+@scenario
 def blocks_that_cannot_be_read(scene: Scene) -> None:
     """The device fails under a mapping: whoever touches more of it than is there gets SIGBUS."""
     file, _ = make_file(scene)
