@@ -11,7 +11,7 @@ A file that is mapped (``PATH@ADDRESS``) is memory of the guest, page by page as
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from xipvm.address import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE, Gfn, page_up
 from xipvm.errors import BadInput, MmError, XipImageError
@@ -24,7 +24,7 @@ from xipvm.xip.open_file import OpenFile
 from xipvm.xip.volume import Volume, open_volume
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from xipvm.image_option import FileMapping, ImageChoice
     from xipvm.loader.place import Placement
@@ -36,6 +36,34 @@ FIRST_SLOT = 1 << 10
 """Memslots of lower numbers are flash's and RAM's."""
 _LARGEST_GUEST = 1 << 30
 _ALL = PROT_READ | PROT_WRITE | PROT_EXEC
+_ZERO = bytes(PAGE_SIZE)
+
+
+class MappedFile(NamedTuple):
+    """A memslot: guest physical bytes ``[start, end)``, which the host process has at ``hva``."""
+
+    start: int
+    end: int
+    hva: int
+    file: XipFile | None
+    """What is mapped there; None for pages that were copied."""
+    pgoff: int
+    """The page of ``file`` that is the first one."""
+    shared: bool
+    """The guest's stores are the file's."""
+
+    @property
+    def pages(self) -> int:
+        """How many there are."""
+        return (self.end - self.start) >> PAGE_SHIFT
+
+    @property
+    def solid(self) -> bool:
+        """No store needs a block of the file system: the file gets none of them, or has no holes."""
+        if self.file is None or not self.shared:
+            return True
+        inode = self.file.inode
+        return all(inode.find(self.pgoff + page) is not None for page in range(self.pages))
 
 
 def open_guest(choice: ImageChoice, guest: str) -> ElfImage:
@@ -73,7 +101,7 @@ class ImageMemory:
         read_only = choice.readonly or not any(mapping.shared for mapping in mappings)
         self.volume: Volume = open_volume(host, choice.path, read_only=read_only, snapshot=choice.snapshot)
         self.in_place = self.copied = 0
-        self._slots: list[tuple[int, int, int]] = []
+        self.slots: list[MappedFile] = []
 
     def close(self) -> None:
         """Put the image away; nothing maps it any more."""
@@ -102,10 +130,25 @@ class ImageMemory:
 
     def read(self, mm: Mm, gpa: int, size: int) -> bytes | None:
         """Bytes at ``gpa`` as the guest reads them, None where this is not all of that memory."""
-        for first, end, hva in self._slots:
-            if first <= gpa and gpa + size <= end:
-                return mm.read(hva + gpa - first, size)
+        for slot in self.slots:
+            if slot.start <= gpa and gpa + size <= slot.end:
+                return mm.read(slot.hva + gpa - slot.start, size)
         return None
+
+    def contents(self, mm: Mm) -> Iterator[tuple[int, bytes]]:
+        """(gpa, bytes) of every page that is not all zero. What nobody has mapped is read, and stays unmapped."""
+        for slot in self.slots:
+            for page in range(slot.pages):
+                content = self._page(mm, slot, page)
+                if content != _ZERO:
+                    yield slot.start + (page << PAGE_SHIFT), content
+
+    def _page(self, mm: Mm, slot: MappedFile, page: int) -> bytes:
+        hva = slot.hva + (page << PAGE_SHIFT)
+        if mm.pgd.pte(hva >> PAGE_SHIFT):
+            return mm.read(hva, PAGE_SIZE)
+        pfn = None if slot.file is None else slot.file.inode.find(slot.pgoff + page)
+        return _ZERO if pfn is None else self.host.read(pfn, 0, PAGE_SIZE)
 
     def _map_guest(self, mm: Mm, secondary: GuestMmu, file: XipFile, placement: Placement) -> None:
         wanted: dict[int, int | None] = {}
@@ -129,6 +172,7 @@ class ImageMemory:
                 continue
             pgoff = wanted[at]
             size = (run - at) << PAGE_SHIFT
+            mapped = None if pgoff is None else file
             if pgoff is None:
                 hva = mm.mmap(size, _ALL, MAP_PRIVATE | MAP_ANONYMOUS)
                 for piece in placement.pieces:
@@ -140,7 +184,7 @@ class ImageMemory:
             else:
                 hva = mm.mmap(size, _ALL, MAP_PRIVATE, file=file, pgoff=pgoff)
                 self.in_place += run - at
-            self._add_slot(secondary, at, run - at, hva)
+            self._add_slot(secondary, at, run - at, hva, mapped, pgoff or 0)
             at = run
 
     def _map_file(
@@ -153,16 +197,28 @@ class ImageMemory:
         limit = GFN_LIMIT << PAGE_SHIFT
         if mapping.address + size > limit:
             raise BadInput(f"{mapping.path} cannot be at {mapping.address:#x}: guest memory ends at {limit:#x}")
-        own = [(first, end, "another file of the image") for first, end, _ in self._slots]
+        own = [(slot.start, slot.end, "another file of the image") for slot in self.slots]
         for first, end, what in [*taken, *own]:
             if first < mapping.address + size and mapping.address < end:
                 raise BadInput(f"{mapping.path} cannot be at {mapping.address:#x}: {what} is at {first:#x} to {end:#x}")
         hva = mm.mmap(size, _ALL, MAP_SHARED if mapping.shared else MAP_PRIVATE, file=file)
-        self._add_slot(secondary, mapping.address >> PAGE_SHIFT, size >> PAGE_SHIFT, hva)
+        gfn = mapping.address >> PAGE_SHIFT
+        self._add_slot(secondary, gfn, size >> PAGE_SHIFT, hva, file, shared=mapping.shared)
 
-    def _add_slot(self, secondary: GuestMmu, gfn: int, pages: int, hva: int) -> None:
-        secondary.set_memslot(FIRST_SLOT + len(self._slots), Gfn(gfn), pages, hva, 0)
-        self._slots.append((gfn << PAGE_SHIFT, (gfn + pages) << PAGE_SHIFT, hva & PAGE_MASK))
+    def _add_slot(
+        self,
+        secondary: GuestMmu,
+        gfn: int,
+        pages: int,
+        hva: int,
+        file: XipFile | None,
+        pgoff: int = 0,
+        *,
+        shared: bool = False,
+    ) -> None:
+        secondary.set_memslot(FIRST_SLOT + len(self.slots), Gfn(gfn), pages, hva, 0)
+        start, end = gfn << PAGE_SHIFT, (gfn + pages) << PAGE_SHIFT
+        self.slots.append(MappedFile(start, end, hva & PAGE_MASK, file, pgoff, shared))
 
 
 def _continues(wanted: dict[int, int | None], first: int, page: int) -> bool:

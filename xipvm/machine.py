@@ -148,6 +148,9 @@ class Machine:
         if storm is not None:
             check_storm(clock=clock, dirty_log=dirty_log, pin_sptes=pin_sptes, hugetlb=hugetlb)
         choice = parse_image(image) if isinstance(image, str) else image
+        mappings = [parse_mapping(text) if isinstance(text, str) else text for text in map_files]
+        if mappings and choice is None:
+            raise BadInput("files are mapped out of an image, and none is named")
         elf = None if guest is None else open_elf(guest, choice)
         if board is None:
             if elf is None:
@@ -167,9 +170,6 @@ class Machine:
         self.ram_alias = None if ram_alias is None else check_alias(ram_alias, self.board, self.memory_size)
         self.image = elf
         self.placement: Placement | None = None if elf is None else place(elf, self.board, self.memory_size)
-        mappings = [parse_mapping(text) if isinstance(text, str) else text for text in map_files]
-        if mappings and choice is None:
-            raise BadInput("files are mapped out of an image, and none is named")
         self._choice, self._mappings = choice, mappings
         self._image_guest = None if choice is None or guest is None else os.fspath(guest)
         self.image_memory: ImageMemory | None = None

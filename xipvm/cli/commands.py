@@ -90,6 +90,18 @@ _thp = click.option(
     default="madvise",
     help="Transparent huge pages: with 'always' RAM is backed by pages of 2 MiB as far as there are any.",
 )
+_image = click.option(
+    "--image",
+    metavar="FILE[,snapshot=on][,readonly=on]",
+    help="A file system (ext2, romfs): GUEST is the path of a file in it, executed in place; see 'xipvm xip'.",
+)
+_map_files = click.option(
+    "--map",
+    "map_files",
+    multiple=True,
+    metavar="PATH@ADDRESS[,shared=on]",
+    help="With --image: another of its files is guest memory at ADDRESS, such as 0x60000000. May be repeated.",
+)
 
 
 class OutputClosedError(Exception):
@@ -193,18 +205,8 @@ def cli() -> None:
     metavar="NAME=BASE,SIZE[,path=SOCKET][,readonly=on][,timeout=S]",
     help="Let other processes use SIZE bytes of RAM from BASE on while the guest runs; see 'xipvm attach'.",
 )
-@click.option(
-    "--image",
-    metavar="FILE[,snapshot=on][,readonly=on]",
-    help="A file system (ext2, romfs): GUEST is the path of a file in it, executed in place; see 'xipvm xip'.",
-)
-@click.option(
-    "--map",
-    "map_files",
-    multiple=True,
-    metavar="PATH@ADDRESS[,shared=on]",
-    help="With --image: another of its files is guest memory at ADDRESS, such as 0x60000000. May be repeated.",
-)
+@_image
+@_map_files
 @click.option("--quiet", is_flag=True, help="No summary on stderr.")
 def run(**options: Any) -> int:
     """Run GUEST, an ELF file, in place. Without GUEST the machine starts from the flash images.
@@ -264,16 +266,19 @@ def attach(
 @_host_memory
 @_swap
 @_thp
+@_image
+@_map_files
 @click.option("--seeds", type=click.IntRange(min=1), default=20, metavar="N", help="How many storms; 20.")
 @click.option("--first", type=click.IntRange(min=0), default=1, metavar="SEED", help="The seed of the first; 1.")
 @click.option("--rate", type=int, default=10, metavar="N", help="Operations in a million instructions, about; 10.")
 @click.option("--ops", metavar="NAME+NAME...", help="Only these operations; docs/storm.md has the list.")
 @click.option("--jobs", type=click.IntRange(min=1), default=1, metavar="N", help="Runs at a time; 1.")
 def storm(**options: Any) -> int:
-    """Run GUEST once calmly, then under storms, and compare console, exit, instructions, RAM and flash.
+    """Run GUEST once calmly, then under storms, and compare console, exit, instructions, RAM, flash and image files.
 
     A storm does random things to the host's memory that must not change what the guest computes: pages are swapped,
-    moved, merged, split, protected, forked. The exit status is 0 when no run differs from the calm one, else 1.
+    moved, merged, split, protected, forked. Nothing is written to images. The exit status is 0 when no run differs from
+    the calm one, else 1.
     """
     from xipvm.cli.storm import storm_guest
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from xipvm.cli.run import read_input
 from xipvm.devices.flash.files import parse_option
 from xipvm.errors import BadInput
+from xipvm.image_option import parse_image
 from xipvm.mmu.swap_file import parse_swap
 from xipvm.storm import Storm
 from xipvm.storm.check import Job, Outcome, difference, run_once, stormy_limit
@@ -40,6 +41,8 @@ def storm_guest(
     thp: str,
     host_memory: int | None,
     swap: str | None,
+    image: str | None,
+    map_files: tuple[str, ...],
     seeds: int,
     first: int,
     rate: int,
@@ -68,6 +71,8 @@ def storm_guest(
         swap,
         secondary,
         devices,
+        None if image is None else parse_image(image),
+        map_files,
     )
     calm = run_once(job)
     if calm.reason == "interrupted":
@@ -91,7 +96,7 @@ def storm_guest(
         print(f"seed {seed}: {what}")
     if differing:
         setting = f"{differing[0][0]},rate={rate}" + ("" if ops is None else f",ops={ops}")
-        print(f"replay: {_command(setting, job, flash, input_file)}")
+        print(f"replay: {_command(setting, job, flash, input_file, image)}")
     print(f"{done} seeds, {len(differing)} differ; {operations} operations, {invalidations} invalidations")
     if interrupted:
         return 128 + signal.SIGINT
@@ -147,8 +152,8 @@ def _progress(seeds: int) -> Iterator[Callable[[int], None]]:
         yield lambda differing: progress.update(bar, advance=1, differ=differing)
 
 
-def _command(setting: str, job: Job, flash: tuple[str, ...], input_file: str | None) -> str:
-    """The command line that runs one storm again. Flash is not written back here, either."""
+def _command(setting: str, job: Job, flash: tuple[str, ...], input_file: str | None, image: str | None) -> str:
+    """The command line that runs one storm again. Flash and image are not written back here, either."""
     words = ["xipvm", "run", "--storm", setting]
     options = {
         "--board": job.board,
@@ -171,6 +176,11 @@ def _command(setting: str, job: Job, flash: tuple[str, ...], input_file: str | N
     for text in flash:
         option = parse_option(text)
         words += ["--flash", text if option.snapshot or option.readonly else f"{text},snapshot=on"]
+    if image is not None:
+        choice = parse_image(image)
+        words += ["--image", image if choice.snapshot or choice.readonly else f"{image},snapshot=on"]
+    for text in job.map_files:
+        words += ["--map", text]
     return shlex.join([*words, *filter(None, [job.guest])])
 
 

@@ -1,20 +1,21 @@
 """Does a storm show? A guest's calm run, and what differs from it in a stormy one.
 
-Equal must be: how the run ended, what the console printed, how many instructions ran, and what RAM and flash hold at
-the end. Memory is compared by content, as a host process reads it: pages that were never touched are zero. Besides,
-what every secondary MMU translates then has to be what the host has.
+Equal must be: how the run ended, what the console printed, how many instructions ran, and what RAM, flash and the files
+of an image hold at the end. Memory is compared by content, as a host process reads it: pages that were never touched
+are zero. Besides, what every secondary MMU translates then has to be what the host has.
 """
 
 from __future__ import annotations
 
 import io
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from xipvm.address import PAGE_SHIFT, PAGE_SIZE
 from xipvm.console import Console
 from xipvm.devices.flash.files import ImageOption
 from xipvm.errors import BadInput, InternalError
+from xipvm.image_option import ImageChoice
 from xipvm.machine import Machine
 from xipvm.mmu.secondary import at_rest
 from xipvm.result import RunResult
@@ -28,7 +29,7 @@ _SPARE_INSTRUCTIONS = 1_000_000
 
 @dataclass(frozen=True)
 class Job:
-    """What runs: a guest and its machine's options, as :class:`Machine` takes them. Flash is never written back."""
+    """What runs: a guest and its machine's options, as :class:`Machine` takes them. Nothing is written to images."""
 
     guest: str | None
     board: str | None = None
@@ -44,6 +45,8 @@ class Job:
     swap: str | None = None
     secondary: str = "kvm"
     devices: tuple[str, ...] = ()
+    image: ImageChoice | None = None
+    map_files: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,8 @@ class Outcome:
     """Pages by guest physical address, those that are not all zero."""
     flash: Mapping[int, bytes]
     """Pages by guest physical address, those that are not erased."""
+    files: Mapping[int, bytes]
+    """Likewise of the files of an image that are guest memory, those that are not all zero."""
     invalidations: int = 0
     operations: int = 0
     done: Mapping[str, int] = field(default_factory=dict)
@@ -85,6 +90,8 @@ def run_once(job: Job, storm: Storm | None = None, *, limit: int | None = None) 
         host_memory=job.host_memory,
         swap=job.swap,
         storm=storm,
+        image=None if job.image is None else replace(job.image, snapshot=True),
+        map_files=job.map_files,
     ) as machine:
         try:
             result = machine.run(max_instructions=min(limits, default=None), until=job.until)
@@ -92,21 +99,24 @@ def run_once(job: Job, storm: Storm | None = None, *, limit: int | None = None) 
                 what = at_rest.difference(mmu)
                 if what:
                     raise InternalError(what)
-            ram, flash = _ram(machine), _flash(machine)
+            memory = _ram(machine), _flash(machine), _files(machine)
             if storm is not None:
                 storm.end()
-            return _outcome(result, output.getvalue(), ram, flash, storm)
+            return _outcome(result, output.getvalue(), memory, storm)
         except BadInput:
             raise
         except Exception as error:  # whatever the model does not stand counts as a difference
             summary, what = machine.summary(), f"{type(error).__name__}: {error}"
             return Outcome(
-                "error", 1, output.getvalue(), summary.instructions or 0, {}, {}, summary.invalidations, error=what
+                "error", 1, output.getvalue(), summary.instructions or 0, {}, {}, {}, summary.invalidations, error=what
             )
 
 
 def _outcome(
-    result: RunResult, output: bytes, ram: dict[int, bytes], flash: dict[int, bytes], storm: Storm | None
+    result: RunResult,
+    output: bytes,
+    memory: tuple[dict[int, bytes], dict[int, bytes], dict[int, bytes]],
+    storm: Storm | None,
 ) -> Outcome:
     summary = result.summary
     return Outcome(
@@ -114,8 +124,7 @@ def _outcome(
         result.status,
         output,
         summary.instructions or 0,
-        ram,
-        flash,
+        *memory,
         summary.invalidations,
         0 if storm is None else storm.operations,
         {} if storm is None else dict(storm.done),
@@ -141,6 +150,10 @@ def _flash(machine: Machine) -> dict[int, bytes]:
     return found
 
 
+def _files(machine: Machine) -> dict[int, bytes]:
+    return {} if machine.image_memory is None else dict(machine.image_memory.contents(machine.mm))
+
+
 def stormy_limit(calm: Outcome) -> int:
     """How many instructions a stormy run may take."""
     return calm.instructions + _SPARE_INSTRUCTIONS
@@ -156,8 +169,10 @@ def difference(calm: Outcome, stormy: Outcome) -> str:
         return f"console differs at byte {at}: {calm.output[at : at + 40]!r} became {stormy.output[at : at + 40]!r}"
     if calm.instructions != stormy.instructions:
         return f"runs {stormy.instructions} instructions, not {calm.instructions}"
-    return _memory_difference("RAM", calm.ram, stormy.ram, _ZERO) or _memory_difference(
-        "flash", calm.flash, stormy.flash, _ERASED
+    return (
+        _memory_difference("RAM", calm.ram, stormy.ram, _ZERO)
+        or _memory_difference("flash", calm.flash, stormy.flash, _ERASED)
+        or _memory_difference("what is mapped of the image", calm.files, stormy.files, _ZERO)
     )
 
 

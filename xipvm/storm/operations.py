@@ -43,11 +43,12 @@ from xipvm.mmu.secondary.memslot import GFN_LIMIT, MEM_LOG_DIRTY_PAGES, MEM_READ
 from xipvm.mmu.uffd_wp import UFFD_FEATURE_WP_ASYNC
 from xipvm.mmu.userfaultfd import UFFDIO_REGISTER_MODE_WP, UFFDIO_WRITEPROTECT_MODE_WP
 from xipvm.mmu.vma import PROT_EXEC, PROT_READ, PROT_WRITE
+from xipvm.mmu.zap import unmap_mapping_range
 from xipvm.notifier import RangeEvent
 from xipvm.storm.world import MAX_CHILDREN, MAX_HELD, Child, World
 
 if TYPE_CHECKING:
-    from xipvm.flash_memory import FlashMemory
+    from xipvm.mmu.file import AddressSpace
 
 _RAM_PROT: Final = PROT_READ | PROT_WRITE | PROT_EXEC
 
@@ -77,8 +78,7 @@ def _advise(world: World, advice: int) -> None:
 
 
 def _everything(world: World) -> tuple[int, int]:
-    ram = world.machine.ram
-    return ram, ram + world.machine.memory_size
+    return world.ram.hva, world.ram.end
 
 
 @contextmanager
@@ -217,7 +217,7 @@ def _hold(world: World) -> None:
     if not frames:
         raise MmError(errno.ENOENT, "nothing is mapped there")
     pfn = frames[world.choose(len(frames), "frame")]
-    world.host.get(pfn)
+    world.host.pin(pfn)
     world.held.append(pfn)
     if len(world.held) > MAX_HELD:
         _unhold(world)
@@ -227,7 +227,7 @@ def _hold(world: World) -> None:
 def _unhold(world: World) -> None:
     if not world.held:
         raise MmError(errno.ENOENT, "no frame is held")
-    world.mm.put_frame(world.held.pop(world.choose(len(world.held), "held")))
+    world.mm.unpin_frame(world.held.pop(world.choose(len(world.held), "held")))
 
 
 # ---- rights, and what was written
@@ -325,19 +325,40 @@ def _range_all(world: World) -> None:
         point("storm.range")
 
 
+class _InPlace(NamedTuple):
+    """``pages`` pages of device memory from ``first`` of ``file`` on, which the guest has at ``gpa``."""
+
+    file: AddressSpace
+    first: int
+    pages: int
+    gpa: int
+
+
+def _in_place(world: World) -> list[_InPlace]:
+    """The flash banks, and what the guest has of an image's files."""
+    machine, image = world.machine, world.machine.image_memory
+    banks = [_InPlace(memory.file, 0, memory.file.pages, memory.bank.base) for memory in machine.flash]
+    slots = [] if image is None else image.slots
+    return banks + [_InPlace(slot.file, slot.pgoff, slot.pages, slot.start) for slot in slots if slot.file is not None]
+
+
 @_operation("flash", 24)
 def _flash(world: World) -> None:
-    """The pages of a flash bank are unmapped from everybody, and fault back in."""
-    banks = world.machine.flash
-    bank: FlashMemory = banks[world.choose(len(banks), "bank")]
-    if world.choose(4, "all") == 0:
-        bank.file.unmap()
-        return
-    vcpu = world.machine.vcpus[world.choose(len(world.machine.vcpus), "vcpu")]
-    block = vcpu.engine.last_code
-    used = (vcpu.missed << PAGE_SHIFT, vcpu.missed << PAGE_SHIFT if block is None else block)[world.choose(2, "used")]
-    page = (used - bank.bank.base) >> PAGE_SHIFT if bank.contains(used) else world.choose(bank.file.pages, "page")
-    bank.file.unmap(page, 1 + world.choose(min(bank.file.pages - page, 16), "count"))
+    """Pages of a flash bank, or of a file in an image, are unmapped from everybody, and fault back in."""
+    places = _in_place(world)
+    if not places:
+        raise MmError(errno.ENOENT, "nothing is used in place")
+    file, first, pages, gpa = places[world.choose(len(places), "bank")]
+    page, count = 0, pages
+    if world.choose(4, "all"):
+        vcpu = world.machine.vcpus[world.choose(len(world.machine.vcpus), "vcpu")]
+        block = vcpu.engine.last_code
+        missed = vcpu.missed << PAGE_SHIFT
+        used = (missed, missed if block is None else block)[world.choose(2, "used")]
+        inside = gpa <= used < gpa + (pages << PAGE_SHIFT)
+        page = (used - gpa) >> PAGE_SHIFT if inside else world.choose(pages, "page")
+        count = 1 + world.choose(min(pages - page, 16), "count")
+    unmap_mapping_range(file, first + page, count, even_cows=False)
 
 
 # ---- accesses of the host
@@ -346,7 +367,7 @@ def _flash(world: World) -> None:
 @_operation("rewrite", 24)
 def _rewrite(world: World) -> None:
     """The host process writes what is there already."""
-    page = world.page()
+    page = world.any_page()
     size = 1 + world.choose(PAGE_SIZE, "size")
     data = world.mm.read(page, size)
     how = world.choose(3, "how")
@@ -361,7 +382,7 @@ def _rewrite(world: World) -> None:
 @_operation("thread", 32)
 def _thread(world: World) -> None:
     """A thread of the host process reads by its own TLB, and writes what it has read."""
-    at = world.page() + 8 * world.choose(PAGE_SIZE // 8, "offset")
+    at = world.any_page() + 8 * world.choose(PAGE_SIZE // 8, "offset")
     data = world.thread.load(at, 8)
     if data != world.mm.read(at, 8):
         raise InternalError(f"a host thread reads {data.hex()} at {at:#x}: its translation is stale")
@@ -466,7 +487,10 @@ def _memslot(world: World) -> None:
     kvm, slot = world.kvm, _slot(world)
     how = world.choose(3, "how")
     if how == 2:
-        kvm.set_memslot(slot.id, GFN_LIMIT - slot.pages, slot.pages, slot.hva, slot.flags)
+        away = GFN_LIMIT - slot.pages
+        if any(other.gfn + other.pages > away for other in kvm.memslots if other.id != slot.id):
+            raise MmError(errno.EBUSY, "another slot is there just now")
+        kvm.set_memslot(slot.id, away, slot.pages, slot.hva, slot.flags)
         with _away(world):
             point("storm.slot_moved")
     else:

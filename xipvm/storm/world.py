@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from xipvm.address import PAGE_SHIFT, PAGE_SIZE
 from xipvm.errors import InternalError, MmError
@@ -53,6 +53,24 @@ class Child:
                 raise InternalError(f"{self.mm.name} sees another content at {hva:#x} than its own")
 
 
+class Region(NamedTuple):
+    """Guest memory: ``size`` bytes from guest physical address ``gpa``, which the host process has at ``hva``."""
+
+    gpa: int
+    hva: int
+    size: int
+
+    @property
+    def end(self) -> int:
+        """The first host address behind it."""
+        return self.hva + self.size
+
+    def page(self, gfn: int) -> int | None:
+        """The host address of guest frame ``gfn``, None unless it is in here."""
+        offset = (gfn << PAGE_SHIFT) - self.gpa
+        return self.hva + offset if 0 <= offset < self.size else None
+
+
 class World:
     """The state of a storm. Raises what the operations on ``machine`` raise."""
 
@@ -61,6 +79,11 @@ class World:
         self.mm = machine.mm
         self.host = machine.host
         self.kvm: GuestMmu = machine.secondary
+        self.ram = Region(machine.board.ram_base, machine.ram, machine.memory_size)
+        image = machine.image_memory
+        slots = [] if image is None else image.slots
+        self.files = [Region(slot.start, slot.hva, slot.end - slot.start) for slot in slots if slot.solid]
+        """What the guest has of an image, without sparse files that it shares: those a storm would give blocks."""
         self.choose = choices.choose
         self.children: list[Child] = []
         self.held: list[int] = []
@@ -87,7 +110,7 @@ class World:
             self.monitor.close()
             self.monitor = None
         for pfn in self.held:
-            self.mm.put_frame(pfn)
+            self.mm.unpin_frame(pfn)
         self.held.clear()
         if self.devices is not None:
             self.devices.destroy()
@@ -102,15 +125,16 @@ class World:
 
     # ---- where
 
-    def _ram_page(self, gfn: int) -> int | None:
-        """The host address of guest frame ``gfn``, None unless it is RAM."""
-        offset = (gfn << PAGE_SHIFT) - self.machine.board.ram_base
-        return self.machine.ram + offset if 0 <= offset < self.machine.memory_size else None
+    def _region(self) -> Region:
+        """RAM, or now and then a file of the image."""
+        if self.files and self.choose(4, "file") == 0:
+            return self.files[self.choose(len(self.files), "which")]
+        return self.ram
 
-    def _mapped_page(self) -> int:
-        """A page of RAM that is mapped, or any when none is."""
-        first = self.machine.ram >> PAGE_SHIFT
-        count = self.machine.memory_size >> PAGE_SHIFT
+    def _mapped_page(self, region: Region) -> int:
+        """A page that is mapped, or any when none is."""
+        first = region.hva >> PAGE_SHIFT
+        count = region.size >> PAGE_SHIFT
         # Guests keep most of what they use close together: go to a place whose size is chosen, too.
         at = first + self.choose(min(count, 1 << 4 + self.choose(16, "spread")), "page")
         if self.choose(2, "end"):
@@ -123,31 +147,37 @@ class World:
 
     def page(self) -> int:
         """The host address of a page of RAM, most likely one that matters to the guest just now."""
+        return self._page_of(self.ram)
+
+    def any_page(self) -> int:
+        """Likewise, of RAM or a file of the image."""
+        return self._page_of(self._region())
+
+    def _page_of(self, region: Region) -> int:
         where = self.choose(8, "where")
         vcpu = self.machine.vcpus[self.choose(len(self.machine.vcpus), "vcpu")]
         found: int | None = None
         if where < 3:
-            found = self._ram_page(vcpu.missed)
+            found = region.page(vcpu.missed)
         elif where < 5:
             block = vcpu.engine.last_code
-            found = None if block is None else self._ram_page(block >> PAGE_SHIFT)
-        return self._mapped_page() if found is None else found
+            found = None if block is None else region.page(block >> PAGE_SHIFT)
+        return self._mapped_page(region) if found is None else found
 
     def target(self) -> tuple[int, int]:
-        """Bytes ``[start, end)`` of RAM: a page, or some around it."""
-        page = self.page()
+        """Bytes ``[start, end)`` of RAM, or of a file of the image: a page, or some around it."""
+        region = self._region()
+        page = self._page_of(region)
         if self.choose(2, "shape") == 0:
             return page, page + PAGE_SIZE
         before = self.choose(MOST_PAGES // 2, "before")
         behind = self.choose(MOST_PAGES // 2, "behind") + 1
-        ram = self.machine.ram
-        start = max(page - before * PAGE_SIZE, ram)
-        return start, min(page + behind * PAGE_SIZE, ram + self.machine.memory_size)
+        return max(page - before * PAGE_SIZE, region.hva), min(page + behind * PAGE_SIZE, region.end)
 
     def huge(self) -> tuple[int, int]:
         """The place of a huge page in RAM: bytes ``[start, end)``, with a page that matters."""
         start = self.page() & -HPAGE_SIZE
-        return max(start, self.machine.ram), min(start + HPAGE_SIZE, self.machine.ram + self.machine.memory_size)
+        return max(start, self.ram.hva), min(start + HPAGE_SIZE, self.ram.end)
 
     def area(self) -> tuple[int, int]:
         """As :meth:`target`, but within one area of the mm. Raises MmError EBUSY while the page has been moved away."""
