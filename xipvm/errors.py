@@ -23,6 +23,14 @@ class BadInput(XipvmError):
     """What the caller handed in cannot be used; nothing was changed. Exit status 2."""
 
 
+def os_reason(error: OSError | ValueError) -> str:
+    """Why the operating system refused, in its own words, which messages give unchanged: ``No such file or directory``.
+
+    A ValueError is a path that no file can have.
+    """
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
+
+
 class FileError(BadInput):
     """A file of the host cannot be used as what it was named for. ``path`` names it, ``reason`` is for a person."""
 

@@ -11,7 +11,7 @@ import fcntl
 import os
 import stat
 
-from xipvm.errors import FileError
+from xipvm.errors import FileError, os_reason
 
 
 def open_image(path: str, error: type[FileError], *, writable: bool, shared: bool) -> int:
@@ -38,21 +38,14 @@ def _open(path: str, error: type[FileError], *, writable: bool) -> int:
     try:
         # Without O_NONBLOCK a FIFO would wait here for somebody to open its other end.
         fd = os.open(path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC | os.O_NONBLOCK)
-    except FileNotFoundError:
-        raise error(path, "no such file") from None
-    except IsADirectoryError:
-        raise error(path, "is a directory") from None
     except (OSError, ValueError) as why:
-        if isinstance(why, OSError) and why.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            if not writable:
-                raise error(path, "may not be read") from None
-            raise error(path, "may not be written; snapshot=on or readonly=on only read it") from None
-        reason = why.strerror if isinstance(why, OSError) else str(why)
-        raise error(path, f"cannot be opened: {reason}") from None
+        refused = isinstance(why, OSError) and why.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
+        hint = "; snapshot=on or readonly=on only read it" if refused and writable else ""
+        raise error(path, os_reason(why) + hint) from None
     mode = os.fstat(fd).st_mode
     if not stat.S_ISREG(mode):
         os.close(fd)
-        raise error(path, "is a directory" if stat.S_ISDIR(mode) else "is not a regular file")
+        raise error(path, os.strerror(errno.EISDIR) if stat.S_ISDIR(mode) else "is not a regular file")
     return fd
 
 
@@ -63,4 +56,4 @@ def _lock(fd: int, path: str, error: type[FileError], *, shared: bool) -> None:
         hint = "" if shared else "; only runs with snapshot=on or readonly=on share an image"
         raise error(path, "in use by another run" + hint) from None
     except OSError as why:
-        raise error(path, f"cannot be locked: {why.strerror}") from None
+        raise error(path, f"cannot be locked: {os_reason(why)}") from None

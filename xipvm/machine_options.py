@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from xipvm.address import PAGE_SHIFT, PAGE_SIZE, format_size
 from xipvm.boards.board import Board
 from xipvm.devices.flash.files import ImageOption, parse_option
-from xipvm.errors import BadInput, HostMemoryError
+from xipvm.errors import BadInput, HostMemoryError, os_reason
 from xipvm.mmu.huge_pmd import HPAGE_SIZE
 from xipvm.mmu.secondary.choose import check_secondary
 from xipvm.mmu.secondary.memslot import GFN_LIMIT
@@ -113,7 +113,7 @@ def read_dtb(path: str) -> bytes:
         with open(path, "rb") as file:
             data = file.read(DTB_LIMIT + 1)
     except OSError as error:
-        raise BadInput(f"{path}: {error.strerror}") from None
+        raise BadInput(f"{path}: {os_reason(error)}") from None
     if data[:4] != b"\xd0\x0d\xfe\xed":
         raise BadInput(f"{path}: is not a device tree (DTB)")
     size = int.from_bytes(data[4:8], "big")

@@ -51,7 +51,7 @@ Call = Callable[..., Any]
             ("flash", "create", "x", "--board", "virt-arm64", "--bank", "2"),
             "x: bank=2: the board has 2 banks of 64 MiB",
         ),
-        (("flash", "pad", "/nothing", "--board", "virt-arm64"), "/nothing: no such file"),
+        (("flash", "pad", "/nothing", "--board", "virt-arm64"), "/nothing: No such file or directory"),
         (("trace", "show", "/nothing"), "/nothing: No such file or directory"),
         (("trace", "show", HELLO), f"{HELLO}: not an xipvm trace"),
         (

@@ -108,7 +108,7 @@ def test_options_reach_the_machine(xipvm: Call, machine: type[FakeMachine], tmp_
         (("/nothing", "--trace", "/x"), "/nothing: No such file or directory"),
         ((HELLO, "--trace", "/nothing/t"), "/nothing/t: No such file or directory"),
         ((HELLO, "--trace", "/dev/null"), "/dev/null: a trace is recorded into a regular file, and this is none"),
-        ((HELLO, "--flash", "/nothing"), "/nothing: no such file"),
+        ((HELLO, "--flash", "/nothing"), "/nothing: No such file or directory"),
         ((HELLO, "--dtb", "/nothing"), "/nothing: No such file or directory"),
         ((HELLO, "--memory", "1"), "virt-arm64 takes up to 64 GiB of RAM in units of 4 KiB, not 1 B"),
         ((HELLO, "--smp", "99"), "virt-arm64 has 1 to 8 CPUs, not 99"),

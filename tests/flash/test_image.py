@@ -175,19 +175,19 @@ def test_view_outside(offset, size):
 
 def test_missing_file(tmp_path):
     path = str(tmp_path / "no.img")
-    assert reason(path) == "no such file"
+    assert reason(path) == "No such file or directory"
     assert not os.path.exists(path)
 
 
 def test_directory_and_other_things_that_are_no_file(tmp_path):
-    assert reason(str(tmp_path)) == "is a directory"
-    assert reason(str(tmp_path), readonly=True) == "is a directory"
+    assert reason(str(tmp_path)) == "Is a directory"
+    assert reason(str(tmp_path), readonly=True) == "Is a directory"
     os.mkfifo(tmp_path / "fifo")
     assert reason(str(tmp_path / "fifo")) == "is not a regular file"
     assert reason(str(tmp_path / "fifo"), readonly=True) == "is not a regular file"
     assert reason("/dev/zero") == "is not a regular file"
-    assert reason(str(tmp_path / "fifo" / "x")) == "cannot be opened: Not a directory"
-    assert reason("nul\0byte") == "cannot be opened: embedded null byte"
+    assert reason(str(tmp_path / "fifo" / "x")) == "Not a directory"
+    assert reason("nul\0byte") == "embedded null byte"
 
 
 @pytest.mark.parametrize("size", [0, 1, SIZE - 1, SIZE + 1])
@@ -225,7 +225,7 @@ def test_missing_rights(open_to_all, request):
         file.write(bytes(SIZE))
     os.chmod(path, 0o444)
     request.getfixturevalue("without_rights")
-    assert reason(path) == "may not be written; snapshot=on or readonly=on only read it"
+    assert reason(path) == "Permission denied; snapshot=on or readonly=on only read it"
     FlashImage.open(path, SIZE, snapshot=True).close()
 
 
@@ -235,7 +235,7 @@ def test_unreadable(open_to_all, request):
         file.write(bytes(SIZE))
     os.chmod(path, 0)
     request.getfixturevalue("without_rights")
-    assert reason(path, readonly=True) == "may not be read"
+    assert reason(path, readonly=True) == "Permission denied"
 
 
 def test_failed_open_leaves_no_descriptor_and_no_lock(path):

@@ -14,6 +14,8 @@ import os
 import sys
 from collections.abc import Sequence
 
+from xipvm.errors import BadInput, InternalError, XipvmError, os_reason
+
 BAD_INPUT = 2
 FAILED = 1
 INTERRUPTED = 130
@@ -33,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if isinstance(error, BrokenPipeError):
             status = BROKEN_PIPE
         elif status != BAD_INPUT:
-            status = _say(f"standard output: {error.strerror}", BAD_INPUT)
+            status = _say(f"standard output: {os_reason(error)}", BAD_INPUT)
     sys.exit(status)
 
 
@@ -51,7 +53,6 @@ def _call(argv: Sequence[str] | None) -> int:
     import click
 
     from xipvm.cli.commands import OutputClosedError, cli
-    from xipvm.errors import BadInput, InternalError, XipvmError
 
     try:
         status = cli.main(args=argv, prog_name="xipvm", standalone_mode=False)
@@ -71,7 +72,7 @@ def _call(argv: Sequence[str] | None) -> int:
     except OutputClosedError:
         return BROKEN_PIPE
     except OSError as error:
-        return _say(f"{error.filename or 'standard output'}: {error.strerror or error}", BAD_INPUT)
+        return _say(f"{error.filename or 'standard output'}: {os_reason(error)}", BAD_INPUT)
     return status if isinstance(status, int) else 0
 
 

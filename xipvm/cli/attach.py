@@ -12,7 +12,7 @@ from contextlib import suppress
 from typing import Final
 
 from xipvm.address import parse_size
-from xipvm.errors import BadInput, MmError, XipvmError
+from xipvm.errors import BadInput, MmError, XipvmError, os_reason
 from xipvm.xpmem.node import NodeAttachment, OwnerGoneError, XpmemNode, only_segment
 from xipvm.xpmem.sockets import SocketLink, connect
 from xipvm.xpmem.wire import FROM_OWNER, WireError
@@ -72,7 +72,7 @@ def _data(text: str) -> bytes:
             with open(text[1:], "rb") as file:
                 return file.read()
         except OSError as error:
-            raise BadInput(f"{text[1:]}: {error.strerror}") from None
+            raise BadInput(f"{text[1:]}: {os_reason(error)}") from None
     if text.startswith("0x"):
         try:
             return bytes.fromhex(text[2:])

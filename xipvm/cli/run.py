@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from xipvm.address import format_size
 from xipvm.console import Console
 from xipvm.devices.flash.files import parse_option
-from xipvm.errors import BadInput, TraceFileError
+from xipvm.errors import BadInput, TraceFileError, os_reason
 from xipvm.image_option import ImageChoice, open_elf, parse_image
 from xipvm.machine import Machine
 from xipvm.result import RunResult
@@ -210,7 +210,7 @@ def read_input(path: str) -> bytes:
         with open(path, "rb") as file:
             script = file.read(_INPUT_LIMIT + 1)
     except OSError as error:
-        raise BadInput(f"{path}: {error.strerror}") from error
+        raise BadInput(f"{path}: {os_reason(error)}") from error
     if len(script) > _INPUT_LIMIT:
         raise BadInput(f"{path}: more than {format_size(_INPUT_LIMIT)} of console input; pipe it in instead")
     return script

@@ -103,7 +103,7 @@ def put(image: str, source: str, path: str, force: bool) -> None:
 
 def _source(path: str) -> Any:
     """``path``, or all of standard input, to be read from the beginning as often as one likes."""
-    from xipvm.errors import BadInput
+    from xipvm.errors import BadInput, os_reason
 
     if path == "-":
         spool = tempfile.TemporaryFile()  # noqa: SIM115 (the caller closes it)
@@ -113,7 +113,7 @@ def _source(path: str) -> Any:
     try:
         return open(path, "rb")
     except (OSError, ValueError) as error:
-        raise BadInput(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+        raise BadInput(f"{path}: {os_reason(error)}") from None
 
 
 def _pages_to_store(source: Any) -> Iterator[int]:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from xipvm.conform.schema import DETAIL, EXPECT, OPS, TOP, WrongError, brief, check_fields
-from xipvm.errors import BadInput
+from xipvm.errors import BadInput, os_reason
 
 
 class ScenarioError(BadInput):
@@ -78,7 +78,7 @@ def load(path: str) -> Scenario:
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise ScenarioError(path, error.strerror or str(error)) from None
+        raise ScenarioError(path, os_reason(error)) from None
     except UnicodeDecodeError:
         raise ScenarioError(path, "not a text file") from None
     except (ValueError, RecursionError) as error:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from xipvm.errors import BadInput
+from xipvm.errors import BadInput, os_reason
 from xipvm.explore.choices import Choice
 
 VERSION: Final = 1
@@ -56,7 +56,7 @@ class Counterexample:
             scratch.replace(target)
         except OSError as error:
             scratch.unlink(missing_ok=True)
-            raise BadInput(f"{target}: {error.strerror}") from error
+            raise BadInput(f"{target}: {os_reason(error)}") from error
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Counterexample:
@@ -65,7 +65,7 @@ class Counterexample:
             with open(path, encoding="utf-8") as file:
                 data = json.loads(file.read(_LIMIT))
         except OSError as error:
-            raise BadInput(f"{path}: {error.strerror}") from error
+            raise BadInput(f"{path}: {os_reason(error)}") from error
         except ValueError as error:
             raise BadInput(f"{path}: not a counterexample: {error}") from None
         if not isinstance(data, dict) or data.get("xipvm") != "counterexample":

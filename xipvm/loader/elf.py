@@ -16,7 +16,7 @@ from functools import cached_property
 from itertools import pairwise
 from typing import NamedTuple
 
-from xipvm.errors import GuestImageError
+from xipvm.errors import GuestImageError, os_reason
 
 PF_X, PF_W, PF_R = 1, 2, 4
 PT_LOAD, PT_INTERP = 1, 3
@@ -113,7 +113,7 @@ class ElfImage:
                     raise GuestImageError(name, f"is larger than {_MAX_FILE >> 30} GiB")
                 data = file.readall()
         except OSError as error:
-            raise GuestImageError(name, error.strerror or str(error)) from error
+            raise GuestImageError(name, os_reason(error)) from error
         return cls(data, name)
 
     def _error(self, reason: str) -> GuestImageError:

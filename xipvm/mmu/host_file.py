@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Final
 
 from xipvm.actors import point
 from xipvm.address import PAGE_SHIFT, PAGE_SIZE, page_up
-from xipvm.errors import BadInput, MmError
+from xipvm.errors import BadInput, MmError, os_reason
 from xipvm.mmu.file import VmFault
 from xipvm.mmu.frames import PG_DIRTY
 from xipvm.mmu.mkclean import page_mkclean
@@ -42,7 +42,7 @@ class HostFile(PageCache):
         try:
             self._fd = os.open(path, os.O_RDWR if writable else os.O_RDONLY)
         except OSError as error:
-            raise BadInput(f"{path}: {error.strerror}") from None
+            raise BadInput(f"{path}: {os_reason(error)}") from None
         super().__init__(host, trace, path, os.fstat(self._fd).st_size, writable=writable)
 
     def unmapped(self) -> None:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from xipvm.address import PAGE_SIZE, format_size, parse_size
-from xipvm.errors import SwapFileError
+from xipvm.errors import SwapFileError, os_reason
 from xipvm.file_option import split_option
 from xipvm.mmu.swap import SwapArea, temporary_file
 
@@ -78,7 +78,7 @@ def open_swap(option: SwapOption) -> SwapArea:
             os.unlink(option.path)
         os.close(fd)
         if isinstance(error, OSError):
-            raise SwapFileError(option.path, error.strerror or str(error)) from None
+            raise SwapFileError(option.path, os_reason(error)) from None
         raise
     return SwapArea(fd, pages - 1, PAGE_SIZE)
 
@@ -94,7 +94,7 @@ def _open_file(path: str, size: int | None) -> tuple[int, bool]:
                 raise
             return os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o600), True
     except OSError as error:
-        reason = error.strerror or str(error)
+        reason = os_reason(error)
         if isinstance(error, FileNotFoundError) and size is None:
             reason = f"there is no such swap file; {path},size=128M makes one, of that size"
         raise SwapFileError(path, reason) from None
@@ -108,7 +108,7 @@ def _open_temporary(size: int) -> SwapArea:
     except OSError as error:
         if fd >= 0:
             os.close(fd)
-        raise SwapFileError("temporary swap file", error.strerror or str(error)) from None
+        raise SwapFileError("temporary swap file", os_reason(error)) from None
     return SwapArea(fd, size // PAGE_SIZE)
 
 

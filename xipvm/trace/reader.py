@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any
 
-from xipvm.errors import TraceFileError
+from xipvm.errors import TraceFileError, os_reason
 from xipvm.trace.events import RUN_TYPES, Event, Kind, parse_kind
 from xipvm.trace.format import (
     END,
@@ -62,7 +62,7 @@ class TraceReader:
         try:
             self._file = open(path, "rb", buffering=0)  # noqa: SIM115 (close() closes it)
         except OSError as error:
-            raise TraceFileError(self.path, error.strerror or str(error)) from error
+            raise TraceFileError(self.path, os_reason(error)) from error
         try:
             self._begin()
         except BaseException:
@@ -190,7 +190,7 @@ class TraceReader:
         try:
             return self._file.read(size) or b""
         except OSError as error:
-            raise TraceFileError(self.path, error.strerror or str(error)) from error
+            raise TraceFileError(self.path, os_reason(error)) from error
 
     def _corrupt(self) -> TraceFileError:
         return TraceFileError(self.path, f"corrupt record at offset {self.offset}")

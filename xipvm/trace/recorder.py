@@ -24,7 +24,7 @@ from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, SupportsIndex
 
-from xipvm.errors import InternalError, TraceFileError
+from xipvm.errors import InternalError, TraceFileError, os_reason
 from xipvm.trace.events import KINDS, RUN_TYPES, Event, Kind
 from xipvm.trace.format import (
     END,
@@ -98,7 +98,7 @@ class Recorder:
                 self._begin()
         except OSError as error:
             os.close(self._fd)
-            raise TraceFileError(self.path, error.strerror or str(error)) from error
+            raise TraceFileError(self.path, os_reason(error)) from error
         except BaseException:
             os.close(self._fd)
             raise
@@ -141,7 +141,7 @@ class Recorder:
             self._fail(error)
 
     def _fail(self, cause: OSError) -> None:
-        reason = f"{cause.strerror}; it holds the run's first {self.events} events"
+        reason = f"{os_reason(cause)}; it holds the run's first {self.events} events"
         self.error = error = TraceFileError(self.path, reason)
         self._limit = 0
         if self._on_error is None:
@@ -240,7 +240,7 @@ class Recorder:
                 window.close()
             os.ftruncate(fd, self._base + self._at)
         except OSError as error:
-            raise TraceFileError(self.path, error.strerror or str(error)) from error
+            raise TraceFileError(self.path, os_reason(error)) from error
         finally:
             self._limit = self._at = 0
             os.close(fd)
@@ -268,7 +268,7 @@ def _open(path: str) -> int:
     try:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK, 0o666)
     except OSError as error:
-        raise TraceFileError(path, error.strerror or str(error)) from error
+        raise TraceFileError(path, os_reason(error)) from error
     try:
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             raise TraceFileError(path, "a trace is recorded into a regular file, and this is none")

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from xipvm.address import PAGE_MASK, PAGE_SHIFT, Pfn, page_up
-from xipvm.errors import MmError, XipImageError
+from xipvm.errors import MmError, XipImageError, os_reason
 from xipvm.image_file import close_image, open_image
 from xipvm.xip.inode import XipInode
 from xipvm.xip.memory import XipMemory
@@ -105,7 +105,7 @@ class RomfsVolume(Volume):
             self.memory = XipMemory(host, self._fd, min(page_up(size), page_up(length)), private=True)
         except OSError as error:
             close_image(self._fd)
-            raise XipImageError(path, f"cannot be mapped: {error.strerror}") from None
+            raise XipImageError(path, f"cannot be mapped: {os_reason(error)}") from None
         except BaseException:
             close_image(self._fd)
             raise

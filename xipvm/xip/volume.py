@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, NamedTuple, Self
 
-from xipvm.errors import MmError, XipImageError
+from xipvm.errors import MmError, XipImageError, os_reason
 from xipvm.xip.dax import DaxFile
 from xipvm.xip.filemap import XipFile
 from xipvm.xip.open_file import OpenFile
@@ -154,8 +154,7 @@ def open_volume(
         with open(path, "rb") as file:
             head = file.read(SUPERBLOCK_AT + 64)
     except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise XipImageError(path, str(reason).lower()) from None
+        raise XipImageError(path, os_reason(error)) from None
     if int.from_bytes(head[SUPERBLOCK_AT + 56 : SUPERBLOCK_AT + 58], "little") == MAGIC:
         return Ext2Volume(host, path, read_only=read_only, snapshot=snapshot, now=now)
     if head.startswith(ROMFS_MAGIC):

@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Final
 
-from xipvm.errors import BadInput
+from xipvm.errors import BadInput, os_reason
 from xipvm.locks.check import might_sleep
 from xipvm.xpmem.link import LinkClosedError
 from xipvm.xpmem.wire import Decoder, Kind, Message, encode
@@ -159,7 +159,7 @@ def connect(path: str) -> socket.socket:
 def _why(path: str, error: OSError) -> str:
     if isinstance(error, ConnectionRefusedError):
         return "nobody listens there any more" if _is_socket(path) else "this is no socket"
-    return error.strerror or str(error)
+    return os_reason(error)
 
 
 def listen(path: str) -> socket.socket:
@@ -177,7 +177,7 @@ def listen(path: str) -> socket.socket:
         listener.setblocking(False)
     except OSError as error:
         listener.close()
-        raise BadInput(f"{path}: {error.strerror or error}") from None
+        raise BadInput(f"{path}: {os_reason(error)}") from None
     return listener
 
 

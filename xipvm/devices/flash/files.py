@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from xipvm.address import format_size
 from xipvm.devices.flash.image import FlashImage
-from xipvm.errors import FlashImageError
+from xipvm.errors import FlashImageError, os_reason
 from xipvm.file_option import split_option
 from xipvm.image_file import close_image, open_image
 
@@ -116,7 +116,7 @@ def create(path: str, size: int, *, force: bool = False, progress: Progress | No
         raise FlashImageError(path, f"cannot be created: {error}") from None
     if os.path.lexists(target):
         if os.path.isdir(target):
-            raise FlashImageError(path, "is a directory")
+            raise FlashImageError(path, os.strerror(errno.EISDIR))
         if not force:
             raise FlashImageError(path, "exists; --force replaces it")
     with contextlib.ExitStack() as held:
@@ -198,7 +198,7 @@ def _append_erased(fd: int, length: int, size: int, progress: Progress | None) -
 
 
 def _reason(error: OSError) -> str:
-    return "more than the limit on file sizes" if error.errno == errno.EFBIG else str(error.strerror)
+    return "more than the limit on file sizes" if error.errno == errno.EFBIG else os_reason(error)
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ from types import TracebackType
 
 from xipvm.address import format_size
 from xipvm.devices.flash.mapping import Mapping, in_words, map_erased, map_file
-from xipvm.errors import FlashImageError
+from xipvm.errors import FlashImageError, os_reason
 from xipvm.image_file import close_image, open_image
 
 
@@ -53,7 +53,7 @@ class FlashImage:
         try:
             memory = map_erased(size)
         except OSError as error:
-            raise FlashImageError("erased flash", f"no room for {format_size(size)}: {error.strerror}") from None
+            raise FlashImageError("erased flash", f"no room for {format_size(size)}: {os_reason(error)}") from None
         return cls(memory, path=None, fd=-1, private=True, readonly=False)
 
     @classmethod
@@ -70,7 +70,7 @@ class FlashImage:
             try:
                 memory = map_file(fd, size, shared=not private, writable=not readonly)
             except OSError as error:
-                raise FlashImageError(path, f"cannot be mapped: {error.strerror}") from None
+                raise FlashImageError(path, f"cannot be mapped: {os_reason(error)}") from None
         except BaseException:
             close_image(fd)
             raise
@@ -124,4 +124,4 @@ def _fill_holes(fd: int, path: str, size: int) -> None:
     except OSError as error:
         # Compressing file systems make every file look sparse, and cannot allocate ahead.
         if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
-            raise FlashImageError(path, f"no room for its {format_size(size)}: {error.strerror}") from None
+            raise FlashImageError(path, f"no room for its {format_size(size)}: {os_reason(error)}") from None

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from xipvm.address import PAGE_SHIFT, Pfn, format_size
-from xipvm.errors import MmError, XipImageError
+from xipvm.errors import MmError, XipImageError, os_reason
 from xipvm.image_file import close_image, open_image
 from xipvm.xip.ext2 import layout
 from xipvm.xip.ext2.layout import BLOCK, Group, Superblock
@@ -70,7 +70,7 @@ class Ext2Image:
             try:
                 self.memory = XipMemory(host, self._fd, self.sb.blocks_count * BLOCK, private=private)
             except OSError as error:
-                raise XipImageError(path, f"cannot be mapped: {error.strerror}") from None
+                raise XipImageError(path, f"cannot be mapped: {os_reason(error)}") from None
         except BaseException:
             close_image(self._fd)
             raise
@@ -167,11 +167,13 @@ class Ext2Image:
 
     def get16(self, at: int) -> int:
         """The 16-bit number at byte ``at``."""
-        return int.from_bytes(self.bytes[at : at + 2], "little")
+        value: int = layout.U16(self.bytes, at)[0]
+        return value
 
     def get32(self, at: int) -> int:
         """The 32-bit number at byte ``at``."""
-        return int.from_bytes(self.bytes[at : at + 4], "little")
+        value: int = layout.U32(self.bytes, at)[0]
+        return value
 
     def _put16(self, at: int, value: int) -> None:
         self.bytes[at : at + 2] = value.to_bytes(2, "little")
@@ -196,16 +198,13 @@ class Ext2Image:
 
     # ---- blocks
 
-    def check_block(self, block: int, what: str) -> int:
-        """``block``, which the image says belongs to a file, if that can be. Raises MmError EUCLEAN."""
-        if not 0 < block < self.sb.blocks_count or block in self._metadata or self._in_table(block):
-            raise corrupt(f"{self.path}: {what} is block {block:#x}, which is no file's")
-        return block
-
-    def _in_table(self, block: int) -> bool:
-        group = self.groups[block // self.sb.blocks_per_group]
-        first = group.inode_table
-        return first <= block < first + self._tables[first]
+    def check_block(self, block: int, what: str, owner: str) -> int:
+        """``block``, which the image says is ``what`` of ``owner``, if that can be. Raises MmError EUCLEAN."""
+        if 0 < block < self.sb.blocks_count and block not in self._metadata:
+            table = self.groups[block // self.sb.blocks_per_group].inode_table
+            if not table <= block < table + self._tables[table]:
+                return block
+        raise corrupt(f"{self.path}: {what} of {owner} is block {block:#x}, which is no file's")
 
     def pfn(self, block: int) -> Pfn:
         """The frame of a block."""
@@ -232,7 +231,7 @@ class Ext2Image:
             if bit is not None:
                 block = number * per_group + bit
                 try:
-                    self.check_block(block, "a free block")
+                    self.check_block(block, "a free block", f"group {number}")
                 except MmError:
                     self._clear_bit(self.groups[number].block_bitmap, bit)
                     raise
