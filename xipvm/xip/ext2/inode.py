@@ -96,8 +96,9 @@ class Ext2Inode(XipInode):
     @property
     def size(self) -> int:
         """Bytes."""
-        low = self.image.get32(self.at + layout.I_SIZE)
-        return low | self.image.get32(self.at + layout.I_SIZE_HIGH) << 32 if self.is_file else low
+        mode, low, high = layout.SIZE(self.image.bytes, self.at)
+        size: int = low | high << 32 if mode & layout.S_IFMT == layout.S_IFREG else low
+        return size
 
     def set_size(self, size: int) -> None:
         """See the base."""
@@ -145,19 +146,25 @@ class Ext2Inode(XipInode):
             raise MmError(errno.ENODATA, f"page {pgoff:#x} of {self.name}")
         return self.image.pfn(block)
 
+    def find(self, pgoff: int) -> Pfn | None:
+        """See the base. EUCLEAN as above."""
+        block = self._find(_path(pgoff))
+        return Pfn(self.image.memory.first + block) if block else None
+
     def _slot(self, index: int) -> int:
         """The byte at which block number ``index`` of the inode is."""
         return self.at + layout.I_BLOCK + 4 * index
 
     def _find(self, path: tuple[int, ...]) -> int:
         """The block at the end of ``path``, 0 for a hole."""
-        image = self.image
-        block = image.get32(self._slot(path[0]))
+        image, number = self.image, layout.U32
+        data, check = image.bytes, image.check_block
+        block: int = number(data, self.at + layout.I_BLOCK + 4 * path[0])[0]
         for index in path[1:]:
             if not block:
                 return 0
-            block = image.get32(image.check_block(block, f"an indirect block of {self.name}") * BLOCK + 4 * index)
-        return image.check_block(block, f"a block of {self.name}") if block else 0
+            block = number(data, check(block, "an indirect block", self.name) * BLOCK + 4 * index)[0]
+        return check(block, "a block", self.name) if block else 0
 
     def _allocate(self, path: tuple[int, ...], pgoff: int) -> int:
         """Gives a hole a block, with the indirect blocks on the way. Raises MmError ENOSPC, EROFS."""
@@ -207,7 +214,7 @@ class Ext2Inode(XipInode):
         block = image.get32(link)
         if not block:
             return []
-        image.check_block(block, f"a block of {self.name}")
+        image.check_block(block, "a block", self.name)
         if depth == 0:
             self._unlink(link, block)
             return [image.pfn(block)]
@@ -253,7 +260,7 @@ class Ext2Inode(XipInode):
         image = self.image
         if not block:
             return
-        image.check_block(block, f"a block of {self.name}")
+        image.check_block(block, "a block", self.name)
         if depth == 0:
             yield start, block
             return

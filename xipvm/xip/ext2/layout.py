@@ -81,6 +81,12 @@ I_MODE, I_SIZE, I_ATIME, I_CTIME, I_MTIME, I_DTIME, I_LINKS, I_BLOCKS, I_FLAGS, 
 DIRENT = Struct("<IHBB")
 """inode, rec_len, name_len, file_type; the name follows."""
 
+# Readers of numbers: of a buffer, from a byte on.
+U16: Final = Struct("<H").unpack_from
+U32: Final = Struct("<I").unpack_from
+SIZE: Final = Struct(f"<H{I_SIZE - 2}xI{I_SIZE_HIGH - I_SIZE - 4}xI").unpack_from
+"""Of an inode: i_mode, i_size, i_size_high (i_dir_acl)."""
+
 
 @dataclass(frozen=True)
 class Superblock:
