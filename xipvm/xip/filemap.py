@@ -25,9 +25,10 @@ from contextlib import contextmanager
 from resource import RLIM_INFINITY
 from typing import TYPE_CHECKING, Final
 
-from xipvm.actors import point
+from xipvm.actors import hooked, point
 from xipvm.address import PAGE_SHIFT, PAGE_SIZE, join_runs, page_up
 from xipvm.errors import MmError
+from xipvm.locks import check
 from xipvm.locks.lock import RwLock
 from xipvm.locks.order import INODE_LOCK, INVALIDATE_LOCK, XIP_SPARSE
 from xipvm.mmu.file import AddressSpace, FaultResult, VmFault
@@ -216,6 +217,10 @@ class XipFile(AddressSpace):
     def mmap(self, area: Vma) -> None:
         """See the base: the file counts as read (xip_file_mmap)."""
         self.inode.accessed()
+        self.vma_open(area)
+
+    def vma_open(self, area: Vma) -> None:
+        """See the base."""
         if self.trace.on:
             self.trace.emit(
                 "xip_map", file=self.name, mm=area.mm.name, start=area.start, end=area.end, pgoff=area.pgoff
@@ -227,9 +232,22 @@ class XipFile(AddressSpace):
         NOPAGE: it is filled, or was. SIGBUS: behind the end, or the file system has an error or no room. What would
         allocate waits while the file system is frozen. Raises OutOfFrames, and MmError EDEADLK.
         """
-        with area.mm.mmap_lock.read, self.invalidate_lock.read:
+        mmap_lock = area.mm.mmap_lock
+        if _alone() and not mmap_lock.writer:
             result = self._fault(area, pgoff, write)
-        return 0, self._thawed() if result == _RETRY else result
+        else:
+            with mmap_lock.read, self.invalidate_lock.read:
+                result = self._fault(area, pgoff, write)
+        return 0, self._thawed() if result is _RETRY else result
+
+    def _fill(self, pgoff: int) -> int | None:
+        """Gives a hole its block, for a fault, which has taken its locks. None when the file system is frozen."""
+        if not self.sb.pagefaults.attempt():
+            return None
+        try:
+            return XipFile._block(self, pgoff)
+        finally:
+            self.sb.pagefaults.leave()
 
     def _thawed(self) -> VmFault:
         """Waits until the file system is not frozen: the fault has to look again."""
@@ -247,12 +265,11 @@ class XipFile(AddressSpace):
             found: int | None = inode.find(pgoff)
             point("mm.xip.looked_up")
             if found is None and self._allocates(area):
-                if not self.sb.pagefaults.attempt():
+                found = self._fill(pgoff)
+                if found is None:
                     return _RETRY
-                try:
-                    found = self._block(pgoff)
-                finally:
-                    self.sb.pagefaults.leave()
+            if _alone():
+                return self._insert(area, hva, found, write)
             with self.i_mmap.read:
                 if not self._still_there(pgoff):
                     return VmFault.SIGBUS
@@ -406,6 +423,11 @@ class XipFile(AddressSpace):
     def _check(self, call: str, pos: int, count: int) -> None:
         if min(pos, count) < 0:
             raise MmError(errno.EINVAL, f"{call}: {count} bytes at {pos:#x} of {self.name}")
+
+
+def _alone() -> bool:
+    """Nobody can come between, nor looks at locks: most faults are like that."""
+    return not hooked() and check.checker is None
 
 
 def _shows(mm: Mm, hva: int, pfn: int) -> bool:
