@@ -33,30 +33,36 @@ class Gate:
     def __enter__(self) -> None:
         if check.checker is not None:
             check.checker.before(self, "read", False)
-        actors.access(self, write=False)
+        if actors.watched:
+            actors.access(self, write=False)
         if self.shut:
             self._await_opening()
-        self._go_in()
+        self.inside += 1
+        if check.checker is not None:
+            check.checker.acquired(self, "read")
 
     def __exit__(self, *_: object) -> None:
-        self.leave()
+        if actors.watched:
+            actors.access(self, write=False)
+        if not self.inside:
+            raise InternalError(f"{self.name} is left, and nobody is inside")
+        self.inside -= 1
+        if check.checker is not None:
+            check.checker.released(self)
 
     def attempt(self) -> bool:
         """Goes in if it is open: ``leave`` it. Any order will do, as nobody waits."""
         actors.access(self, write=False)
         if self.shut:
             return False
-        self._go_in()
+        self.inside += 1
+        if check.checker is not None:
+            check.checker.acquired(self, "read")
         return True
 
     def leave(self) -> None:
         """One is inside no longer."""
-        actors.access(self, write=False)
-        if not self.inside:
-            raise InternalError(f"{self.name} is left, and nobody is inside")
-        self.inside -= 1
-        if check.checker is not None:
-            check.checker.released(self)
+        self.__exit__()
 
     def wait(self) -> None:
         """Returns when it is open: as if one went in and out at once."""
@@ -76,11 +82,6 @@ class Gate:
         """Everybody may come in again."""
         actors.access(self, write=True)
         self.shut = False
-
-    def _go_in(self) -> None:
-        self.inside += 1
-        if check.checker is not None:
-            check.checker.acquired(self, "read")
 
     def _await_opening(self) -> None:
         while self.shut:

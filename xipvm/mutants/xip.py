@@ -164,7 +164,7 @@ def fault_does_not_see_truncation() -> Iterator[None]:
     def fault(self: XipFile, area: Vma, pgoff: int, write: bool) -> FaultResult:
         with area.mm.mmap_lock.read:
             result = self._fault(area, pgoff, write)
-        return 0, self._thawed() if result == VmFault.RETRY else result
+        return 0, self._thawed() if result is VmFault.RETRY else result
 
     with (
         replaced(XipFile, "fault", fault),

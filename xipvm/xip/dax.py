@@ -27,8 +27,8 @@ truncation in it        small entries of what is left
 small entries are there small entries; nobody makes one of them (grab_mapping_entry)
 ======================  ==========================================================================================
 
-Faults hold invalidate_lock for reading, truncation for writing; those that write, and whoever makes an entry writable,
-wait while the file system is frozen. The decision what a fault maps is made with no schedule point between it and the
+Faults hold invalidate_lock for reading, truncation for writing; those that allocate, or make an entry writable, wait
+while the file system is frozen. The decision what a fault maps is made with no schedule point between it and the
 entry, or under the entry's lock.
 """
 
@@ -37,7 +37,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from xipvm import actors
 from xipvm.actors import point
@@ -61,6 +61,10 @@ if TYPE_CHECKING:
     from xipvm.xip.inode import XipInode
 
 
+_OK: Final = VmFault.OK  # attributes of enumerations are slow
+_RETRY: Final = VmFault.RETRY
+
+
 class DaxFile(XipFile):
     """``inode`` as a file. Reads, writes and their corner values are those of the base."""
 
@@ -80,25 +84,27 @@ class DaxFile(XipFile):
     def fault(self, area: Vma, pgoff: int, write: bool) -> FaultResult:
         """The block, or the zero page; a write fault of a shared area allocates (dax_iomap_fault)."""
         try:
-            if not write:
-                return self._dax_fault(pgoff, False)
-            with self.sb.pagefaults:
-                return self._dax_fault(pgoff, True)
+            found = self._dax_fault(pgoff, write)
         except MmError as error:
             if error.errno == errno.EDEADLK:
                 raise
             return 0, VmFault.OOM if error.errno == errno.ENOMEM else VmFault.SIGBUS
+        return (0, self._thawed()) if found[1] is _RETRY else found
 
     def _dax_fault(self, pgoff: int, write: bool) -> FaultResult:
         with self.invalidate_lock.read, self._grab(pgoff):
             point("dax.fault.locked")
             if pgoff >= page_up(self.size) >> PAGE_SHIFT:
                 return 0, VmFault.SIGBUS
-            pfn = super()._block(pgoff) if write else self.inode.find(pgoff)
+            pfn: int | None = self.inode.find(pgoff)
+            if pfn is None and write:
+                pfn = self._fill(pgoff)
+                if pfn is None:
+                    return 0, _RETRY
             self.entries[pgoff] = ZERO_PFN if pfn is None else pfn
             if self.trace.on:
                 self.trace.emit("dax_entry", file=self.name, pgoff=pgoff, pfn=self.entries[pgoff])
-            return self.entries[pgoff], VmFault.OK
+            return self.entries[pgoff], _OK
 
     def _block(self, pgoff: int) -> int:
         """See the base; for who does not have the entry's lock."""
