@@ -72,7 +72,7 @@ def happened(path: Path, protocol: str, form: type[XipFile], operations: list[Op
 
 
 @pytest.mark.parametrize(("protocol", "form"), [("2008", XipFile), ("modern", XipFile), ("modern", DaxFile)])
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.lists(
         st.tuples(
