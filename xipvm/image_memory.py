@@ -21,7 +21,7 @@ from xipvm.mmu.secondary.memslot import GFN_LIMIT
 from xipvm.mmu.vma import MAP_ANONYMOUS, MAP_PRIVATE, MAP_SHARED, PROT_EXEC, PROT_READ, PROT_WRITE
 from xipvm.trace.funnel import Trace
 from xipvm.xip.open_file import OpenFile
-from xipvm.xip.volume import Volume, open_volume
+from xipvm.xip.volume import Volume, naming, open_volume
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -193,6 +193,10 @@ class ImageMemory:
         file = _open(self.volume, self.host, self.trace, mapping.path, self.protocol)
         if not file.size:
             raise XipImageError(self.choice.path, f"{mapping.path} is empty: there is nothing to map")
+        if mapping.shared and not file.writable:
+            readonly = "is not written with readonly=on; leave that away, or say snapshot=on instead"
+            why = readonly if self.choice.readonly else f"is {self.volume.kind}, which is never written; map it without"
+            raise BadInput(f"{mapping.path} cannot have shared=on: {self.choice.path} {why}")
         size = page_up(file.size)
         limit = GFN_LIMIT << PAGE_SHIFT
         if mapping.address + size > limit:
@@ -228,4 +232,5 @@ def _continues(wanted: dict[int, int | None], first: int, page: int) -> bool:
 
 
 def _open(volume: Volume, host: HostMemory, trace: Trace, path: str, protocol: str = "modern") -> XipFile:
-    return volume.file(host, trace, volume.lookup(path), protocol)
+    with naming(path):
+        return volume.file(host, trace, volume.lookup(path), protocol)

@@ -69,7 +69,7 @@ def test_a_full_image_is_an_error_and_stays_whole(make_image: MakeImage, fsck: F
 def test_a_file_is_not_replaced_by_what_cannot_be(make_image: MakeImage, fsck: Fsck, tmp_path: Path) -> None:
     image = make_image({"/a": b"alpha"}, size="1M")
     for _ in range(2):
-        with pytest.raises(BadInput, match=f"^{image}: a would have .* there is room for .*ENOSPC"):
+        with pytest.raises(BadInput, match=f"^{image}: /a would have .* there is room for .*ENOSPC"):
             xip("put", image, "-", "/a", "--force", data=random.Random(2).randbytes(1 << 20))
     with pytest.raises(BadInput, match="no-such-file"):
         xip("put", image, tmp_path / "no-such-file", "/a", "--force")

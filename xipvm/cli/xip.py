@@ -36,7 +36,7 @@ def ls(image: str, path: str, as_json: bool) -> None:
     """List a directory of IMAGE, or one file."""
     from xipvm.cli.output import print_json, print_table
 
-    with _volume(image, read_only=True) as (volume, _, _):
+    with _volume(image, path, read_only=True) as (volume, _, _):
         inode = volume.lookup(path)
         found = list(volume.names(inode)) if volume.status(inode).letter == "d" else [(path, inode)]
         rows = []
@@ -59,7 +59,7 @@ def ls(image: str, path: str, as_json: bool) -> None:
 @click.argument("path")
 def cat(image: str, path: str) -> None:
     """Print a file of IMAGE."""
-    with _volume(image, read_only=True) as (volume, host, trace):
+    with _volume(image, path, read_only=True) as (volume, host, trace):
         for data in volume.read_whole(host, trace, volume.lookup(path)):
             sys.stdout.buffer.write(data)
         sys.stdout.buffer.flush()
@@ -73,8 +73,9 @@ def cat(image: str, path: str) -> None:
 def put(image: str, source: str, path: str, force: bool) -> None:
     """Copy the file SOURCE (- for standard input) to PATH in IMAGE; runs of zeros become holes."""
     from xipvm.errors import BadInput, MmError
+    from xipvm.xip.volume import naming
 
-    with _source(source) as data, _volume(image) as (volume, host, trace):
+    with _source(source) as data, _volume(image, path) as (volume, host, trace):
         try:
             inode = volume.lookup(path)
             if volume.status(inode).letter == "d":
@@ -89,11 +90,12 @@ def put(image: str, source: str, path: str, force: bool) -> None:
             if not force:
                 raise BadInput(f"{image}: {path} exists; --force replaces it")
         try:
-            file = volume.file(host, trace, inode)
-            if not new:
-                volume.check_room(_pages_to_store(data), instead_of=inode)
-                file.truncate(0)
-            _copy(data, file)
+            with naming(path):
+                file = volume.file(host, trace, inode)
+                if not new:
+                    volume.check_room(_pages_to_store(data), instead_of=inode)
+                    file.truncate(0)
+                _copy(data, file)
         except BaseException:
             if new:
                 volume.unlink(path)
@@ -154,7 +156,7 @@ def truncate(image: str, path: str, size: str) -> None:
         wanted = 0 if size == "0" else parse_size(size)
     except ValueError as error:
         raise BadInput(str(error)) from None
-    with _volume(image) as (volume, host, trace):
+    with _volume(image, path) as (volume, host, trace):
         volume.file(host, trace, volume.lookup(path)).truncate(wanted)
 
 
@@ -168,7 +170,7 @@ def map_(image: str, path: str, trace: str | None, as_json: bool) -> None:
     from xipvm.address import PAGE_SHIFT, page_up
     from xipvm.cli.output import print_json, print_table
 
-    with _volume(image, read_only=True) as (volume, host, funnel):
+    with _volume(image, path, read_only=True) as (volume, host, funnel):
         inode = volume.lookup(path)
         volume.file(host, funnel, inode)
         pages = page_up(inode.size) >> PAGE_SHIFT
@@ -220,7 +222,7 @@ def _mappers(trace: str, name: str) -> dict[int, list[str]]:
 @click.argument("path")
 def mkdir(image: str, path: str) -> None:
     """Make a directory in IMAGE."""
-    with _volume(image) as (volume, _, _):
+    with _volume(image, path) as (volume, _, _):
         volume.mkdir(path)
 
 
@@ -229,23 +231,25 @@ def mkdir(image: str, path: str) -> None:
 @click.argument("path")
 def rm(image: str, path: str) -> None:
     """Remove a file, or an empty directory, of IMAGE."""
-    with _volume(image) as (volume, _, _):
+    with _volume(image, path) as (volume, _, _):
         volume.unlink(path)
 
 
 @contextmanager
-def _volume(image: str, *, read_only: bool = False) -> Iterator[tuple[Volume, HostMemory, Trace]]:
+def _volume(image: str, path: str, *, read_only: bool = False) -> Iterator[tuple[Volume, HostMemory, Trace]]:
+    """The file system in ``image``, for what is to be done with ``path``, which complaints name. Raises BadInput."""
     from xipvm.errors import BadInput, MmError
     from xipvm.mmu.frames import HostMemory
     from xipvm.trace.funnel import Trace
-    from xipvm.xip.volume import open_volume
+    from xipvm.xip.volume import naming, open_volume
 
     host = HostMemory(1 << 20)
     try:
         with open_volume(host, image, read_only=read_only) as volume:
             if not volume.clean:
                 print(f"xipvm: {image}: was not put away properly; e2fsck -f repairs it", file=sys.stderr)
-            yield volume, host, Trace()
+            with naming(path):
+                yield volume, host, Trace()
     except MmError as error:
         raise BadInput(f"{image}: {str(error).removeprefix(f'{image}: ')}") from None
     finally:

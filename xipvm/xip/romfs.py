@@ -197,6 +197,7 @@ class RomfsVolume(Volume):
     def lookup(self, path: str, *, follow: bool = True) -> RomfsInode:
         """See the base."""
         root = self._inode(self._root)
+        root.name = "/"
         if root.header.kind != _DIRECTORY:
             raise self._corrupt("the first file is no directory")
         trail, links = [root], 0

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple, Self
 
 from xipvm.errors import MmError, XipImageError, os_reason
@@ -134,6 +136,17 @@ class Volume(ABC):
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
+
+
+@contextmanager
+def naming(path: str) -> Iterator[None]:
+    """Errors of the file at ``path`` tell all of it, where the file itself knows its last part only. Raises MmError."""
+    try:
+        yield
+    except MmError as error:
+        name = path.rstrip("/").rpartition("/")[2] or "/"
+        what = re.sub(rf"(?<!\S){re.escape(name)}(?!\S)", lambda match: path, error.what, count=1)
+        raise MmError(error.errno or errno.EIO, what) from None
 
 
 def open_volume(

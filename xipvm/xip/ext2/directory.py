@@ -75,6 +75,7 @@ def lookup(image: Ext2Image, path: str, *, follow: bool = True) -> Ext2Inode:
     Raises MmError ENOENT, ENOTDIR, ELOOP, EUCLEAN.
     """
     here = image.inode(layout.ROOT_INO)
+    here.name = "/"
     trail = [here]
     todo = path.encode(errors="surrogateescape").split(b"/")[::-1]
     links = 0

@@ -1,0 +1,85 @@
+"""What ``xipvm xip`` and ``xipvm run --image`` say of mistakes: one line, with all of the path in the image."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.run.command import guest, inside
+
+MakeImage = Callable[..., Path]
+
+
+@pytest.fixture
+def folder(make_image: MakeImage) -> Path:
+    """With ``fs.ext2``, and in it a guest, data and directories."""
+    hello = guest("hello", "arm64").read_bytes()
+    image = make_image({"/boot/hello.elf": hello, "/boot/sub/data": bytes(range(256)) * 64})
+    (image.parent / "big").write_bytes(b"big" * (3 << 20))
+    return image.parent
+
+
+def complaint(*words: str, cwd: Path) -> str:
+    """The one line that a command says which is refused."""
+    done = inside(*words, cwd=cwd)
+    assert (done.status, done.err.count("\n")) == (2, 1), done
+    return done.err.removeprefix("xipvm: ").removesuffix("\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("cat /boot/sub", "/boot/sub: EISDIR (Is a directory)"),
+        ("cat /", "/: EISDIR (Is a directory)"),
+        ("cat /boot/hello.elf/x", "/boot/hello.elf/x: ENOTDIR (Not a directory)"),
+        ("map /boot/sub", "/boot/sub: EISDIR (Is a directory)"),
+        ("truncate /boot/sub 1", "/boot/sub: EISDIR (Is a directory)"),
+        ("truncate /boot/sub/data 5T", "truncate of /boot/sub/data to 0x50000000000: EFBIG (File too large)"),
+        ("put big /boot/hello.elf/x", "/boot/hello.elf/x: ENOTDIR (Not a directory)"),
+        ("put big /no/x", "/no: ENOENT (No such file or directory)"),
+        ("put --force big /boot/sub/data", "/boot/sub/data would have 2308 blocks, and there is room for"),
+        ("rm /boot", "/boot: ENOTEMPTY (Directory not empty)"),
+        ("ls /boot/no", "/boot/no: ENOENT (No such file or directory)"),
+    ],
+)
+def test_the_whole_path_is_named(folder: Path, words: str, said: str) -> None:
+    verb, *rest = words.split()
+    options = [word for word in rest if word.startswith("--")]
+    assert complaint("xip", verb, *options, "fs.ext2", *rest[len(options) :], cwd=folder).startswith(f"fs.ext2: {said}")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("/boot/sub",), "fs.ext2: /boot/sub: EISDIR (Is a directory)"),
+        (("--map", "/boot/sub@0x60000000", "/boot/hello.elf"), "fs.ext2: /boot/sub: EISDIR (Is a directory)"),
+        (("--map", "/boot/sub/data@0x60000000",), "there is nothing to run"),
+    ],
+)  # fmt: skip
+def test_guests_and_maps_are_named_whole(folder: Path, words: tuple[str, ...], said: str) -> None:
+    assert complaint("run", "--image", "fs.ext2", *words, cwd=folder).startswith(said)
+
+
+@pytest.mark.parametrize("image", ["fs.ext2,readonly=on", "fs.ext2,readonly=on,snapshot=on"])
+def test_a_file_of_an_image_that_is_only_read_cannot_be_shared(folder: Path, image: str) -> None:
+    said = complaint(
+        "run", "--image", image, "--map", "/boot/sub/data@0x60000000,shared=on", "/boot/hello.elf", cwd=folder
+    )
+    assert said.startswith("/boot/sub/data cannot have shared=on: fs.ext2 is not written with readonly=on; ")
+    assert "snapshot=on" in said
+    private = ("--map", "/boot/sub/data@0x60000000", "/boot/hello.elf")
+    assert inside("run", "--quiet", "--image", image, *private, cwd=folder).status == 0
+
+
+@pytest.mark.skipif(shutil.which("genromfs") is None, reason="needs genromfs: apt-get install genromfs")
+def test_nor_can_one_of_a_romfs(folder: Path) -> None:
+    tree = folder / "tree"
+    subprocess.run(["genromfs", "-a", "4096", "-d", str(tree), "-f", "fs.romfs"], cwd=folder, check=True)
+    options = ("--image", "fs.romfs", "--map", "/boot/sub/data@0x60000000,shared=on", "/boot/hello.elf")
+    said = "/boot/sub/data cannot have shared=on: fs.romfs is romfs, which is never written; map it without"
+    assert complaint("run", *options, cwd=folder) == said
+    assert complaint("xip", "cat", "fs.romfs", "/", cwd=folder) == "fs.romfs: /: EISDIR (Is a directory)"
