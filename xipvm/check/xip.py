@@ -1,7 +1,7 @@
 """I16 to I18, and I5 for blocks: files that are used in place, by what their operations say.
 
 * ``xip_map`` tells which pages of a file an area shows; ``xip_sparse_page`` which frame a hole is mapped as. In a DAX
-  file that is the zero page.
+  file that is the zero page; or 2 MiB of holes are mapped at once, as what ``dax_entry_huge`` says.
 * From ``xip_allocate`` on a page is no hole. Who still maps the hole then has to lose it before ``xip_unmapped``; and
   nobody may map it again from the allocation on (I16).
 * Nobody may write to the page that stands for holes (I17): by an entry of the host, a shadow entry, or a TLB.
@@ -24,8 +24,10 @@ if TYPE_CHECKING:
     from xipvm.check.oracle import Oracle
 
 _ZERO_PFN: Final = 0
+_HUGE: Final = 1 << 7
+_HUGE_PAGES: Final = 512
 _DIRTY: Final = 1 << 6
-"""Of the flags of ``pte_set``, as WRITE is (mmu/pte.py)."""
+"""Of the flags of ``pte_set``, as WRITE and HUGE are (mmu/pte.py)."""
 
 
 class XipFiles:
@@ -38,15 +40,20 @@ class XipFiles:
         """By mm: first page, end, file and its page at the first."""
         self._filled: dict[tuple[str, int], int] = {}
         """Pages of files that have a block, and the event that gave it."""
-        self._shown: dict[tuple[str, int], tuple[str, int]] = {}
-        """Where a hole is mapped, and which."""
+        self._shown: dict[tuple[str, int], tuple[str, int, int]] = {}
+        """Where holes are mapped: by mm and first page, the file, its first page, and how many."""
+        self._zeros = range(0)
+        """The frames of the huge zero page, as far as a file has it."""
         self._free: dict[int, int] = {}
         """Blocks that are no file's, and the event that says so."""
-        self._watching = False
+        self._watching = self._watching_zeros = False
         oracle.on("xip_map", self._mapped)
         oracle.on("xip_sparse_page", self._sparse_page)
         oracle.on("xip_allocate", self._allocated)
+        oracle.on("xip_allocate_huge", self._allocated)
         oracle.on("xip_unmapped", self._unmapped)
+        oracle.on("xip_unmapped_huge", self._unmapped)
+        oracle.on("dax_entry_huge", self._huge_entry)
         oracle.on("xip_free", self._freed)
         oracle.on("xip_read", self._read)
         oracle.on("mm_fork", self._forked)
@@ -58,14 +65,17 @@ class XipFiles:
             oracle.on("pte_set", self._entry)
             oracle.on("pte_clear", self._cleared)
             oracle.on("pte_copy", self._copied)
+            oracle.on("pte_move", self._moved)
             oracle.on("pte_protect", self._protected)
             oracle.on("vma_unmap", self._area_gone)
             oracle.on("vma_remap", self._area_gone)
             oracle.on("spte_set", self._shadow)
+            oracle.on("spte_set_huge", self._shadow)
             oracle.on("tlb_insert", self._shadow)
             oracle.on("device_tlb_insert", self._shadow)
         first, end = fields["start"] >> PAGE_SHIFT, fields["end"] >> PAGE_SHIFT
-        self._areas.setdefault(fields["mm"], []).append((first, end, fields["file"], fields["pgoff"]))
+        self._area_gone(event, fields)
+        self._areas[fields["mm"]].append((first, end, fields["file"], fields["pgoff"]))
 
     def _area_gone(self, event: Event, fields: Fields) -> None:
         first, end = fields["start"] >> PAGE_SHIFT, fields["end"] >> PAGE_SHIFT
@@ -88,31 +98,52 @@ class XipFiles:
             if owner == mm and first <= page < end:
                 self._shown[fields["child"], page] = hole
 
+    def _moved(self, event: Event, fields: Fields) -> None:
+        mm, first, end = fields["mm"], fields["start"] >> PAGE_SHIFT, -(-fields["end"] >> PAGE_SHIFT)
+        by = (fields["to"] - fields["start"]) >> PAGE_SHIFT
+        places = [place for place in self._shown if place[0] == mm and first <= place[1] < end]
+        holes = [self._shown.pop(place) for place in places]
+        self._shown.update({(mm, page + by): hole for (_, page), hole in zip(places, holes, strict=True)})
+
     def _sparse_page(self, event: Event, fields: Fields) -> None:
         self._sparse = fields["pfn"]
+
+    def _huge_entry(self, event: Event, fields: Fields) -> None:
+        if not fields["hole"]:
+            return
+        if not self._watching_zeros:
+            self._watching_zeros = True
+            self._oracle.on("page_free", self._zeros_freed)
+        self._zeros = range(fields["pfn"], fields["pfn"] + fields["count"])
+
+    def _zeros_freed(self, event: Event, fields: Fields) -> None:
+        if any(first <= self._zeros.start < first + count for first, count in fields["pages"]):
+            self._zeros = range(0)
 
     # ---- I16
 
     def _entry(self, event: Event, fields: Fields) -> None:
         mm, page = fields["mm"], fields["hva"] >> PAGE_SHIFT
         self._shown.pop((mm, page), None)
-        pfn = fields["pfn"]
-        if pfn in self._free:
-            what = f"block {pfn:#x} is mapped, and is no file's since #{self._free[pfn]}"
-            self._oracle.broken("I5", what, event, hva=fields["hva"], pfn=pfn)
-        if pfn == self._sparse:
+        pfn, count = fields["pfn"], _HUGE_PAGES if fields["flags"] & _HUGE else 1
+        free = next((block for block in range(pfn, pfn + count) if block in self._free), None) if self._free else None
+        if free is not None:
+            what = f"block {free:#x} is mapped, and is no file's since #{self._free[free]}"
+            self._oracle.broken("I5", what, event, hva=fields["hva"], pfn=free)
+        if pfn == self._sparse or pfn in self._zeros:
             self._no_writer(event, "an entry", bool(fields["flags"] & (WRITE | _DIRTY)), fields["hva"])
-        if pfn not in (self._sparse, _ZERO_PFN):
+        elif pfn != _ZERO_PFN:
             return
         for start, stop, file, pgoff in self._areas.get(mm, ()):
             if start <= page < stop:
-                hole = file, pgoff + page - start
-                self._shown[mm, page] = hole
+                first = pgoff + page - start
+                self._shown[mm, page] = file, first, count
                 self._oracle.checks["I16"] += 1
-                filled = self._filled.get(hole)
+                filled = next((each for each in range(first, first + count) if (file, each) in self._filled), None)
                 if filled is not None:
-                    what = f"page {hole[1]:#x} of {file} is mapped as a hole, and has a block since #{filled}"
-                    self._oracle.broken("I16", what, event, hva=fields["hva"])
+                    since = self._filled[file, filled]
+                    what = f"page {filled:#x} of {file} is mapped as a hole, and has a block since #{since}"
+                    self._oracle.broken("I16", what, event, hva=(page + filled - first) << PAGE_SHIFT)
                 return
 
     def _cleared(self, event: Event, fields: Fields) -> None:
@@ -123,16 +154,19 @@ class XipFiles:
             del self._shown[key]
 
     def _allocated(self, event: Event, fields: Fields) -> None:
-        self._filled[fields["file"], fields["pgoff"]] = event.seq
-        self._free.pop(fields["pfn"], None)
+        file, first, pfn = fields["file"], fields["pgoff"], fields["pfn"]
+        for n in range(fields.get("count", 1)):
+            self._filled[file, first + n] = event.seq
+            self._free.pop(pfn + n, None)
 
     def _unmapped(self, event: Event, fields: Fields) -> None:
-        hole = fields["file"], fields["pgoff"]
+        file, first, count = fields["file"], fields["pgoff"], fields.get("count", 1)
         self._oracle.checks["I16"] += 1
-        for (mm, page), shown in self._shown.items():
-            if shown == hole:
-                hva = page << PAGE_SHIFT
-                what = f"page {hole[1]:#x} of {hole[0]} has a block, and {mm} still maps the hole at {hva:#x}"
+        for (mm, page), (whose, shown, many) in self._shown.items():
+            if whose == file and shown < first + count and first < shown + many:
+                hole = max(first, shown)
+                hva = (page + hole - shown) << PAGE_SHIFT
+                what = f"page {hole:#x} of {file} has a block, and {mm} still maps the hole at {hva:#x}"
                 self._oracle.broken("I16", what, event, hva=hva)
                 return
 
@@ -172,7 +206,7 @@ class XipFiles:
                 self._no_writer(event, "an entry", True, page << PAGE_SHIFT)
 
     def _shadow(self, event: Event, fields: Fields) -> None:
-        if fields["pfn"] == self._sparse:
+        if fields["pfn"] == self._sparse or fields["pfn"] in self._zeros:
             self._no_writer(event, "a secondary MMU", "w" in fields["rights"], None)
 
     def _no_writer(self, event: Event, who: str, writes: bool, hva: int | None) -> None:

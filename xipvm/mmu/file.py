@@ -133,6 +133,9 @@ class AddressSpace:
     def mmap(self, area: Vma) -> None:
         """``area`` is about to map the file. Raises MmError, having changed nothing."""
 
+    def vma_open(self, area: Vma) -> None:
+        """``area`` maps pages where it did not before, as another one did, or more of them (mremap)."""
+
     def vma_close(self, area: Vma) -> None:
         """``area``, whose entries are gone, does not map the file any more."""
 

@@ -111,6 +111,8 @@ def _expand(mm: Mm, area: Vma, end: int, new_end: int) -> bool:
     area.end = new_end
     if mm.trace.on:
         mm.trace.emit("vma_map", mm=mm.name, start=end, end=new_end, prot=area.prot, kind=area.kind)
+    if area.file is not None:
+        area.file.vma_open(area)
     merge(mm, area.start, new_end)
     return True
 
@@ -134,6 +136,8 @@ def _move(mm: Mm, addr: int, length: int, new_addr: int, new_len: int, keep: boo
     insert(mm, new)
     if mm.trace.on:
         mm.trace.emit("vma_map", mm=mm.name, start=new.start, end=new.end, prot=new.prot, kind=new.kind)
+    if new.file is not None:
+        new.file.vma_open(new)
     if length:
         start, end, event = addr, addr + length, RangeEvent.UNMAP
         if area.flags & VM_HUGETLB:

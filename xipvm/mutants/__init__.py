@@ -1,6 +1,7 @@
 """Known faults that can be put into the system by name, to show that they are found."""
 
 from xipvm.mutants import cpu as _cpu
+from xipvm.mutants import dax as _dax
 from xipvm.mutants import dmirror as _dmirror
 from xipvm.mutants import freeze as _freeze
 from xipvm.mutants import gru as _gru
@@ -22,6 +23,7 @@ from xipvm.mutants.mutant import MUTANTS, Mutant, get, planted
 __all__ = ["MUTANTS", "Mutant", "get", "planted"]
 del (
     _cpu,
+    _dax,
     _dmirror,
     _freeze,
     _gru,

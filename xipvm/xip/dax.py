@@ -50,7 +50,7 @@ from xipvm.mmu.frames import HUGE_PAGES, ZERO_PFN
 from xipvm.mmu.mkclean import pfn_mkclean_range
 from xipvm.mmu.thp import thp_of
 from xipvm.mmu.zap import unmap_mapping_range
-from xipvm.xip.filemap import XipFile
+from xipvm.xip.filemap import XipFile, alone
 from xipvm.xip.inode import HOLE
 
 if TYPE_CHECKING:
@@ -92,19 +92,25 @@ class DaxFile(XipFile):
         return (0, self._thawed()) if found[1] is _RETRY else found
 
     def _dax_fault(self, pgoff: int, write: bool) -> FaultResult:
+        if alone() and not self.huge and not self.entry_lock.held:
+            return self._fault_locked(pgoff, write)
         with self.invalidate_lock.read, self._grab(pgoff):
-            point("dax.fault.locked")
-            if pgoff >= page_up(self.size) >> PAGE_SHIFT:
-                return 0, VmFault.SIGBUS
-            pfn: int | None = self.inode.find(pgoff)
-            if pfn is None and write:
-                pfn = self._fill(pgoff)
-                if pfn is None:
-                    return 0, _RETRY
-            self.entries[pgoff] = ZERO_PFN if pfn is None else pfn
-            if self.trace.on:
-                self.trace.emit("dax_entry", file=self.name, pgoff=pgoff, pfn=self.entries[pgoff])
-            return self.entries[pgoff], _OK
+            return self._fault_locked(pgoff, write)
+
+    def _fault_locked(self, pgoff: int, write: bool) -> FaultResult:
+        point("dax.fault.locked")
+        inode = self.inode
+        if pgoff << PAGE_SHIFT >= inode.size:
+            return 0, VmFault.SIGBUS
+        pfn: int | None = inode.find(pgoff)
+        if pfn is None and write:
+            pfn = self._fill(pgoff)
+            if pfn is None:
+                return 0, _RETRY
+        self.entries[pgoff] = found = ZERO_PFN if pfn is None else pfn
+        if self.trace.on:
+            self.trace.emit("dax_entry", file=self.name, pgoff=pgoff, pfn=found)
+        return found, _OK
 
     def _block(self, pgoff: int) -> int:
         """See the base; for who does not have the entry's lock."""

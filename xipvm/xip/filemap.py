@@ -233,7 +233,7 @@ class XipFile(AddressSpace):
         allocate waits while the file system is frozen. Raises OutOfFrames, and MmError EDEADLK.
         """
         mmap_lock = area.mm.mmap_lock
-        if _alone() and not mmap_lock.writer:
+        if alone() and not mmap_lock.writer:
             result = self._fault(area, pgoff, write)
         else:
             with mmap_lock.read, self.invalidate_lock.read:
@@ -268,7 +268,7 @@ class XipFile(AddressSpace):
                 found = self._fill(pgoff)
                 if found is None:
                     return _RETRY
-            if _alone():
+            if alone():
                 return self._insert(area, hva, found, write)
             with self.i_mmap.read:
                 if not self._still_there(pgoff):
@@ -425,8 +425,8 @@ class XipFile(AddressSpace):
             raise MmError(errno.EINVAL, f"{call}: {count} bytes at {pos:#x} of {self.name}")
 
 
-def _alone() -> bool:
-    """Nobody can come between, nor looks at locks: most faults are like that."""
+def alone() -> bool:
+    """Nobody can come between, nor looks at locks: most faults are like that, and need not take any."""
     return not hooked() and check.checker is None
 
 

@@ -6,7 +6,8 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 
 from xipvm.address import PAGE_SHIFT
-from xipvm.mmu.pte import EXEC, WRITE
+from xipvm.mmu.frames import HUGE_PAGES
+from xipvm.mmu.pte import EXEC, HUGE, WRITE
 from xipvm.trace.events import Event
 
 
@@ -18,6 +19,7 @@ class Mappers:
         self._entries: dict[tuple[str, int], str] = {}
         self._slots: dict[tuple[str, int], tuple[int, int, int]] = {}
         self._shadow: dict[tuple[str, int], str] = {}
+        self._huge_shadow: dict[tuple[str, int], int] = {}
 
     def feed(self, events: Iterable[Event]) -> None:
         """Takes events, in their order."""
@@ -28,7 +30,10 @@ class Mappers:
             "pte_clear": self._clear,
             "memslot_set": self._slot,
             "memslot_delete": self._no_slot,
+            "pte_move": self._move,
+            "vma_remap": self._remap,
             "spte_set": self._shadow_set,
+            "spte_set_huge": self._shadow_set_huge,
             "spte_zap": self._shadow_zap,
         }
         for event in events:
@@ -54,6 +59,7 @@ class Mappers:
         return dict(found)
 
     def _map(self, file: str, mm: str, start: int, end: int, pgoff: int) -> None:
+        self._unmap(mm, start, end)
         self._areas.append((mm, start >> PAGE_SHIFT, end >> PAGE_SHIFT, file, pgoff))
 
     def _unmap(self, mm: str, start: int, end: int) -> None:
@@ -72,7 +78,9 @@ class Mappers:
 
     def _set(self, mm: str, hva: int, pfn: int, flags: int) -> None:
         rights = f"r{'w' if flags & WRITE else '-'}{'x' if flags & EXEC else '-'}"
-        self._entries[mm, hva >> PAGE_SHIFT] = rights
+        first = hva >> PAGE_SHIFT
+        for page in range(first, first + (HUGE_PAGES if flags & HUGE else 1)):
+            self._entries[mm, page] = rights
 
     def _clear(self, mm: str, start: int, end: int, pages: object) -> None:
         first, last = start >> PAGE_SHIFT, end >> PAGE_SHIFT
@@ -85,9 +93,26 @@ class Mappers:
     def _no_slot(self, vm: str, slot: int) -> None:
         self._slots.pop((vm, slot), None)
 
+    def _move(self, mm: str, start: int, end: int, to: int, length: int, pages: object) -> None:
+        first, last, by = start >> PAGE_SHIFT, end >> PAGE_SHIFT, (to - start) >> PAGE_SHIFT
+        places = [place for place in self._entries if place[0] == mm and first <= place[1] < last]
+        rights = [self._entries.pop(place) for place in places]
+        self._entries.update({(mm, page + by): each for (_, page), each in zip(places, rights, strict=True)})
+
+    def _remap(self, mm: str, start: int, end: int, to: int, pages: int) -> None:
+        self._unmap(mm, start, end)  # the new place is said to be mapped
+
     def _shadow_set(self, vm: str, gfn: int, pfn: int, rights: str) -> None:
         self._shadow[vm, gfn] = rights
 
+    def _shadow_set_huge(self, vm: str, gfn: int, pages: int, pfn: int, rights: str) -> None:
+        self._huge_shadow[vm, gfn] = pages
+        self._shadow.update({(vm, each): rights for each in range(gfn, gfn + pages)})
+
     def _shadow_zap(self, vm: str, start: int, end: int, pages: object) -> None:
+        for (owner, first), count in list(self._huge_shadow.items()):
+            if owner == vm and first < end and start < first + count:  # they go as a whole
+                start, end = min(start, first), max(end, first + count)
+                del self._huge_shadow[owner, first]
         for key in [key for key in self._shadow if key[0] == vm and start <= key[1] < end]:
             del self._shadow[key]

@@ -6,6 +6,7 @@ from typing import Final
 
 from xipvm.errors import BadInput
 from xipvm.explore.scenarios import (
+    dax,
     device_memory,
     dirty,
     faults,
@@ -50,6 +51,7 @@ SCENARIOS: Final[dict[str, Scenario]] = {
         shadow,
         device_memory,
         xip,
+        dax,
     )
     for each in vars(module).values()
     if isinstance(each, Scenario)
