@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ PAGES = (
     "docs/xpmem.md",
     "docs/odp.md",
     "docs/dmirror.md",
+    pytest.param("docs/xip.md", marks=pytest.mark.skipif(not shutil.which("mke2fs"), reason="needs mke2fs in PATH")),
 )
 
 
