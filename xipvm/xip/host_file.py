@@ -74,6 +74,10 @@ class HostInode(XipInode):
             self._allocate(pgoff)
         return self.memory.pfn(pgoff)
 
+    def find(self, pgoff: int) -> Pfn | None:
+        """See the base."""
+        return Pfn(self.memory.first + pgoff) if pgoff in self._blocks else None
+
     def find_huge(self, pgoff: int) -> Pfn | None:
         """See the base."""
         pages = range(pgoff, pgoff + HUGE_PAGES)
