@@ -29,7 +29,7 @@ def parse_size(text: str) -> int:
     match = _SIZE.fullmatch(text.strip())
     if match is None:
         raise ValueError(f"{text!r} is not a size; write it as 4096, 64K, 128M or 1G")
-    return int(match[1], 0) * _UNITS[match[2].lower()]
+    return int(match[1], 16 if match[1][:2].lower() == "0x" else 10) * _UNITS[match[2].lower()]
 
 
 def format_size(size: int) -> str:

@@ -65,3 +65,7 @@ def test_an_image_that_the_host_cannot_hold(xipvm: Call, tmp_path: Path) -> None
     taken = xipvm("run", "--input", os.devnull, "--host-memory", "1M", "--swap", "8M", "--max-instructions", "10", path)
     assert taken.status in (1, 124)
     assert "swap-out" in taken.err
+
+
+def test_a_size_with_a_zero_in_front_is_decimal(xipvm: Call) -> None:
+    assert xipvm("run", "--quiet", "--input", os.devnull, "--memory", "016M", HELLO).status == 0

@@ -95,10 +95,24 @@ def test_verbs_of_standard_input(tmp_path: Path) -> None:
         node.stdin.close()
         assert node.wait() == 1
         assert node.stderr.read().decode().splitlines() == [
-            "xipvm: no verb is called 'nothing'; known are info, read, dump, write, watch",
+            "xipvm: no verb is called 'nothing'; known are info, read, dump, write, watch, help, quit",
             "xipvm: 0x100000 bytes at 0x0: ram has 0x10000",
             "xipvm: No closing quotation",
         ]
+
+
+def test_the_prompt_has_help_as_the_command_has(tmp_path: Path) -> None:
+    with running(tmp_path) as owner:
+        done = subprocess.run(
+            [*XIPVM, "attach", str(owner.path)], input=b"help\n?\n", capture_output=True, env=environment(), timeout=60
+        )
+    assert (done.returncode, done.stderr) == (0, b"")
+    lines = done.stdout.decode().splitlines()
+    half = len(lines) // 2
+    assert lines[:half] == lines[half:]
+    assert [line.split()[0] for line in lines[:half]] == ["info", "read", "dump", "write", "watch", "help", "quit"]
+    documented = [line.split() for line in inside("attach", "--help", cwd=tmp_path).lines]
+    assert all(line.split() in documented for line in lines[: half - 2])
 
 
 @pytest.mark.slow
@@ -210,7 +224,9 @@ def test_with_a_real_firmware(tmp_path: Path) -> None:
         (("nowhere", "info"), "nowhere: No such file or directory"),
         (("nowhere", "shout"), "no verb is called 'shout'; known are info, read, dump, write, watch"),
         (("nowhere", "read", "0"), "read OFFSET SIZE: 1 given"),
-        (("nowhere", "read", "0", "much"), "'much' is not a size"),
+        (("nowhere", "read", "0", "much"), "'much' is not a SIZE; write it as 4096, 0x1000 or 64K"),
+        (("nowhere", "read", "there", "1"), "'there' is not an OFFSET; write it as 4096, 0x1000 or 64K"),
+        (("nowhere", "help"), "no verb is called 'help'; known are info, read, dump, write, watch"),
         (("nowhere", "write", "0", "0xabc"), "0xabc: not bytes in hexadecimal"),
         (("nowhere", "write", "0", "@none"), "none: No such file or directory"),
         (("file", "info"), "file: this is no socket"),

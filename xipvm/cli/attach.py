@@ -58,11 +58,13 @@ def _attached(node: XpmemNode, name: str, readonly: bool) -> tuple[int, NodeAtta
     return permit, node.attach(permit, 0, size), write
 
 
-def _number(text: str) -> int:
+def _number(text: str, what: str) -> int:
+    """An OFFSET or a SIZE. Raises BadInput."""
     try:
         return parse_size(text)
-    except ValueError as error:
-        raise BadInput(str(error)) from None
+    except ValueError:
+        article = "an" if what == "OFFSET" else "a"
+        raise BadInput(f"{text!r} is not {article} {what}; write it as 4096, 0x1000 or 64K") from None
 
 
 def _data(text: str) -> bytes:
@@ -81,28 +83,40 @@ def _data(text: str) -> bytes:
     return text.encode(errors="surrogateescape")
 
 
-_ARGUMENTS: Final = {
-    "info": (),
-    "read": ("OFFSET", "SIZE"),
-    "dump": ("OFFSET", "SIZE"),
-    "write": ("OFFSET", "TEXT"),
-    "watch": ("OFFSET", "SIZE"),
+_VERBS: Final = {
+    "info": ((), "what there is, and how often pages were faulted and recalled"),
+    "read": (("OFFSET", "SIZE"), "bytes, as they are, on standard output"),
+    "dump": (("OFFSET", "SIZE"), "the same, to be read by people"),
+    "write": (("OFFSET", "TEXT"), "store TEXT; 0x... are bytes in hexadecimal, @FILE those of a file"),
+    "watch": (("OFFSET", "SIZE"), "show them whenever they change, until Ctrl-C"),
+}
+"""What each needs and does."""
+_AT_THE_PROMPT: Final = {
+    "help": "these lines; so does ?",
+    "quit": "leave; so does the end of the input",
 }
 
 
-def check(words: Sequence[str]) -> None:
-    """Raises BadInput unless ``words`` are a verb and what it needs."""
+def _help() -> str:
+    does = {" ".join((verb, *needed)): what for verb, (needed, what) in _VERBS.items()} | _AT_THE_PROMPT
+    width = max(map(len, does))
+    return "".join(f"{verb:{width}}  {what}\n" for verb, what in does.items())
+
+
+def check(words: Sequence[str], *, prompt: bool = False) -> None:
+    """Raises BadInput unless ``words`` are a verb and what it needs. ``prompt``: somebody could say more than those."""
     verb, *arguments = words
-    if verb not in _ARGUMENTS:
-        raise BadInput(f"no verb is called {verb!r}; known are {', '.join(_ARGUMENTS)}")
-    needed = _ARGUMENTS[verb]
+    if verb not in _VERBS:
+        known = [*_VERBS, *(_AT_THE_PROMPT if prompt else ())]
+        raise BadInput(f"no verb is called {verb!r}; known are {', '.join(known)}")
+    needed, _ = _VERBS[verb]
     if len(arguments) != len(needed):
         raise BadInput(f"{' '.join((verb, *needed))}: {len(arguments)} given")
     for argument, name in zip(arguments, needed, strict=True):
         if name == "TEXT":
             _data(argument)
         else:
-            _number(argument)
+            _number(argument, name)
 
 
 class Session:
@@ -133,15 +147,14 @@ class Session:
             self.node.release(self.permit)
 
     def do(self, words: Sequence[str]) -> int:
-        """One verb. Raises BadInput, MmError and OwnerGoneError."""
-        check(words)
+        """One verb, which was checked. Raises BadInput, MmError and OwnerGoneError."""
         verb, *arguments = words
         if verb == "info":
             rights = "read and write" if self.write else "read only"
             print(f"{self.name}: {self.at.size:#x} bytes, {rights}")
             print(f"{self.node.faults} faults, {self.node.recalls} pages recalled, {len(self.at.table)} translated")
             return 0
-        offset = _number(arguments[0])
+        offset = _number(arguments[0], "OFFSET")
         if verb == "write":
             if not self.write:
                 raise BadInput(f"{self.name} is attached for reading only")
@@ -149,7 +162,7 @@ class Session:
             self._inside(offset, len(data))
             self.node.store(self.at, offset, data)
             return 0
-        size = _number(arguments[1])
+        size = _number(arguments[1], "SIZE")
         self._inside(offset, size)
         if verb == "watch":
             return self._watch(offset, size)
@@ -204,7 +217,7 @@ class Session:
         status = 0
         pending = b""
         if person:
-            print(f"{self.name}: {self.at.size:#x} bytes; info, read, dump, write, watch, quit")
+            print(f"{self.name}: {self.at.size:#x} bytes; {', '.join((*_VERBS, *_AT_THE_PROMPT))}")
         while True:
             while b"\n" in pending:
                 line, _, pending = pending.partition(b"\n")
@@ -236,7 +249,11 @@ class Session:
         if not words:
             return True
         try:
-            self.do(words)
+            if words in (["help"], ["?"]):
+                sys.stdout.write(_help())
+            else:
+                check(words, prompt=True)
+                self.do(words)
         except OwnerGoneError:
             raise
         except KeyboardInterrupt:
