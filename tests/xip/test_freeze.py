@@ -27,8 +27,9 @@ from xipvm.scheduler import Scheduler
 from xipvm.trace.funnel import Trace
 from xipvm.xip.ext2.layout import SUPERBLOCK_AT, VALID_FS, Superblock
 from xipvm.xip.filemap import XipFile
+from xipvm.xip.host_file import HostInode
 from xipvm.xip.open_file import OpenFile
-from xipvm.xip.volume import open_volume
+from xipvm.xip.volume import FORMS, open_volume
 
 MakeImage = Callable[..., Path]
 Fsck = Callable[[Path], str]
@@ -262,6 +263,24 @@ def test_a_file_system_that_is_only_read_has_nothing_to_freeze(tmp_path: Path) -
             with pytest.raises(MmError) as caught:
                 call()
             assert caught.value.errno == errno.EOPNOTSUPP
+    host.close()
+
+
+@pytest.mark.parametrize("form", FORMS.values())
+def test_a_plain_file_is_a_file_system_of_its_own(tmp_path: Path, form: type[XipFile]) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"old data")
+    host, trace = HostMemory(1 << 20), Trace()
+    inode = HostInode(host, str(path))
+    handle = OpenFile(form(host, trace, inode))
+    inode.sb.freeze()
+    with pytest.raises(DeadlockError, match="frozen"):
+        handle.put(b"new data")
+    assert handle.get(100) == path.read_bytes() == b"old data"
+    inode.sb.thaw()
+    handle.put(b", and more")
+    assert path.read_bytes() == b"old data, and more"
+    inode.close()
     host.close()
 
 

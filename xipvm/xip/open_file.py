@@ -19,7 +19,7 @@ class OpenFile:
     """``file``, opened with ``flags`` (``os.O_*``). ``pos`` is the file position, bytes.
 
     ``fsize`` is RLIMIT_FSIZE of the process, bytes, as ``resource.getrlimit`` has it; it may change. The process
-    ignores SIGXFSZ: it gets EFBIG.
+    ignores SIGXFSZ, and gets EFBIG; it is one of 64 bits, which has O_LARGEFILE in any case.
     """
 
     def __init__(self, file: XipFile, flags: int = os.O_RDWR, *, fsize: int = RLIM_INFINITY) -> None:
