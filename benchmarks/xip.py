@@ -16,6 +16,7 @@ from xipvm.address import PAGE_SIZE
 from xipvm.mmu.file import AddressSpace
 from xipvm.mmu.frames import HostMemory
 from xipvm.mmu.host_file import HostFile
+from xipvm.mmu.madvise import MADV_NOHUGEPAGE
 from xipvm.mmu.mm import Mm
 from xipvm.mmu.vma import MAP_PRIVATE, PROT_READ
 from xipvm.trace.funnel import Trace
@@ -60,9 +61,11 @@ def _read_cached(world: _World) -> float:
     return time.perf_counter() - began
 
 
-def _fault(world: _World, file: AddressSpace) -> float:
+def _fault(world: _World, file: AddressSpace, *, small: bool = False) -> float:
     mm, size = world.mm, _PAGES * PAGE_SIZE
     hva = mm.mmap(size, PROT_READ, MAP_PRIVATE, file=file)
+    if small:
+        mm.madvise(hva, size, MADV_NOHUGEPAGE)
     began = time.perf_counter()
     for at in range(hva, hva + size, PAGE_SIZE):
         mm.get_user_pages(at, write=False)
@@ -84,8 +87,11 @@ def xip(bench: Bench) -> Iterator[Figure]:
                 "read": (partial(_read_in_place, world), partial(_read_cached, world)),
                 "fault": (partial(_fault, world, world.in_place), partial(_fault, world, world.cached)),
             }
+            if protocol == "modern":
+                small = partial(_fault, world, world.in_place, small=True)
+                pairs["fault, no huge entries"] = small, partial(_fault, world, world.cached)
             for name, (ours, theirs) in pairs.items():
                 times = bench.rounds(ours=ours, theirs=theirs)
                 each = {who: [seconds / _PAGES * _NS for seconds in samples] for who, samples in times.items()}
-                peer = "file in the page cache" + (", faulted around" if name == "fault" else "")
+                peer = "file in the page cache" + (", faulted around" if name.startswith("fault") else "")
                 yield compare(f"{name}, {form} / page cache", each["ours"], peer, each["theirs"], unit="ns")
