@@ -7,11 +7,7 @@ board, and then runs until the guest ends it, crashes, or a limit is reached.
 idle machine jumps to its next event. vCPUs take turns by instruction quantum, so a run is a function of its
 inputs. On the ``host`` clock time is the host's and nothing is counted.
 
-**Who runs.** One vCPU at a time, on the thread that called ``run``. Events that fall due are run between
-slices; a slice never goes past the first of them.
-
-The file is long because making a machine, running it and taking it apart work on the state of one object, the turns of
-the run loop most of all; what has state of its own (firmware, power, flash, clock, vCPU) is elsewhere.
+**Who runs.** One vCPU at a time, on the thread that called ``run`` (run_loop.py).
 """
 
 from __future__ import annotations
@@ -28,19 +24,18 @@ from typing import TYPE_CHECKING
 from xipvm import boards, power
 from xipvm.address import format_size
 from xipvm.boards.board import Board, FlashBank
-from xipvm.clock import EventClock
 from xipvm.console import Console
 from xipvm.cpu import core
 from xipvm.cpu.arm64 import Arm64
 from xipvm.cpu.riscv64 import Riscv64
-from xipvm.cpu.vcpu import Leave, Vcpu
+from xipvm.cpu.vcpu import Vcpu
 from xipvm.devices.bus import Bus
 from xipvm.devices.flash.cfi01 import PflashCfi01
 from xipvm.devices.flash.files import BankBytes, ImageOption, open_banks
 from xipvm.devices.htif import Htif
 from xipvm.devices.rdma import DmaSpace
 from xipvm.dirty_log import DirtyLog
-from xipvm.errors import BadInput, GuestError, HostMemoryError, MmError, XipvmError
+from xipvm.errors import BadInput, HostMemoryError, MmError, XipvmError
 from xipvm.firmware import Firmware
 from xipvm.flash_memory import FlashMemory
 from xipvm.image_option import FileMapping, ImageChoice, open_elf, parse_image, parse_mapping
@@ -64,10 +59,8 @@ from xipvm.mmu.secondary.choose import make_secondary
 from xipvm.mmu.swap import close_swap, swap_of
 from xipvm.mmu.swap_file import SwapOption, open_swap, parse_swap
 from xipvm.mmu.vma import MAP_ANONYMOUS, MAP_HUGETLB, MAP_PRIVATE, PROT_EXEC, PROT_READ, PROT_WRITE
-from xipvm.oom_report import OOM_STATUS, oom_report
-from xipvm.report import crash_report
 from xipvm.result import RunResult, Summary
-from xipvm.trace.emit import VirtualTime
+from xipvm.run_loop import RunLoop
 from xipvm.trace.funnel import Trace
 from xipvm.trace.history import History
 
@@ -76,18 +69,7 @@ if TYPE_CHECKING:
     from xipvm.mmu.secondary.base import SecondaryMmu
     from xipvm.storm import Storm
 
-#: Instructions that a vCPU runs before the next one has its turn.
-QUANTUM = 20_000
-#: How often the host looks at signals, input and the time limit, in seconds.
-TICK = 0.02
-#: An idle machine with a person at its console sleeps at most this long at a time, in seconds.
-IDLE_NAP = 0.05
-#: And one that others ask for its memory at most this long.
-SERVICE_NAP = 0.005
-
 _CHUNK = 64 << 10
-
-TIMEOUT_STATUS = 124
 
 
 class Machine:
@@ -175,7 +157,7 @@ class Machine:
         self.image_memory: ImageMemory | None = None
         """The files of an image that are guest memory."""
         self.dtb_given = None if dtb is None else read_dtb(os.fspath(dtb))
-        self.counted = clock == "instructions"
+        self.counted = counted = clock == "instructions"
         self.pin_sptes = pin_sptes
         self._kind = secondary
         self.thp = thp
@@ -184,23 +166,11 @@ class Machine:
         self.trace = Trace() if trace is None else trace
         self.console = Console() if console is None else console
         self.bus = Bus()
-        self.clock = EventClock(self._now)
-        self.clock.on_earlier = self._earlier
-        self.clock.on_look = self._look
-        self._virtual = VirtualTime()
-        self.trace.clock = self._virtual if self.counted else self._host_time
-        self._began = 0.0
-        self._running: Vcpu | None = None
-        self._first = 0
-        """Number of the vCPU that has the next turn."""
-        self._quantum_end: int | None = None
-        """When the quantum ends whose slice an instruction limit has cut short."""
-        self._exit: tuple[int, str] | None = None
-        self._reset = False
+        self.loop = loop = RunLoop(self, self._restart, counted=counted, storm=storm)
+        self.clock = loop.clock
+        self.trace.clock = loop.virtual if counted else loop.host_time
         self._ended = False
-        self._seen: set[int] = set()
         self._storm = storm
-        self._services: list[Callable[[], object]] = []
         self._resources = contextlib.ExitStack()
         self._closed = False
         self.seconds = 0.0
@@ -317,7 +287,7 @@ class Machine:
             self._storm.bind(self)
             undo(self._storm.end)
             for vcpu in self.vcpus:
-                vcpu.on_pause = self._pause
+                vcpu.on_pause = self.loop.pause
 
     def _without_banks(self, banks: list[BankBytes]) -> list[BankBytes]:
         """The flash banks that are there beside a guest that is executed out of an image."""
@@ -342,19 +312,19 @@ class Machine:
     @property
     def current_vcpu(self) -> int:
         """Number of the vCPU that makes the present device access."""
-        return 0 if self._running is None else self._running.index
+        return 0 if self.loop.running is None else self.loop.running.index
+
+    def now_at(self, ticks: int) -> int:
+        """Virtual time at which the running vCPU's engine stands at ``ticks``."""
+        return self.loop.now_at(ticks)
 
     def request_exit(self, reason: str, status: int) -> None:
         """End the run with ``status``, a 64-bit number, once the guest has left its present block."""
-        if self._exit is None:
-            status = (status + (1 << 63)) % (1 << 64) - (1 << 63)  # guests have registers, which know no sign
-            self._exit = (status, reason if reason in ("until", "quit", "trace", "check") else "exit")
-        self._attend()
+        self.loop.request_exit(reason, status)
 
     def request_reset(self) -> None:
         """Restart the guest as from power-on; flash keeps its contents."""
-        self._reset = True
-        self._attend()
+        self.loop.request_reset()
 
     def cpu_is_on(self, cpu: int) -> bool:
         """Whether vCPU ``cpu`` was turned on."""
@@ -375,18 +345,14 @@ class Machine:
         """Have a vCPU wait for an interrupt."""
         self.vcpus[cpu].idle = True
 
-    def _attend(self) -> None:
-        if self._running is not None:
-            self._running.interrupt()
-
     def add_service(self, poll: Callable[[], object], close: Callable[[], object]) -> None:
         """Call ``poll`` again and again between slices of the guest, while it runs; ``close`` before memory goes."""
-        self._services.append(poll)
+        self.loop.services.append(poll)
         self._resources.callback(close)
 
     def remove_service(self, poll: Callable[[], object]) -> None:
         """Nobody calls ``poll`` any more, which was added; its ``close`` still comes, and has nothing to do."""
-        self._services.remove(poll)
+        self.loop.services.remove(poll)
 
     # Building
 
@@ -427,7 +393,7 @@ class Machine:
         """Give back engines, images and memory. May be called twice; while it runs, that is an XipvmError."""
         if self._closed:
             return
-        if self._began:
+        if self.loop.began:
             raise XipvmError("a machine cannot be closed while it runs")
         self._closed = True
         self._resources.close()
@@ -442,42 +408,6 @@ class Machine:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    # Time
-
-    def _host_time(self) -> int:
-        """Time on the ``host`` clock."""
-        return self._virtual.base + (int((time.monotonic() - self._began) * 1e9) if self._began else 0)
-
-    def _now(self) -> int:
-        """Virtual time, for devices."""
-        if not self.counted:
-            return self._host_time()
-        # A fault takes the rest of its block back: time stands still until it is made up for. Who is no part of the
-        # machine asks ``_virtual`` itself: that it was asked must not be seen.
-        self._virtual.floor = now = self._virtual()
-        return now
-
-    def now_at(self, ticks: int) -> int:
-        """Virtual time at which the running vCPU's engine stands at ``ticks``."""
-        if not self.counted or self._running is None:
-            return self._now()
-        return max(self._virtual.base + ticks - self._virtual.start, self._virtual.floor)
-
-    def _earlier(self, ns: int) -> None:
-        """An event was made that comes before all others: the slice in progress must not pass it."""
-        vcpu = self._running
-        if vcpu is None:
-            return
-        if self.counted:
-            vcpu.shorten(max(self._virtual.start + ns - self._virtual.base, self._virtual.start + 1))
-        else:
-            core.tick_in(max(ns - self._now(), 0) / 1e9)
-
-    def _look(self) -> None:
-        """The guest reads a clock that is a device."""
-        if self._running is not None:
-            self._running.engine.looked(0)
-
     # Running
 
     def run(
@@ -490,9 +420,10 @@ class Machine:
         a signal or ``until`` the machine can be run on; after the guest's end that is an XipvmError, unless it was
         told to restart (``request_reset``).
         """
-        if self._closed or (self._ended and not self._reset):
+        loop = self.loop
+        if self._closed or (self._ended and not loop.reset):
             raise XipvmError("this machine's guest has ended; reset it, or make another machine")
-        if self._began:
+        if loop.began:
             raise XipvmError("this machine runs already")
         for name, value in (("timeout", timeout), ("max_instructions", max_instructions)):
             if value is not None and not value > 0:
@@ -503,25 +434,21 @@ class Machine:
             self.console.watch(until, lambda: self.request_exit("until", 0))
         self.console.on_quit = lambda: self.request_exit("quit", 0)
         trace = self.trace
-        self._began = time.monotonic()
-        deadline = None if timeout is None else self._began + timeout
-        limit = None if max_instructions is None else self._instructions() + max_instructions
+        loop.began = time.monotonic()
         try:
             for vcpu in self.vcpus:
                 vcpu.record(trace.on)
             if trace.on:
                 self._announce()
-            core.take_signals()
-            with core.SignalGuard(TICK), contextlib.nullcontext() if self._storm is None else self._storm.raging():
-                result = self._loop(deadline, limit)
+            result = loop.run(timeout, max_instructions)
         finally:
-            elapsed = time.monotonic() - self._began
-            self._began = 0.0
+            elapsed = time.monotonic() - loop.began
+            loop.began = 0.0
             self.seconds += elapsed
             if until is not None:
                 self.console.unwatch()
             if not self.counted:
-                self._virtual.base += int(elapsed * 1e9)
+                loop.virtual.base += int(elapsed * 1e9)
             self.console.flush()
         self._ended = result.reason in ("exit", "crash", "oom")
         result.summary = self.summary()
@@ -542,158 +469,7 @@ class Machine:
             guest="" if self.image is None else os.path.basename(self.image.path),
         )
 
-    def _loop(self, deadline: float | None, limit: int | None) -> RunResult:
-        while True:
-            if self._exit is not None:
-                (status, reason), self._exit = self._exit, None
-                return RunResult(status, reason, self.summary())
-            if self.mm.oom is not None:
-                return RunResult(OOM_STATUS, "oom", self.summary(), report=oom_report(self))
-            if self._reset:
-                try:
-                    self._restart()
-                except MmError:
-                    if self.mm.oom is None:
-                        raise
-                    continue
-            self.clock.run_due()
-            for serve in tuple(self._services):
-                serve()
-            if limit is not None and self._instructions() >= limit:
-                return RunResult(TIMEOUT_STATUS, "limit", self.summary())
-            vcpu = self._next(self._first)
-            if vcpu is None:
-                waited = self._idle(deadline)
-                if waited is not None:
-                    return waited
-                continue
-            self._first = vcpu.index + 1
-            try:
-                self._turn(vcpu, limit, deadline)
-            except (GuestError, MmError) as error:
-                self._settle()
-                if self.mm.oom is not None:
-                    return RunResult(OOM_STATUS, "oom", self.summary(), report=oom_report(self))
-                if isinstance(error, MmError):
-                    raise
-                return RunResult(1, "crash", self.summary(), report=crash_report(self, vcpu, error))
-            interrupted = self._signals(deadline)
-            if interrupted is not None:
-                return interrupted
-
-    def _next(self, turn: int) -> Vcpu | None:
-        """The vCPU whose turn it is, from number ``turn`` on, None when all are idle or off."""
-        count = len(self.vcpus)
-        for n in range(turn, turn + count):
-            vcpu = self.vcpus[n % count]
-            if vcpu.on and (not vcpu.idle or vcpu.isa.interrupt_pending()):
-                return vcpu
-        return None
-
-    def _turn(self, vcpu: Vcpu, limit: int | None, deadline: float | None) -> None:
-        """One slice: up to the next event, the vCPU's quantum or the limit; signals do not end it."""
-        engine = vcpu.engine
-        self._running = vcpu
-        self._virtual.enter(engine)
-        if self.counted:
-            ends = [] if limit is None else [self._virtual.base + limit - self._instructions()]
-            due = self.clock.next_deadline()
-            if due is not None:
-                ends.append(due)
-            if len(self.vcpus) > 1:
-                if self._quantum_end is None:
-                    self._quantum_end = self._virtual.base + QUANTUM
-                ends.append(self._quantum_end)
-            vcpu.stop_at = self._virtual.start + max(min(ends) - self._virtual.base, 1) if ends else None
-            if self._storm is not None:
-                vcpu.pause_at = max(
-                    self._virtual.start + self._storm.next - self._virtual.base, 0
-                )  # it may be long due
-        else:
-            due = self.clock.next_deadline()
-            if due is not None and due - self._now() < TICK * 1e9:
-                core.tick_in(max(due - self._now(), 0) / 1e9)
-        leave = Leave.KICK
-        try:
-            while leave is Leave.KICK:
-                leave = vcpu.run_slice(self._wanted, self._signalled)
-                if self._wanted() or not self.counted or (leave is Leave.KICK and self._poll_host(deadline)):
-                    break
-        finally:
-            self._settle()
-        if leave is Leave.BUDGET and self._cut_short(limit):
-            self._first = vcpu.index
-        else:
-            self._quantum_end = None
-
-    def _pause(self) -> int:
-        """The storm's turn in the middle of a slice. Returns at which of the running vCPU's ticks it wants another."""
-        assert self._storm is not None
-        assert self._running is not None
-        self._storm.run_due(self._virtual.base + self._running.engine.ticks - self._virtual.start)
-        return self._virtual.start + self._storm.next - self._virtual.base
-
-    def _cut_short(self, limit: int | None) -> bool:
-        """Whether only the instruction limit ended the slice: the next run goes on as this one would have."""
-        if limit is None or self._quantum_end is None or self._instructions() < limit:
-            return False
-        due = self.clock.next_deadline()
-        return self._virtual.base < self._quantum_end and (due is None or self._virtual.base < due)
-
-    def _settle(self) -> None:
-        """Account the slice in progress to the machine's time."""
-        vcpu, self._running = self._running, None
-        if vcpu is not None:
-            self._virtual.leave(self.counted)
-
-    def _wanted(self) -> bool:
-        return self._exit is not None or self._reset
-
-    def _signalled(self) -> bool:
-        self._seen |= core.take_signals()
-        return bool(self._seen)
-
-    def _poll_host(self, deadline: float | None) -> bool:
-        """Between two ticks of the host: input, signals, time limit. True when the run has to end."""
-        self.console.poll()
-        for serve in tuple(self._services):
-            serve()
-        self._seen |= core.take_signals()
-        self._seen.discard(core.SIGALRM_NUMBER)
-        return bool(self._seen) or (deadline is not None and time.monotonic() >= deadline)
-
-    def _signals(self, deadline: float | None) -> RunResult | None:
-        seen, self._seen = self._seen | core.take_signals(), set()
-        if not self.counted:
-            self.console.poll()
-        for number in sorted(seen - {core.SIGALRM_NUMBER}):
-            return RunResult(128 + number, "interrupted", self.summary())
-        if deadline is not None and time.monotonic() >= deadline:
-            return RunResult(TIMEOUT_STATUS, "timeout", self.summary())
-        return None
-
-    def _idle(self, deadline: float | None) -> RunResult | None:
-        """Nobody can run: go on to the next event, or wait for input."""
-        due = self.clock.next_deadline()
-        live = self.console.live
-        if due is not None and self.counted and not live:
-            self._virtual.base = max(self._virtual.base, due)
-            return self._signals(deadline)
-        if due is None and not live:
-            error = GuestError("every vCPU waits for an interrupt and nothing is left that could send one")
-            return RunResult(1, "crash", self.summary(), report=crash_report(self, self.vcpus[0], error))
-        nap = IDLE_NAP if due is None else min(max(due - self._now(), 0) / 1e9, IDLE_NAP)
-        if self._services:
-            nap = min(nap, SERVICE_NAP)
-        if not self.console.wait(nap):
-            time.sleep(nap)
-        self.console.poll()
-        if due is not None and self.counted:
-            self._virtual.base = min(max(self._virtual.base, due), self._virtual.base + int(nap * 1e9))
-        return self._signals(deadline)
-
     def _restart(self) -> None:
-        self._reset = False
         if self.trace.on:
             self.trace.emit("machine_reset", board=self.board.name)
         for vcpu in self.vcpus:
@@ -707,14 +483,11 @@ class Machine:
             memory.device.reset()
         power.power_on(self)
 
-    def _instructions(self) -> int:
-        return sum(vcpu.engine.insns for vcpu in self.vcpus)
-
     def summary(self) -> Summary:
         """What the machine did so far."""
         swap, image = self.mm.rmap.swap, self.image_memory
         return Summary(
-            instructions=self._instructions() if self.counted else None,
+            instructions=self.loop.instructions() if self.counted else None,
             seconds=self.seconds,
             guest_faults=sum(vcpu.faults for vcpu in self.vcpus),
             invalidations=self.secondary.invalidations,

@@ -45,15 +45,15 @@ class VcpuActors:
         vcpu.engine.on_miss = self._missing(vcpu)
         actor = scheduler.spawn(vcpu.name, self._run, vcpu)
         actor.on_enter = self._entering(vcpu)
-        actor.on_leave = self._machine._settle
+        actor.on_leave = self._machine.loop.settle
         return actor
 
     def _entering(self, vcpu: Vcpu) -> Callable[[], None]:
-        machine = self._machine
+        loop = self._machine.loop
 
         def enter() -> None:
-            machine._running = vcpu
-            machine._virtual.enter(vcpu.engine)
+            loop.running = vcpu
+            loop.virtual.enter(vcpu.engine)
 
         return enter
 
@@ -70,10 +70,10 @@ class VcpuActors:
         return on_miss
 
     def _run(self, vcpu: Vcpu) -> None:
-        machine = self._machine
+        machine, loop = self._machine, self._machine.loop
         enter = self._entering(vcpu)
         while self.exit is None:
-            machine._settle()
+            loop.settle()
             self._idle()
             machine.clock.run_due()
             enter()
@@ -81,11 +81,11 @@ class VcpuActors:
                 wait(f"something to do for {vcpu.name}", lambda: self.exit is not None or self._runnable(vcpu))
                 continue
             due = machine.clock.next_deadline()
-            length = SLICE if due is None else min(SLICE, max(due - machine._virtual.base, 1))
-            vcpu.stop_at = machine._virtual.start + length
-            vcpu.run_slice(machine._wanted)
-            if machine._exit is not None:
-                self.exit, machine._exit = machine._exit, None
+            length = SLICE if due is None else min(SLICE, max(due - loop.virtual.base, 1))
+            vcpu.stop_at = loop.virtual.start + length
+            vcpu.run_slice(loop.wanted)
+            if loop.exit is not None:
+                self.exit, loop.exit = loop.exit, None
                 for other in machine.vcpus:
                     other.interrupt()  # it leaves the guest when it goes on
             else:
@@ -93,10 +93,10 @@ class VcpuActors:
 
     def _idle(self) -> None:
         """When every vCPU waits for an interrupt, it is time for the next event."""
-        machine = self._machine
+        machine, virtual = self._machine, self._machine.loop.virtual
         due = machine.clock.next_deadline()
         if due is not None and not any(map(self._runnable, machine.vcpus)):
-            machine._virtual.base = max(machine._virtual.base, due)
+            virtual.base = max(virtual.base, due)
 
     @staticmethod
     def _runnable(vcpu: Vcpu) -> bool:

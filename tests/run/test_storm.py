@@ -154,7 +154,7 @@ def test_when_the_host_looks_after_things_is_not_to_be_seen(isa: str, monkeypatc
     """A flush without a kick, and what falls due at the block at which a tick stops the guest."""
 
     def events(tick: float) -> list[Event]:
-        monkeypatch.setattr("xipvm.machine.TICK", tick)
+        monkeypatch.setattr("xipvm.run_loop.TICK", tick)
         found: list[Event] = []
         trace = Trace()
         trace.attach(found.append)
@@ -254,6 +254,7 @@ def test_ctrl_c_ends_it(jobs: int) -> None:
             assert child.wait(60) == 130
         finally:
             child.kill()
+        assert child.stderr.read() == b"xipvm: interrupted after 0 of 100000 seeds\n"
 
 
 def test_the_command_that_runs_a_storm_again_has_the_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
