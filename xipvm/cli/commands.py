@@ -197,7 +197,8 @@ def cli() -> None:
 @click.option(
     "--storm",
     metavar="SEED[,rate=N][,ops=NAME+NAME...]",
-    help="Do random things to the host's memory that must not change what the guest computes; see 'xipvm storm'.",
+    help="Do random things to the host's memory that must not change what the guest computes; see 'xipvm storm', and"
+    " 'xipvm storm --ops help' for the names.",
 )
 @click.option(
     "--export",
@@ -246,7 +247,7 @@ def attach(
     return attach_segment(socket, words, segment=segment, readonly=readonly, timeout=timeout, interval=interval)
 
 
-@cli.command()
+@cli.command(short_help="Run GUEST calmly and under storms of mm operations; compare.")
 @click.argument("guest", required=False)
 @click.option("--board", metavar="NAME", help="The board; by default the one that GUEST is for.")
 @_memory
@@ -271,7 +272,9 @@ def attach(
 @click.option("--seeds", type=click.IntRange(min=1), default=20, metavar="N", help="How many storms; 20.")
 @click.option("--first", type=click.IntRange(min=0), default=1, metavar="SEED", help="The seed of the first; 1.")
 @click.option("--rate", type=int, default=10, metavar="N", help="Operations in a million instructions, about; 10.")
-@click.option("--ops", metavar="NAME+NAME...", help="Only these operations; docs/storm.md has the list.")
+@click.option(
+    "--ops", metavar="NAME+NAME...", help="Only these operations, or groups of them; all. '--ops help' lists both."
+)
 @click.option("--jobs", type=click.IntRange(min=1), default=1, metavar="N", help="Runs at a time; 1.")
 def storm(**options: Any) -> int:
     """Run GUEST once calmly, then under storms, and compare console, exit, instructions, RAM, flash and image files.
@@ -306,7 +309,7 @@ def inspect(guest: str, board: str | None, memory: int | None, as_json: bool) ->
     inspect_guest(guest, board, memory, as_json=as_json)
 
 
-@cli.command()
+@cli.command(short_help="Replay scenarios that were recorded on Linux with KVM.")
 @click.argument("paths", metavar="FILE|DIR...", nargs=-1, required=True)
 @click.option("--detail", is_flag=True, help="Also show what differs of KVM's own doings; it does not count.")
 @click.option("--skip-unsupported", is_flag=True, help="Scenarios with operations that are not modelled do not count.")
@@ -322,7 +325,7 @@ def conform(paths: tuple[str, ...], detail: bool, skip_unsupported: bool, as_jso
     return replay_all(list(paths), detail=detail, skip_unsupported=skip_unsupported, as_json=as_json)
 
 
-@cli.command()
+@cli.command(short_help="Judge recorded runs by the invariants of MMU notifiers.")
 @click.argument("paths", metavar="TRACE...", nargs=-1, required=True)
 @click.option("--invariant", "invariants", multiple=True, metavar="NAME", help="Only this one, such as I5.")
 @click.option("--json", "as_json", is_flag=True, help="One line of JSON a trace.")
@@ -337,7 +340,7 @@ def check(paths: tuple[str, ...], invariants: tuple[str, ...], as_json: bool) ->
     return check_traces(paths, invariants, as_json=as_json)
 
 
-@cli.command()
+@cli.command(short_help="Search the interleavings of SCENARIO for a wrong one.")
 @click.argument("scenario", required=False)
 @click.option(
     "--strategy",
@@ -420,7 +423,7 @@ def replay(file: str, go_on: bool, events: bool) -> int:
     return replay_file(file, go_on=go_on, events=events)
 
 
-@cli.command()
+@cli.command(short_help="List known faults that can be planted, or hunt them.")
 @click.argument("names", metavar="[NAME...]", nargs=-1)
 @click.option("--run", "how", flag_value="run", help="Hunt them: all, or those named.")
 @click.option("--control", "how", flag_value="control", help="Hunt nothing: the right system must have no report.")
@@ -471,7 +474,7 @@ def create(file: str, board: str, bank: int | None, force: bool) -> None:
     create_image(file, board, bank, force=force)
 
 
-@flash.command()
+@flash.command(short_help="Append erased bytes to FILE up to the size of its flash.")
 @click.argument("file")
 @click.option("--board", required=True, metavar="NAME")
 @click.option("--bank", type=click.IntRange(min=0), metavar="N", help="The bank that it is for.")

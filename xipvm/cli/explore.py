@@ -36,6 +36,10 @@ def explore_scenario(
 ) -> int:
     """Search as ``whole`` says; 0 when nothing is wrong, 1 when something is. Raises BadInput."""
     scenario = find(whole.scenario)
+    if scheduler is not None and executor != "dask":
+        raise BadInput("--scheduler is for --executor dask")
+    if save:
+        Counterexample.check_place(save)
     with Progress(
         TextColumn("{task.description}"),
         BarColumn(),

@@ -54,12 +54,7 @@ def run_guest(
     quiet: bool,
 ) -> int:
     """Run a guest as the options of ``xipvm run`` say. Returns the exit status. Raises XipvmError."""
-    if guest is None and not flash:
-        raise BadInput("there is nothing to run: name a GUEST, or a flash image with --flash")
-    if guest is None and board is None:
-        raise BadInput("without a GUEST the board has to be named: --board, see 'xipvm boards'")
-    if until == "":
-        raise BadInput("--until needs a text to wait for")
+    check_start(guest, board, flash, until)
     if max_instructions is not None and clock == "host":
         raise BadInput("an instruction limit needs the instructions clock")
     options = [parse_option(text) for text in flash]
@@ -199,6 +194,16 @@ def _export(machine: Machine, options: list[ExportOption], quiet: bool) -> list[
         if not quiet:
             _say(f"xipvm: {made}")
     return served
+
+
+def check_start(guest: str | None, board: str | None, flash: tuple[str, ...], until: str | None) -> None:
+    """There is something to run, and it can end. Raises BadInput."""
+    if guest is None and not flash:
+        raise BadInput("there is nothing to run: name a GUEST, or a flash image with --flash")
+    if guest is None and board is None:
+        raise BadInput("without a GUEST the board has to be named: --board, see 'xipvm boards'")
+    if until == "":
+        raise BadInput("--until needs a text to wait for")
 
 
 _INPUT_LIMIT = 64 << 20

@@ -8,15 +8,17 @@ import os
 import shlex
 import signal
 import sys
+import textwrap
 from collections.abc import Callable, Iterator
 
-from xipvm.cli.run import read_input
+from xipvm.cli.run import check_start, read_input
 from xipvm.devices.flash.files import parse_option
 from xipvm.errors import BadInput
 from xipvm.image_option import parse_image
 from xipvm.mmu.swap_file import parse_swap
 from xipvm.storm import Storm
 from xipvm.storm.check import Job, Outcome, difference, run_once, stormy_limit
+from xipvm.storm.storm import GROUPS
 
 Found = tuple[int, str, int, int, bool]
 """Of a seed: itself, how it differs, its invalidations and operations, whether Ctrl-C ended it."""
@@ -50,8 +52,10 @@ def storm_guest(
     jobs: int,
 ) -> int:
     """Run the guest calmly and under ``seeds`` storms. The exit status: 0, 1 with a difference, 130 after Ctrl-C."""
-    if guest is None and not flash:
-        raise BadInput("there is nothing to run: name a GUEST, or a flash image with --flash")
+    if ops == "help":
+        list_operations()
+        return 0
+    check_start(guest, board, flash, until)
     if jobs > 1 and swap is not None and parse_swap(swap).path is not None:
         raise BadInput("a swap file is one run's at a time: --jobs 1, or a temporary one, --swap SIZE")
     names = None if ops is None else tuple(ops.split("+"))
@@ -76,22 +80,26 @@ def storm_guest(
     )
     calm = run_once(job)
     if calm.reason == "interrupted":
+        _say("xipvm: interrupted")
         return calm.status
-    _say(f"calm: {calm.reason}, status {calm.status}, {calm.instructions} instructions")
     differing: list[Found] = []
     done = invalidations = operations = 0
     interrupted = False
-    with _progress(seeds) as advance:
-        for found in _results((job, calm, rate, names), range(first, first + seeds), jobs):
-            seed, what, count, made, interrupted = found
-            if interrupted:
-                break
-            done += 1
-            invalidations += count
-            operations += made
-            if what:
-                differing.append(found)
-            advance(len(differing))
+    try:
+        _say(f"calm: {calm.reason}, status {calm.status}, {calm.instructions} instructions")
+        with _progress(seeds) as advance:
+            for found in _results((job, calm, rate, names), range(first, first + seeds), jobs):
+                seed, what, count, made, interrupted = found
+                if interrupted:
+                    break
+                done += 1
+                invalidations += count
+                operations += made
+                if what:
+                    differing.append(found)
+                advance(len(differing))
+    except KeyboardInterrupt:  # between two runs; one that is under way ends by it
+        interrupted = True
     for seed, what, *_ in differing[:10]:
         print(f"seed {seed}: {what}")
     if differing:
@@ -99,8 +107,19 @@ def storm_guest(
         print(f"replay: {_command(setting, job, flash, input_file, image)}")
     print(f"{done} seeds, {len(differing)} differ; {operations} operations, {invalidations} invalidations")
     if interrupted:
+        _say(f"xipvm: interrupted after {done} of {seeds} seeds")
         return 128 + signal.SIGINT
     return int(bool(differing))
+
+
+def list_operations() -> None:
+    """The operations that a storm can have, by the groups that stand for several."""
+    for group, members in GROUPS.items():
+        print(
+            textwrap.fill(
+                " ".join(members), 78, initial_indent=f"{group:8} ", subsequent_indent=" " * 9, break_on_hyphens=False
+            )
+        )
 
 
 def _one(task: tuple[Job, Outcome, int, tuple[str, ...] | None], seed: int) -> Found:
@@ -111,15 +130,12 @@ def _one(task: tuple[Job, Outcome, int, tuple[str, ...] | None], seed: int) -> F
 
 
 def _results(task: tuple[Job, Outcome, int, tuple[str, ...] | None], seeds: range, jobs: int) -> Iterator[Found]:
-    """What the seeds give, in their order; Ctrl-C shows as an interrupted one."""
-    try:
-        if jobs == 1:
-            yield from (_one(task, seed) for seed in seeds)
-            return
-        with multiprocessing.get_context("fork").Pool(jobs, _begin, (task,)) as pool:
-            yield from pool.imap(_work, seeds)
-    except KeyboardInterrupt:
-        yield 0, "", 0, 0, True
+    """What the seeds give, in their order."""
+    if jobs == 1:
+        yield from (_one(task, seed) for seed in seeds)
+        return
+    with multiprocessing.get_context("fork").Pool(jobs, _begin, (task,)) as pool:
+        yield from pool.imap(_work, seeds)
 
 
 def _begin(task: tuple[Job, Outcome, int, tuple[str, ...] | None]) -> None:

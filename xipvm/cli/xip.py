@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from xipvm.xip.volume import Status, Volume
 
 
-@click.group(no_args_is_help=False)
+@click.group(no_args_is_help=False, short_help="Look into images of files used in place, and change them.")
 def xip() -> None:
     """Look into images of files that are used in place (ext2, romfs), and change them (ext2)."""
 
@@ -65,7 +65,7 @@ def cat(image: str, path: str) -> None:
         sys.stdout.buffer.flush()
 
 
-@xip.command()
+@xip.command(short_help="Copy the file SOURCE to PATH in IMAGE.")
 @click.argument("image")
 @click.argument("source")
 @click.argument("path")
@@ -143,7 +143,7 @@ def _copy(source: Any, file: XipFile) -> None:
         file.truncate(target.pos)
 
 
-@xip.command()
+@xip.command(short_help="Make a file of IMAGE so long.")
 @click.argument("image")
 @click.argument("path")
 @click.argument("size")
@@ -160,7 +160,7 @@ def truncate(image: str, path: str, size: str) -> None:
         volume.file(host, trace, volume.lookup(path)).truncate(wanted)
 
 
-@xip.command("map")
+@xip.command("map", short_help="Show the blocks of IMAGE that a file is.")
 @click.argument("image")
 @click.argument("path")
 @click.option("--trace", metavar="FILE", help="Also who maps the pages at the end of this recorded run.")

@@ -11,6 +11,7 @@ one recorded are answered 0.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Sequence
@@ -50,13 +51,25 @@ class Counterexample:
             head["protocol"] = self.protocol
         text = json.dumps(head)[:-1] + ', "choices": [\n  ' + ",\n  ".join(rows) + "\n]}\n"
         target = Path(path)
-        scratch = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+        scratch = _scratch(target)
         try:
             scratch.write_text(text, encoding="utf-8")
             scratch.replace(target)
         except OSError as error:
             scratch.unlink(missing_ok=True)
             raise BadInput(f"{target}: {os_reason(error)}") from error
+
+    @staticmethod
+    def check_place(path: str) -> None:
+        """Whether something can be saved there, which is better known before a search. Raises BadInput."""
+        if Path(path).is_dir():
+            raise BadInput(f"{path}: {os.strerror(errno.EISDIR)}")
+        scratch = _scratch(Path(path))
+        try:
+            scratch.touch()
+            scratch.unlink()
+        except OSError as error:
+            raise BadInput(f"{path}: {os_reason(error)}") from None
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Counterexample:
@@ -66,6 +79,8 @@ class Counterexample:
                 data = json.loads(file.read(_LIMIT))
         except OSError as error:
             raise BadInput(f"{path}: {os_reason(error)}") from error
+        except UnicodeDecodeError:
+            raise BadInput(f"{path}: not a counterexample: not a text file") from None
         except ValueError as error:
             raise BadInput(f"{path}: not a counterexample: {error}") from None
         if not isinstance(data, dict) or data.get("xipvm") != "counterexample":
@@ -81,6 +96,11 @@ class Counterexample:
             return cls(_text(data["scenario"]), _text(data["failure"]), choices, mutants, protocol)
         except (KeyError, TypeError, ValueError) as error:
             raise BadInput(f"{path}: not a counterexample: {error!r}") from None
+
+
+def _scratch(target: Path) -> Path:
+    """Where a file is written first."""
+    return target.with_name(f"{target.name}.{os.getpid()}.tmp")
 
 
 def _number(value: object) -> int:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
+import os
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Final
@@ -42,7 +44,7 @@ def find(name: str) -> Scenario:
 def in_file(path: str) -> dict[str, Scenario]:
     """The scenarios that the Python file ``path`` defines. Raises BadInput."""
     if not Path(path).is_file():
-        raise BadInput(f"{path}: No such file")
+        raise BadInput(f"{path}: {os.strerror(errno.EISDIR if Path(path).is_dir() else errno.ENOENT)}")
     spec = importlib.util.spec_from_file_location(f"xipvm_scenarios_{Path(path).stem}", path)
     if spec is None or spec.loader is None:
         raise BadInput(f"{path}: not a Python file")

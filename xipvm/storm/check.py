@@ -95,6 +95,8 @@ def run_once(job: Job, storm: Storm | None = None, *, limit: int | None = None) 
     ) as machine:
         try:
             result = machine.run(max_instructions=min(limits, default=None), until=job.until)
+            if result.reason == "interrupted":
+                return _outcome(result, output.getvalue(), ({}, {}, {}), storm)
             for mmu in [*machine.secondaries(), *(() if storm is None else storm.secondaries())]:
                 what = at_rest.difference(mmu)
                 if what:

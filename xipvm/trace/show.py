@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -99,10 +100,12 @@ class Filter:
     last: int | None = None
 
     def check(self, known: dict[str, Kind]) -> None:
-        """Raise BadInput for a pattern that matches no kind in ``known``."""
+        """Raise BadInput for a pattern that matches no kind in ``known``; it tells those that look like it."""
         for pattern in self.kinds:
             if not any(fnmatchcase(name, pattern) for name in known):
-                raise BadInput(f"the trace knows no event kind {pattern!r}; it knows {', '.join(sorted(known))}")
+                near = get_close_matches(pattern, known, n=4) or sorted(name for name in known if pattern in name)
+                hint = f"it knows {', '.join(near)}" if near else "a pattern such as 'spte_*' finds kinds by name"
+                raise BadInput(f"the trace knows no event kind {pattern!r}; {hint}")
 
     def passes(self, event: Event, kind: Kind) -> bool:
         """Whether to show ``event``, which is declared as ``kind``."""
