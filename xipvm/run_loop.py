@@ -138,7 +138,7 @@ class RunLoop:
     # ---- the run
 
     def run(self, timeout: float | None, limit: int | None) -> RunResult:
-        """Until the end, or a limit: seconds, and instructions from now on. Raises MmError: no guest can do that."""
+        """Until the end, or a limit: seconds, and instructions, from now on."""
         deadline = None if timeout is None else self.began + timeout
         end = None if limit is None else self.instructions() + limit
         core.take_signals()
