@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -82,6 +83,19 @@ def test_breakage_is_found(breakage: Callable[[World], object], message: str) ->
     breakage(world)
     with pytest.raises(InternalError, match=message):
         verify(world.host)
+
+
+def test_a_profiler_that_keeps_frames_keeps_no_memory() -> None:
+    """As those of Dask's workers do, which sample all threads."""
+    world, frames = World(), []
+    sys.setprofile(lambda frame, event, arg: frames.append(frame))
+    try:
+        verify(world.host)
+    finally:
+        sys.setprofile(None)
+    assert len(frames) > 10
+    world.mm.exit()
+    world.host.close()
 
 
 def test_native_bits_are_the_same() -> None:

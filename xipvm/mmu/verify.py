@@ -1,7 +1,8 @@
 """A full scan of the primary MMU that finds what its bookkeeping should say, and compares: Linux's CONFIG_DEBUG_VM.
 
 Slow by design (everything mapped is visited); for tests, the explorer and hunting defects. Between two operations all
-of it holds; in the middle of one only its own writer knows what does.
+of it holds; in the middle of one only its own writer knows what does. Metadata of frames is looked at as a copy: a
+profiler that keeps this code's stack would keep a view of the host's memory, which then cannot be closed.
 """
 
 from __future__ import annotations
@@ -179,7 +180,7 @@ def _pool(host: HostMemory, references: Counter[int]) -> list[str]:
                     wrong.append(f"frame {pfn:#x}: is page {pgoff:#x} of {file!r}, but does not know it")
     if host.reserved_huge_pages != promised or promised > host.free_huge_pages:
         wrong.append(f"{host.reserved_huge_pages} of {host.free_huge_pages} huge pages are promised, found {promised}")
-    meta = host.meta_view()
+    meta = host.meta_view().copy()
     heads = meta[(meta["flags"] & PG_HUGETLB) != 0]
     free = int((heads["refcount"] == 0).sum())
     if (len(heads), free) != (host.huge_pages, host.free_huge_pages):
@@ -278,7 +279,7 @@ def _entry(area: Vma, hva: int, entry: int) -> list[str]:
 
 def _frames(host: HostMemory, mappings: Mapping[int, set[tuple[Vma, int]]], references: Mapping[int, int]) -> list[str]:
     wrong = []
-    meta = host.meta_view()
+    meta = host.meta_view().copy()
     counts, mapcounts, heads = meta["refcount"].tolist(), meta["mapcount"].tolist(), meta["head"].tolist()
     idle = (meta["refcount"] == 0) & (meta["head"] == 0)
     busy = (~(idle & (meta["mapcount"] == 0))).nonzero()[0].tolist()
@@ -306,7 +307,7 @@ def _frames(host: HostMemory, mappings: Mapping[int, set[tuple[Vma, int]]], refe
 def _lru(host: HostMemory) -> list[str]:
     """Every page is on exactly one LRU list, the one that its flags name, and nothing else is on any."""
     wrong = []
-    meta = host.meta_view()
+    meta = host.meta_view().copy()
     flags, mappings, links = meta["flags"].tolist(), meta["mapping"].tolist(), meta["link"].tolist()
     listed: Counter[int] = Counter()
     for number in range(LRU_ACTIVE_FILE + 1):
