@@ -92,7 +92,8 @@ class DaxFile(XipFile):
         return (0, self._thawed()) if found[1] is _RETRY else found
 
     def _dax_fault(self, pgoff: int, write: bool) -> FaultResult:
-        if alone() and not self.huge and not self.entry_lock.held:
+        huge_hole = bool(self.huge) and self._huge_hole(pgoff & -HUGE_PAGES)
+        if alone() and not huge_hole and not self.entry_lock.held:
             return self._fault_locked(pgoff, write)
         with self.invalidate_lock.read, self._grab(pgoff):
             return self._fault_locked(pgoff, write)
@@ -141,10 +142,8 @@ class DaxFile(XipFile):
                     raise
                 return VmFault.SIGBUS
             self.entries[pgoff] = pfn
-            if self.huge:
+            if pgoff not in self.dirty:
                 self.dirty.update(self._with(pgoff))
-            else:
-                self.dirty.add(pgoff)
             return VmFault.OK
 
     def fsync(self, pgoff: int = 0, count: int | None = None) -> int:
@@ -175,11 +174,11 @@ class DaxFile(XipFile):
 
     def _locked(self, pgoff: int) -> Keyed:
         """The lock of the entry of page ``pgoff``, which nobody has now. That of a huge one is its first page's."""
-        locks = self.entry_lock
-        number = self._with(pgoff).start
+        huge, locks, first = self.huge, self.entry_lock, pgoff & -HUGE_PAGES
+        number = first if first in huge else pgoff
         while locks.held:
             locks.not_others(number)
-            before, number = number, self._with(pgoff).start
+            before, number = number, first if first in huge else pgoff
             if before == number:
                 break
         return locks(number)
