@@ -486,6 +486,7 @@ def test_a_child_sees_what_its_parent_stores(world: World) -> None:
     world.mm.write(HVA, DATA)
     child = world.mm.fork()
     world.mms.append(child)
+    assert child.pgd.pmd_none(HVA >> PAGE_SHIFT)  # a fault will map it
     world.mm.write(HVA + PAGE_SIZE, b"parent..")
     assert child.read(HVA + PAGE_SIZE, 8) == b"parent.."
     assert world.file.fsync() == HUGE_PAGES

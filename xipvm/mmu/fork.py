@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING
 from xipvm.actors import point
 from xipvm.address import PAGE_SHIFT
 from xipvm.mmu.device_private import after_fork, before_fork, is_device_slot
+from xipvm.mmu.huge_pmd import HPAGE_SIZE
 from xipvm.mmu.mapping import insert
+from xipvm.mmu.pte import HUGE
 from xipvm.mmu.thp import thp_of
 from xipvm.mmu.uffd_message import UFFD_EVENT_FORK, UffdMsg
 from xipvm.mmu.uffd_reach import inherit
@@ -74,13 +76,15 @@ def _dup_area(mm: Mm, child: Mm, area: Vma, uffds: dict[Userfaultfd, Userfaultfd
 
 
 def _copy_entries(mm: Mm, child: Mm, area: Vma) -> None:
-    start, end = area.start >> PAGE_SHIFT, area.end >> PAGE_SHIFT
     trace = mm.trace
     thp_of(mm.host).share_zero(mm, child)
     swaps: list[int] = []
     mm.lock_tables(area.start, area.end)
     before_fork(mm, area)
-    changed = mm.pgd.copy_to(child.pgd, start, end, mm.host, not area.shared, trace.on, swaps)
+    changed, parts = [], _to_copy(mm, area)
+    for lo, hi in parts:
+        first, last = lo >> PAGE_SHIFT, hi >> PAGE_SHIFT
+        changed += mm.pgd.copy_to(child.pgd, first, last, mm.host, not area.shared, trace.on, swaps)
     if mm.rmap.devices is not None:
         after_fork(mm, area, filter(is_device_slot, swaps))
     for slot in swaps:
@@ -91,4 +95,17 @@ def _copy_entries(mm: Mm, child: Mm, area: Vma) -> None:
     if trace.on:
         for lo, hi, flags in changed:
             trace.emit("pte_protect", mm=mm.name, start=lo << PAGE_SHIFT, end=hi << PAGE_SHIFT, flags=flags)
-        trace.emit("pte_copy", mm=mm.name, child=child.name, start=area.start, end=area.end)
+        for lo, hi in parts:
+            trace.emit("pte_copy", mm=mm.name, child=child.name, start=lo, end=hi)
+
+
+def _to_copy(mm: Mm, area: Vma) -> list[tuple[int, int]]:
+    """Which bytes of ``area``: all, but for 2 MiB of a file in place, which faults will map again (copy_huge_pmd)."""
+    if area.file is None or not area.file.devmap:
+        return [(area.start, area.end)]
+    parts, at = [], area.start
+    for page, entry in mm.pgd.entries(area.start >> PAGE_SHIFT, area.end >> PAGE_SHIFT):
+        if entry & HUGE:
+            parts.append((at, page << PAGE_SHIFT))
+            at = (page << PAGE_SHIFT) + HPAGE_SIZE
+    return [(lo, hi) for lo, hi in (*parts, (at, area.end)) if lo < hi]
