@@ -208,7 +208,7 @@ def partial_copy_not_counted() -> Iterator[None]:
         yield
 
 
-@mutant("dax-blocks-freed-under-a-pin", "D1", "AssertionError", protocol="modern")
+@mutant("dax-blocks-freed-under-a-pin", "D6", "AssertionError", protocol="modern")
 def blocks_freed_under_a_pin() -> Iterator[None]:
     """Truncation does not wait for who has a page of the file pinned, and writes to it."""
     with replaced(DaxFile, "_busy", lambda self, first, end: False):
