@@ -93,7 +93,7 @@ class DaxFile(XipFile):
 
     def _dax_fault(self, pgoff: int, write: bool) -> FaultResult:
         huge_hole = bool(self.huge) and self._huge_hole(pgoff & -HUGE_PAGES)
-        if alone() and not huge_hole and not self.entry_lock.held:
+        if alone() and not (huge_hole or self.entry_lock.held or self.invalidate_lock.writer):
             return self._fault_locked(pgoff, write)
         with self.invalidate_lock.read, self._grab(pgoff):
             return self._fault_locked(pgoff, write)

@@ -233,7 +233,7 @@ class XipFile(AddressSpace):
         allocate waits while the file system is frozen. Raises OutOfFrames, and MmError EDEADLK.
         """
         mmap_lock = area.mm.mmap_lock
-        if alone() and not mmap_lock.writer:
+        if alone() and not (mmap_lock.writer or self.invalidate_lock.writer):
             result = self._fault(area, pgoff, write)
         else:
             with mmap_lock.read, self.invalidate_lock.read:
