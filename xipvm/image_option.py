@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from xipvm.address import PAGE_SIZE
 from xipvm.errors import BadInput
@@ -11,8 +11,7 @@ from xipvm.file_option import split_option
 from xipvm.loader.elf import ElfImage
 
 
-@dataclass(frozen=True)
-class ImageChoice:
+class ImageChoice(NamedTuple):
     """An image, as the command line names it: ``FILE[,snapshot=on][,readonly=on]``."""
 
     path: str
@@ -20,8 +19,7 @@ class ImageChoice:
     readonly: bool = False
 
 
-@dataclass(frozen=True)
-class FileMapping:
+class FileMapping(NamedTuple):
     """A file of the image as guest memory, as the command line says it: ``PATH@ADDRESS[,shared=on]``."""
 
     path: str

@@ -34,7 +34,6 @@ from xipvm.devices.flash.cfi01 import PflashCfi01
 from xipvm.devices.flash.files import BankBytes, ImageOption, open_banks
 from xipvm.devices.htif import Htif
 from xipvm.devices.rdma import DmaSpace
-from xipvm.dirty_log import DirtyLog
 from xipvm.errors import BadInput, HostMemoryError, MmError, XipvmError
 from xipvm.firmware import Firmware
 from xipvm.flash_memory import FlashMemory
@@ -57,7 +56,6 @@ from xipvm.mmu.mm import Mm
 from xipvm.mmu.reclaim import watch_memory
 from xipvm.mmu.secondary.choose import make_secondary
 from xipvm.mmu.swap import close_swap, swap_of
-from xipvm.mmu.swap_file import SwapOption, open_swap, parse_swap
 from xipvm.mmu.vma import MAP_ANONYMOUS, MAP_HUGETLB, MAP_PRIVATE, PROT_EXEC, PROT_READ, PROT_WRITE
 from xipvm.result import RunResult, Summary
 from xipvm.run_loop import RunLoop
@@ -65,8 +63,10 @@ from xipvm.trace.funnel import Trace
 from xipvm.trace.history import History
 
 if TYPE_CHECKING:
+    from xipvm.dirty_log import DirtyLog
     from xipvm.image_memory import ImageMemory
     from xipvm.mmu.secondary.base import SecondaryMmu
+    from xipvm.mmu.swap_file import SwapOption
     from xipvm.storm import Storm
 
 _CHUNK = 64 << 10
@@ -147,7 +147,11 @@ class Machine:
             check_host(self.memory_size, "guest memory")
         else:
             self.host_size = check_arena(host_memory)
-        self._swap = parse_swap(swap) if isinstance(swap, str) else swap
+        if isinstance(swap, str):
+            from xipvm.mmu.swap_file import parse_swap
+
+            swap = parse_swap(swap)
+        self._swap = swap
         self.hugetlb = check_hugetlb(self.memory_size, self.host_size) if hugetlb else False
         self.ram_alias = None if ram_alias is None else check_alias(ram_alias, self.board, self.memory_size)
         self.image = elf
@@ -205,6 +209,8 @@ class Machine:
         undo(self.mm.exit)
         self.mm.thp.enabled = self.thp
         if self._swap is not None:
+            from xipvm.mmu.swap_file import open_swap
+
             area = open_swap(self._swap)
             undo(area.close)
             swap_of(self.mm).add_area(area)
@@ -212,6 +218,8 @@ class Machine:
         self.secondary = make_secondary(self._kind, self.mm, self.trace, self.host, pin_sptes=self.pin_sptes)
         undo(self.secondary.destroy)
         if self._dirty_ring is not None:
+            from xipvm.dirty_log import DirtyLog
+
             self.dirty_log = DirtyLog(self.secondary, self._dirty_ring)
         self.secondary.mmio_lookup = self.bus.covers
         flags = MAP_PRIVATE | MAP_ANONYMOUS

@@ -19,8 +19,6 @@ from xipvm.clock import EventClock
 from xipvm.cpu import core
 from xipvm.cpu.vcpu import Leave, Vcpu
 from xipvm.errors import GuestError, MmError
-from xipvm.oom_report import OOM_STATUS, oom_report
-from xipvm.report import crash_report
 from xipvm.result import RunResult
 from xipvm.trace.emit import VirtualTime
 
@@ -153,7 +151,7 @@ class RunLoop:
                 (status, reason), self.exit = self.exit, None
                 return RunResult(status, reason, machine.summary())
             if machine.mm.oom is not None:
-                return RunResult(OOM_STATUS, "oom", machine.summary(), report=oom_report(machine))
+                return self._killed()
             if self.reset:
                 self.reset = False
                 try:
@@ -179,13 +177,24 @@ class RunLoop:
             except (GuestError, MmError) as error:
                 self.settle()
                 if machine.mm.oom is not None:
-                    return RunResult(OOM_STATUS, "oom", machine.summary(), report=oom_report(machine))
+                    return self._killed()
                 if isinstance(error, MmError):
                     raise
-                return RunResult(1, "crash", machine.summary(), report=crash_report(machine, vcpu, error))
+                return self._crashed(vcpu, error)
             interrupted = self._signals(deadline)
             if interrupted is not None:
                 return interrupted
+
+    def _killed(self) -> RunResult:
+        """The host's OOM killer took the machine's process."""
+        from xipvm.oom_report import OOM_STATUS, oom_report
+
+        return RunResult(OOM_STATUS, "oom", self.machine.summary(), report=oom_report(self.machine))
+
+    def _crashed(self, vcpu: Vcpu, error: GuestError) -> RunResult:
+        from xipvm.report import crash_report
+
+        return RunResult(1, "crash", self.machine.summary(), report=crash_report(self.machine, vcpu, error))
 
     def _next(self, turn: int) -> Vcpu | None:
         """The vCPU whose turn it is, from number ``turn`` on, None when all are idle or off."""
@@ -280,7 +289,7 @@ class RunLoop:
             return self._signals(deadline)
         if due is None and not console.live:
             error = GuestError("every vCPU waits for an interrupt and nothing is left that could send one")
-            return RunResult(1, "crash", machine.summary(), report=crash_report(machine, machine.vcpus[0], error))
+            return self._crashed(machine.vcpus[0], error)
         nap = IDLE_NAP if due is None else min(max(due - self.now(), 0) / 1e9, IDLE_NAP)
         if self.services:
             nap = min(nap, SERVICE_NAP)

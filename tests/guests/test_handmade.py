@@ -184,7 +184,7 @@ def test_a_signal_that_comes_too_late_is_not_the_next_run_s(tmp_path: Path, monk
         signal.raise_signal(signal.SIGINT)
         return crash_report(*arguments)
 
-    monkeypatch.setattr("xipvm.run_loop.crash_report", interrupted_report)
+    monkeypatch.setattr("xipvm.report.crash_report", interrupted_report)
     crash = guest(tmp_path / "crash.elf", ARM_RAM, words(a64.UDF), 183)
     with Machine(guest=crash) as machine, pytest.raises(KeyboardInterrupt):
         machine.run(max_instructions=1000)

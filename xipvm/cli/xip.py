@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
 import stat
 import sys
-import tempfile
 import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -108,6 +106,9 @@ def _source(path: str) -> Any:
     from xipvm.errors import BadInput, os_reason
 
     if path == "-":
+        import shutil
+        import tempfile
+
         spool = tempfile.TemporaryFile()  # noqa: SIM115 (the caller closes it)
         shutil.copyfileobj(sys.stdin.buffer, spool)
         spool.seek(0)

@@ -17,7 +17,7 @@ cdef int _load() except -1:
     spec = importlib.util.find_spec("unicorn")
     if spec is None or spec.origin is None:
         raise EngineError("the unicorn package is not installed")
-    path = str(Path(spec.origin).parent / "lib" / "libunicorn.so.2")
+    path = os.path.join(os.path.dirname(spec.origin), "lib", "libunicorn.so.2")
     cdef bytes encoded = path.encode()
     cdef void *handle = dlopen(encoded, RTLD_NOW)
     if handle == NULL:

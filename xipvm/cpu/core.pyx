@@ -38,7 +38,7 @@ from xipvm.mmu.frames cimport FrameMeta, HostMemory
 from xipvm.mmu.tables cimport PageTable
 
 import importlib.util
-from pathlib import Path
+import os.path
 
 from xipvm.errors import InternalError
 

@@ -66,7 +66,6 @@ from xipvm.mmu.frames import HostMemory
 from xipvm.mmu.huge_pmd import huge_up
 from xipvm.mmu.hugetlb_file import HugetlbFile
 from xipvm.mmu.page_cache import ShmemFile
-from xipvm.mmu.pagemap import PagemapLimits, PagemapScan, pagemap_scan
 from xipvm.mmu.pte import ACCESSED, FLAGS, UFFD_WP, pte_pfn
 from xipvm.mmu.rmap import PMD_SHIFT, reverse_map
 from xipvm.mmu.tables import GupPage, PageTable
@@ -82,6 +81,7 @@ if TYPE_CHECKING:
     from xipvm.mmu.file import AddressSpace
     from xipvm.mmu.host_thread import HostThread
     from xipvm.mmu.oom import OomKill
+    from xipvm.mmu.pagemap import PagemapLimits, PagemapScan
     from xipvm.trace.funnel import Trace
 
 _end = attrgetter("end")
@@ -322,6 +322,8 @@ class Mm:
         :func:`xipvm.mmu.pagemap.pagemap_scan` says what can be asked for, and the errors.
         """
         self.notifiers.needs_modern("PAGEMAP_SCAN")
+        from xipvm.mmu.pagemap import pagemap_scan
+
         return pagemap_scan(self, start, end, **limits)
 
     def move_pages(self, addr: int, length: int, node: int) -> list[int]:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import errno
 import os
-import tempfile
 import weakref
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Final
@@ -267,6 +266,8 @@ def swapon(mm: Mm, pages: int, path: str | None) -> None:
 
 def temporary_file() -> int:
     """A descriptor of an empty file that has no name, so that nothing is left of it however we end. Raises OSError."""
+    import tempfile
+
     folder = tempfile.gettempdir()
     try:
         return os.open(folder, os.O_RDWR | os.O_TMPFILE | os.O_EXCL, 0o600)

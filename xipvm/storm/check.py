@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from xipvm.address import PAGE_SHIFT, PAGE_SIZE
 from xipvm.console import Console
@@ -90,7 +90,7 @@ def run_once(job: Job, storm: Storm | None = None, *, limit: int | None = None) 
         host_memory=job.host_memory,
         swap=job.swap,
         storm=storm,
-        image=None if job.image is None else replace(job.image, snapshot=True),
+        image=None if job.image is None else job.image._replace(snapshot=True),
         map_files=job.map_files,
     ) as machine:
         try:

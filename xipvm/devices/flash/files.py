@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import shlex
 import stat
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -167,6 +166,8 @@ def _banks_of(option: ImageOption, sizes: Sequence[int], board: str) -> tuple[in
     size = wanted_size(path, length, sizes, option.bank)
     if length not in (-1, size):
         both = "" if option.bank is not None or len(sizes) == 1 else f", all of its flash {sum(sizes)}"
+        import shlex
+
         command = f"xipvm flash pad {shlex.quote(path)} --board {board}"
         if option.bank:
             command += f" --bank {option.bank}"
