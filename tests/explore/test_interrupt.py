@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
 from pathlib import Path
 
 import pytest
 
-from tests.run.command import inside
+from tests.run.command import DEADLINE, XIPVM, environment, inside, wait_for
+from xipvm.explore.shards import SHARD_RUNS
 
 HEAD = """
 from xipvm.actors import point
@@ -137,3 +141,31 @@ def test_ctrl_c_of_an_exhaustive_search(tmp_path: Path) -> None:
     assert outcome.status == 130
     assert outcome.out.startswith("mine.py:mine: exhaustive: interrupted after 3 runs; none of them is wrong\n")
     assert "from the start" in outcome.out
+
+
+COUNTED = """
+@scenario
+def mine(scene):
+    with open("runs", "ab", buffering=0) as file:
+        file.write(b"x")
+    scene.actor("a", both, first, second)
+"""
+
+
+@pytest.mark.slow
+def test_ctrl_c_at_a_terminal_ends_worker_processes_in_the_middle_of_their_shards(tmp_path: Path) -> None:
+    """It goes to all of them, wherever they are, and is no error of theirs."""
+    (tmp_path / "mine.py").write_text(HEAD + COUNTED)
+    command = [*XIPVM, "explore", "mine.py:mine", "--runs", "1000000", "--jobs", "2"]
+    with subprocess.Popen(
+        command, cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+    ) as child:
+        try:
+            wait_for((tmp_path / "runs").exists, child)
+            os.killpg(child.pid, signal.SIGINT)
+            out, err = child.communicate(timeout=DEADLINE)
+        finally:
+            child.kill()
+    assert (child.returncode, err) == (130, b"")
+    assert out.startswith(b"mine.py:mine: random: interrupted ")
+    assert (tmp_path / "runs").stat().st_size < SHARD_RUNS

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from multiprocessing import get_context
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from xipvm.errors import BadInput
 from xipvm.explore.explorer import Run, Search, explore, run_once
@@ -22,8 +22,14 @@ from xipvm.explore.reduction import Reduced
 from xipvm.explore.strategies import Exhaustive, strategy
 from xipvm.mutants import planted
 
+if TYPE_CHECKING:
+    from multiprocessing.synchronize import Event
+
 SHARD_RUNS: Final = 500
 """How many runs of a search by chance make a shard."""
+
+_given_up: Event | None = None
+"""Of a worker process: nobody waits for what it does."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +70,7 @@ def run_shard(shard: Shard, progress: Callable[[int], None] | None = None) -> Sh
     else:
         search_by = strategy(shard.strategy, shard.seed)
     with planted(*shard.mutants):
-        search = explore(scenario, search_by, runs=shard.runs, protocol=shard.protocol, progress=progress)
+        search = explore(scenario, search_by, runs=shard.runs, protocol=shard.protocol, progress=progress or _go_on)
     failing = search.failing
     if failing is not None and failing.failure is not None:  # exceptions do not travel
         failing = replace(failing, failure=replace(failing.failure, error=None))
@@ -160,14 +166,36 @@ def _results(
             future.cancel()
 
 
-def local_executor(jobs: int) -> ProcessPoolExecutor:
-    """``jobs`` processes of this machine."""
-    return ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_ignore_interrupts)
+@contextmanager
+def local_executor(jobs: int) -> Iterator[Executor]:
+    """``jobs`` processes of this machine. Where the context ends by an exception, Ctrl-C say, they end after a run."""
+    context = get_context("spawn")
+    given_up = context.Event()
+    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_begin, initargs=(given_up,)) as pool:
+        # Workers inherit what is blocked: Ctrl-C is not for those, either, that have not come to _begin yet.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            for _ in range(jobs):
+                pool.submit(int)  # starts one
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        try:
+            yield pool
+        except BaseException:
+            given_up.set()
+            raise
 
 
-def _ignore_interrupts() -> None:
+def _begin(given_up: Event) -> None:
     """Ctrl-C reaches everybody at the terminal; who asked for the work decides what becomes of it."""
+    global _given_up
+    _given_up = given_up
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _go_on(runs: int) -> None:
+    if _given_up is not None and _given_up.is_set():
+        raise KeyboardInterrupt
 
 
 @contextmanager
