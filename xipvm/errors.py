@@ -35,7 +35,7 @@ class FileError(BadInput):
     """A file of the host cannot be used as what it was named for. ``path`` names it, ``reason`` is for a person."""
 
     def __init__(self, path: str, reason: str) -> None:
-        super().__init__(f"{path}: {reason}")
+        super().__init__(f"{path or repr(path)}: {reason}")
         self.path = path
         self.reason = reason
 
