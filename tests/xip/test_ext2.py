@@ -10,9 +10,13 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from xipvm.address import PAGE_SIZE
 from xipvm.cli.commands import cli
 from xipvm.errors import BadInput, MmError
 from xipvm.mmu.frames import HostMemory
+from xipvm.mmu.mm import Mm
+from xipvm.mmu.pin import pin_user_page, unpin_user_page
+from xipvm.mmu.vma import MAP_SHARED, PROT_READ, PROT_WRITE
 from xipvm.trace.funnel import Trace
 from xipvm.xip.ext2.inode import blocks_for
 from xipvm.xip.ext2.tree import Ext2Volume
@@ -148,6 +152,23 @@ def test_directories_grow_and_shrink(make_image: MakeImage, fsck: Fsck) -> None:
         for name, _ in list(mounted.volume.names(mounted.volume.lookup("/many"))):
             mounted.volume.unlink(f"/many/{name}")
         mounted.volume.unlink("/many")
+    assert fsck(image) == ""
+
+
+def test_a_file_with_a_pinned_page_is_not_removed(make_image: MakeImage, fsck: Fsck) -> None:
+    """Nobody maps it any more; a device may still write to the page, which must not become another file's."""
+    image = make_image({"/log": b"x" * 5000})
+    with Mounted(image) as mounted:
+        file = mounted.open("/log").file
+        mm = Mm(mounted.host, mounted.trace)
+        hva = mm.mmap(2 * PAGE_SIZE, PROT_READ | PROT_WRITE, MAP_SHARED, file=file)
+        pfn = pin_user_page(mm, hva, write=True)
+        mm.munmap(hva, 2 * PAGE_SIZE)
+        with pytest.raises(MmError, match="EBUSY"):
+            mounted.volume.unlink("/log")
+        unpin_user_page(mm, pfn)
+        mounted.volume.unlink("/log")
+        mm.exit()
     assert fsck(image) == ""
 
 

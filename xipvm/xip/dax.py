@@ -50,7 +50,7 @@ from xipvm.mmu.frames import HUGE_PAGES, ZERO_PFN
 from xipvm.mmu.mkclean import pfn_mkclean_range
 from xipvm.mmu.thp import thp_of
 from xipvm.mmu.zap import unmap_mapping_range
-from xipvm.xip.filemap import XipFile, alone
+from xipvm.xip.filemap import ALL_PAGES, XipFile, alone
 from xipvm.xip.inode import HOLE
 
 if TYPE_CHECKING:
@@ -151,7 +151,7 @@ class DaxFile(XipFile):
 
         Of a huge entry all pages are, whichever are in the range (dax_writeback_one).
         """
-        end = 1 << 52 if count is None else pgoff + count
+        end = ALL_PAGES if count is None else pgoff + count
         done = 0
         for page in sorted(page for page in self.dirty if pgoff <= page < end):
             if page not in self.dirty:
@@ -283,6 +283,11 @@ class DaxFile(XipFile):
         return pfn
 
     # ---- truncated
+
+    @property
+    def in_use(self) -> bool:
+        """See the base: a page that is pinned counts."""
+        return super().in_use or self._busy(0, ALL_PAGES)
 
     @contextmanager
     def _cutting(self, first: int, end: int) -> Iterator[None]:

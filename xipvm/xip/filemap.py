@@ -47,7 +47,8 @@ if TYPE_CHECKING:
     from xipvm.xip.buffer import UserBuffer
     from xipvm.xip.inode import XipInode
 
-_ALL_PAGES: Final = TASK_SIZE >> PAGE_SHIFT
+ALL_PAGES: Final = TASK_SIZE >> PAGE_SHIFT
+"""More than any file has."""
 _NOPAGE: Final = VmFault.NOPAGE  # attributes of enumerations are slow
 _RETRY: Final = VmFault.RETRY
 
@@ -75,6 +76,11 @@ class XipFile(AddressSpace):
     def size(self) -> int:
         """Bytes."""
         return self.inode.size
+
+    @property
+    def in_use(self) -> bool:
+        """Somebody maps it, or has memory of it that has to remain its own."""
+        return bool(self.areas)
 
     def opened_read_only(self) -> XipFile:
         """The same file, with the same mappings, for who may not write it."""
@@ -164,7 +170,7 @@ class XipFile(AddressSpace):
                 self.inode.set_size(max(start + done, self.size))
             if error is not None:  # blocks behind the end, which nobody can have mapped
                 with self.invalidate_lock.write:
-                    self._free(page_up(self.size) >> PAGE_SHIFT, _ALL_PAGES)
+                    self._free(page_up(self.size) >> PAGE_SHIFT, ALL_PAGES)
             if error is not None and not done:
                 raise error
             return done, start + done
@@ -364,7 +370,7 @@ class XipFile(AddressSpace):
         if not self.writable:
             raise MmError(errno.EINVAL, f"truncate: {self.name} is not writable")
         first = page_up(size) >> PAGE_SHIFT
-        with self.sb.writers, self.i_rwsem.write, self._cutting(first, _ALL_PAGES):
+        with self.sb.writers, self.i_rwsem.write, self._cutting(first, ALL_PAGES):
             if size > self.size:
                 if size > self._largest(limit):
                     raise MmError(errno.EFBIG, f"truncate of {self.name} to {size:#x}")
@@ -373,10 +379,10 @@ class XipFile(AddressSpace):
             self.inode.set_size(size)
             self.inode.modified()
             if size < old:
-                unmap_mapping_range(self, first, _ALL_PAGES)
+                unmap_mapping_range(self, first, ALL_PAGES)
                 point("mm.xip.truncate.unmapped")
                 self._zero_tail()
-                self._free(first, _ALL_PAGES)
+                self._free(first, ALL_PAGES)
 
     def punch_hole(self, pgoff: int, count: int) -> None:
         """Pages ``[pgoff, pgoff + count)`` are holes from now on; private copies of them stay.

@@ -92,7 +92,7 @@ class Volume(ABC):
         raise MmError(errno.EROFS, self.path)
 
     def unlink(self, path: str) -> None:
-        """Takes a file's name away, and an empty directory. Raises MmError EBUSY (mapped), EROFS, ENOENT, ENOTEMPTY."""
+        """Takes a file's name away, and an empty directory. Raises MmError EBUSY (in use), EROFS, ENOENT, ENOTEMPTY."""
         raise MmError(errno.EROFS, self.path)
 
     def freeze(self) -> None:
@@ -123,9 +123,9 @@ class Volume(ABC):
             yield data
 
     def forget(self, inode: XipInode) -> None:
-        """``inode`` is about to go away. Raises MmError EBUSY while it is mapped."""
+        """``inode`` is about to go away. Raises MmError EBUSY while it is mapped, or a page of it is pinned."""
         file = self._files.get(inode)
-        if file is not None and file.areas:
+        if file is not None and file.in_use:
             raise MmError(errno.EBUSY, inode.name)
         if file is not None:
             del self._files[inode]
