@@ -44,7 +44,7 @@ def test_the_operations_of_a_storm_are_listed(xipvm: Call) -> None:
         ((*SEARCH, "--save", "."), ".: Is a directory"),
         ((*SEARCH, "--scheduler", "tcp://x:1"), "--scheduler is for --executor dask"),
         (("explore", ".:x"), ".: Is a directory"),
-        (("run", ""), "'': No such file or directory"),
+        (("run", "--input", os.devnull, ""), "'': No such file or directory"),
         (("replay", HELLO), f"{HELLO}: not a counterexample: not a text file"),
         (
             ("trace", "show", "t", "--kind", "page_alok"),

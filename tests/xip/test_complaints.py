@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.run.command import guest, inside
+from tests.run.command import DEADLINE, XIPVM, environment, guest, inside
 
 MakeImage = Callable[..., Path]
 
@@ -83,3 +83,20 @@ def test_nor_can_one_of_a_romfs(folder: Path) -> None:
     said = "/boot/sub/data cannot have shared=on: fs.romfs is romfs, which is never written; map it without"
     assert complaint("run", *options, cwd=folder) == said
     assert complaint("xip", "cat", "fs.romfs", "/", cwd=folder) == "fs.romfs: /: EISDIR (Is a directory)"
+    never = "fs.romfs: /boot/sub/data: EROFS (Read-only file system)"
+    assert complaint("xip", "truncate", "fs.romfs", "/boot/sub/data", "0", cwd=folder) == never
+
+
+def test_a_source_that_cannot_be_read_is_named_and_leaves_nothing(folder: Path, fsck: Callable[[Path], str]) -> None:
+    said = complaint("xip", "put", "fs.ext2", "/proc/self/mem", "/boot/new", cwd=folder)
+    assert said == "/proc/self/mem: Input/output error"
+    assert complaint("xip", "ls", "fs.ext2", "/boot/new", cwd=folder).endswith("ENOENT (No such file or directory)")
+    assert fsck(folder / "fs.ext2") == ""
+
+
+@pytest.mark.parametrize("name", ["-", "/dev/stdin"])
+def test_a_pipe_is_a_source_also_where_it_is_looked_at_twice(folder: Path, name: str) -> None:
+    words = [*XIPVM, "xip", "put", "--force", "fs.ext2", name, "/boot/sub/data"]
+    data = b"piped" * 5000
+    subprocess.run(words, input=data, cwd=folder, env=environment(), check=True, capture_output=True, timeout=DEADLINE)
+    assert inside("xip", "cat", "fs.ext2", "/boot/sub/data", cwd=folder).out.encode() == data

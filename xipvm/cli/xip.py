@@ -8,12 +8,13 @@ import stat
 import sys
 import time
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Self
 
 import click
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from types import TracebackType
 
     from xipvm.mmu.frames import HostMemory
     from xipvm.trace.funnel import Trace
@@ -73,7 +74,7 @@ def put(image: str, source: str, path: str, force: bool) -> None:
     from xipvm.errors import BadInput, MmError
     from xipvm.xip.volume import naming
 
-    with _source(source) as data, _volume(image, path) as (volume, host, trace):
+    with _Source(source) as data, _volume(image, path) as (volume, host, trace):
         try:
             inode = volume.lookup(path)
             if volume.status(inode).letter == "d":
@@ -91,7 +92,8 @@ def put(image: str, source: str, path: str, force: bool) -> None:
             with naming(path):
                 file = volume.file(host, trace, inode)
                 if not new:
-                    volume.check_room(_pages_to_store(data), instead_of=inode)
+                    wanted = (page for page, (_, stored) in enumerate(data.pages()) if stored)
+                    volume.check_room(wanted, instead_of=inode)
                     file.truncate(0)
                 _copy(data, file)
         except BaseException:
@@ -101,45 +103,65 @@ def put(image: str, source: str, path: str, force: bool) -> None:
         print(f"{path}: {file.size} bytes, {volume.status(inode).sectors * 512} used")
 
 
-def _source(path: str) -> Any:
-    """``path``, or all of standard input, to be read from the beginning as often as one likes."""
-    from xipvm.errors import BadInput, os_reason
+class _Source:
+    """A file of the host, or with ``-`` standard input, read from the beginning as often as one likes. A context."""
 
-    if path == "-":
+    def __init__(self, path: str) -> None:
+        """Opens it; what cannot be read twice is kept. Raises BadInput."""
+        from xipvm.errors import BadInput, os_reason
+
+        self.name = "standard input" if path == "-" else path
+        try:
+            if path == "-":
+                self._file = self._kept(None if sys.stdin is None else sys.stdin.buffer)
+            else:
+                self._file = open(path, "rb")  # noqa: SIM115
+                if not self._file.seekable():
+                    with self._file as pipe:
+                        self._file = self._kept(pipe)
+        except (OSError, ValueError) as error:
+            raise BadInput(f"{self.name}: {os_reason(error)}") from None
+
+    @staticmethod
+    def _kept(file: IO[bytes] | None) -> IO[bytes]:
         import shutil
         import tempfile
 
-        spool = tempfile.TemporaryFile()  # noqa: SIM115 (the caller closes it)
-        shutil.copyfileobj(sys.stdin.buffer, spool)
-        spool.seek(0)
+        if file is None:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        spool = tempfile.TemporaryFile()  # noqa: SIM115
+        shutil.copyfileobj(file, spool)
         return spool
-    try:
-        return open(path, "rb")
-    except (OSError, ValueError) as error:
-        raise BadInput(f"{path}: {os_reason(error)}") from None
+
+    def pages(self) -> Iterator[tuple[bytes, bool]]:
+        """Its pages, the last as long as it is, and whether there is anything but zeros in each. Raises BadInput."""
+        from xipvm.address import PAGE_SIZE
+        from xipvm.errors import BadInput, os_reason
+
+        zeros = bytes(PAGE_SIZE)
+        try:
+            self._file.seek(0)
+            while data := self._file.read(PAGE_SIZE):
+                yield data, data != zeros[: len(data)]
+        except OSError as error:
+            raise BadInput(f"{self.name}: {os_reason(error)}") from None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._file.close()
 
 
-def _pages_to_store(source: Any) -> Iterator[int]:
-    """Which pages of ``source`` are no holes. It is at its beginning then."""
-    from xipvm.address import PAGE_SIZE
-
-    zeros = bytes(PAGE_SIZE)
-    for page, data in enumerate(iter(lambda: source.read(PAGE_SIZE), b"")):
-        if data != zeros[: len(data)]:
-            yield page
-    source.seek(0)
-
-
-def _copy(source: Any, file: XipFile) -> None:
-    from xipvm.address import PAGE_SIZE
+def _copy(source: _Source, file: XipFile) -> None:
     from xipvm.xip.open_file import OpenFile
 
-    target, zeros = OpenFile(file), bytes(PAGE_SIZE)
-    while data := source.read(PAGE_SIZE):
-        if data == zeros[: len(data)]:
-            target.lseek(len(data), os.SEEK_CUR)
-        else:
+    target = OpenFile(file)
+    for data, stored in source.pages():
+        if stored:
             target.put(data)
+        else:
+            target.lseek(len(data), os.SEEK_CUR)
     if target.pos > file.size:
         file.truncate(target.pos)
 
@@ -151,13 +173,15 @@ def _copy(source: Any, file: XipFile) -> None:
 def truncate(image: str, path: str, size: str) -> None:
     """Make a file of IMAGE so long, such as 64K; what it gains is a hole."""
     from xipvm.address import parse_size
-    from xipvm.errors import BadInput
+    from xipvm.errors import BadInput, MmError
 
     try:
         wanted = 0 if size == "0" else parse_size(size)
     except ValueError as error:
         raise BadInput(str(error)) from None
     with _volume(image, path) as (volume, host, trace):
+        if volume.read_only:
+            raise MmError(errno.EROFS, path)
         volume.file(host, trace, volume.lookup(path)).truncate(wanted)
 
 
