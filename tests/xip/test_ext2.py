@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -153,6 +155,43 @@ def test_directories_grow_and_shrink(make_image: MakeImage, fsck: Fsck) -> None:
             mounted.volume.unlink(f"/many/{name}")
         mounted.volume.unlink("/many")
     assert fsck(image) == ""
+
+
+@pytest.mark.parametrize("room", range(8))
+def test_a_full_disk_of_the_host_is_an_error(
+    make_image: MakeImage, fsck: Fsck, monkeypatch: pytest.MonkeyPatch, room: int
+) -> None:
+    """The image is sparse: without room on the disk a store to it would be the end of the process."""
+    image = make_image()
+    backed: set[int] = set()
+
+    def allocate(fd: int, mode: int, start: int, size: int) -> None:
+        if len(backed) == room:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        backed.add(start)
+
+    monkeypatch.setattr("xipvm.xip.ext2.volume.allocate", allocate)
+
+    def fill(mounted: Mounted) -> None:
+        for path in ("/new1", "/new2"):
+            file = mounted.open(path, create=True)
+            for _ in range(4):
+                file.put(bytes(PAGE_SIZE))
+
+    with Mounted(image) as mounted, pytest.raises(MmError, match="ENOSPC"):
+        fill(mounted)
+    assert fsck(image) == ""
+    assert len(backed) == room
+
+
+def test_who_keeps_what_is_written_to_himself_needs_no_room_on_the_disk(
+    make_image: MakeImage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("xipvm.xip.ext2.volume.allocate", lambda *_: pytest.fail("room for what is never written"))
+    host = HostMemory(1 << 20)
+    with open_volume(host, str(make_image()), snapshot=True) as volume:
+        assert OpenFile(volume.file(host, Trace(), volume.create("/new"))).put(b"x") == 1
+    host.close()
 
 
 def test_a_file_with_a_pinned_page_is_not_removed(make_image: MakeImage, fsck: Fsck) -> None:

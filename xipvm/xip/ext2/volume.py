@@ -5,6 +5,9 @@ then marked as free, then counted. Whoever is cut short loses a block or a count
 files share one. All changes are stores to the mapped image: what was stored is in the image whatever becomes of the
 process.
 
+The file of the host may be sparse, as mke2fs makes it. A block gets its room there when it is allocated, and so do
+bitmaps and inodes: a full disk is ENOSPC there and then, and not a signal at the first store.
+
 Numbers that come from the image are checked before they are used: EUCLEAN ("structure needs cleaning"), as Linux says.
 """
 
@@ -21,6 +24,7 @@ from typing import TYPE_CHECKING
 
 from xipvm.address import PAGE_SHIFT, Pfn, format_size
 from xipvm.errors import MmError, XipImageError, os_reason
+from xipvm.host_mapping import FALLOC_FL_KEEP_SIZE, allocate
 from xipvm.image_file import close_image, open_image
 from xipvm.xip.ext2 import layout
 from xipvm.xip.ext2.layout import BLOCK, Group, Superblock
@@ -78,6 +82,7 @@ class Ext2Image:
         self.bytes = memoryview(raw).cast("B")
         """All of it."""
         self._inodes: dict[int, Ext2Inode] = {}
+        self._backed: set[int] = set()  # blocks of bitmaps and inodes that the host has room for
         try:
             self.groups = self._read_groups()
         except BaseException:
@@ -231,7 +236,7 @@ class Ext2Image:
             if bit is not None:
                 block = number * per_group + bit
                 try:
-                    self.check_block(block, "a free block", f"group {number}")
+                    self._back(self.check_block(block, "a free block", f"group {number}"))
                 except MmError:
                     self._clear_bit(self.groups[number].block_bitmap, bit)
                     raise
@@ -246,11 +251,28 @@ class Ext2Image:
         if self._clear_bit(self.groups[number].block_bitmap, bit):
             self._count(number, layout.BG_FREE_BLOCKS, layout.S_FREE_BLOCKS, 1)
 
+    def _back(self, block: int) -> None:
+        """Has the host make room for ``block``. Raises MmError ENOSPC and what else its file system has."""
+        if self.memory.private:
+            return
+        try:
+            allocate(self._fd, FALLOC_FL_KEEP_SIZE, block * BLOCK, BLOCK)
+        except OSError as error:
+            if error.errno != errno.EOPNOTSUPP:
+                raise MmError(error.errno or errno.EIO, f"{self.path}: block {block:#x} on the host's disk") from None
+
+    def _back_once(self, block: int) -> None:
+        """As :meth:`_back`, for one that is never given back."""
+        if block not in self._backed:
+            self._back(block)
+            self._backed.add(block)
+
     def _group_blocks(self, number: int) -> int:
         return min(self.sb.blocks_per_group, self.sb.blocks_count - number * self.sb.blocks_per_group)
 
     def _take_bit(self, bitmap: int, start: int, bits: int) -> int | None:
-        """Sets the first clear one of the bits ``[start, bits)``; None when there is none."""
+        """Sets the first clear one of the bits ``[start, bits)``; None when there is none. Raises MmError ENOSPC."""
+        self._back_once(bitmap)
         data = bytes(self.block(bitmap)[: (bits + 7) // 8])
         at = start // 8
         while True:
@@ -318,6 +340,11 @@ class Ext2Image:
                 continue
             number = group * self.sb.inodes_per_group + bit + 1
             at = self.inode_at(number)
+            try:
+                self._back_once(at // BLOCK)
+            except MmError:
+                self._clear_bit(self.groups[group].inode_bitmap, bit)
+                raise
             generation = bytes(self.bytes[at + 100 : at + 104])
             self.bytes[at : at + self.sb.inode_size] = bytes(self.sb.inode_size)
             self.bytes[at + 100 : at + 104] = generation
