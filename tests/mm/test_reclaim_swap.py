@@ -407,7 +407,7 @@ def test_pages_lie_behind_the_header(mm: Mm, reclaim: Reclaim, tmp_path: Path) -
 
 
 def test_a_temporary_file_has_no_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("xipvm.mmu.swap.tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     areas = [SwapArea(temporary_file(), 1)]
     monkeypatch.setattr("xipvm.mmu.swap.os.O_TMPFILE", os.O_DIRECTORY)  # a file system that does not know it
     areas.append(SwapArea(temporary_file(), 1))
