@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import random
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import pytest
 from click.testing import CliRunner
 
 from xipvm.address import PAGE_SIZE
+from xipvm.cli import main
 from xipvm.cli.commands import cli
 from xipvm.errors import BadInput, MmError
 from xipvm.mmu.frames import HostMemory
@@ -22,6 +25,7 @@ from xipvm.mmu.vma import MAP_SHARED, PROT_READ, PROT_WRITE
 from xipvm.trace.funnel import Trace
 from xipvm.xip.ext2.inode import blocks_for
 from xipvm.xip.ext2.tree import Ext2Volume
+from xipvm.xip.ext2.volume import Ext2Image
 from xipvm.xip.open_file import OpenFile
 from xipvm.xip.volume import Volume, open_volume
 
@@ -182,6 +186,29 @@ def test_a_full_disk_of_the_host_is_an_error(
         fill(mounted)
     assert fsck(image) == ""
     assert len(backed) == room
+
+
+@pytest.mark.parametrize("words", [("put", "-"), ("put", "--force", "-"), ("truncate",), ("rm",)])
+def test_ctrl_c_in_the_middle_of_a_change_leaves_a_whole_image(
+    make_image: MakeImage, fsck: Fsck, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
+) -> None:
+    verb, *options = words
+    image = make_image({"/old": b"x" * 200_000})
+    path, size = ("/new" if words == ("put", "-") else "/old"), ["100"] if verb == "truncate" else []
+    count, counts = Ext2Image._count, iter(range(100))
+
+    def counted(self: Ext2Image, number: int, in_group: int, in_superblock: int, delta: int) -> None:
+        if next(counts) == 7:
+            signal.raise_signal(signal.SIGINT)
+        count(self, number, in_group, in_superblock, delta)
+
+    monkeypatch.setattr(Ext2Image, "_count", counted)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"y" * 300_000)))
+    with pytest.raises(SystemExit) as ended:
+        main(["xip", verb, *options[:-1], str(image), *options[-1:], path, *size])
+    assert ended.value.code == 130
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert fsck(image) == ""
 
 
 def test_who_keeps_what_is_written_to_himself_needs_no_room_on_the_disk(

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import stat
 import sys
+import threading
 import time
 from contextlib import contextmanager
 from typing import IO, TYPE_CHECKING, Self
@@ -74,7 +76,7 @@ def put(image: str, source: str, path: str, force: bool) -> None:
     from xipvm.errors import BadInput, MmError
     from xipvm.xip.volume import naming
 
-    with _Source(source) as data, _volume(image, path) as (volume, host, trace):
+    with _Source(source) as data, _Steps() as steps, _volume(image, path) as (volume, host, trace):
         try:
             inode = volume.lookup(path)
             if volume.status(inode).letter == "d":
@@ -92,10 +94,10 @@ def put(image: str, source: str, path: str, force: bool) -> None:
             with naming(path):
                 file = volume.file(host, trace, inode)
                 if not new:
-                    wanted = (page for page, (_, stored) in enumerate(data.pages()) if stored)
+                    wanted = (page for page, (_, stored) in enumerate(steps.of(data.pages())) if stored)
                     volume.check_room(wanted, instead_of=inode)
                     file.truncate(0)
-                _copy(data, file)
+                _copy(steps.of(data.pages()), file)
         except BaseException:
             if new:
                 volume.unlink(path)
@@ -153,11 +155,42 @@ class _Source:
         self._file.close()
 
 
-def _copy(source: _Source, file: XipFile) -> None:
+class _Steps:
+    """What is done to an image is done whole, or not at all: Ctrl-C waits for the step under way. A context."""
+
+    def __enter__(self) -> Self:
+        self._asked = False
+        here = threading.current_thread() is threading.main_thread()
+        self._deferred = here and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        if self._deferred:
+            signal.signal(signal.SIGINT, self._ask)
+        return self
+
+    def _ask(self, number: int, frame: object) -> None:
+        self._asked = True
+
+    def of(self, items: Iterator[tuple[bytes, bool]]) -> Iterator[tuple[bytes, bool]]:
+        """``items``, each a step. Raises KeyboardInterrupt between them."""
+        for item in items:
+            self._check()
+            yield item
+
+    def _check(self) -> None:
+        if self._asked:
+            raise KeyboardInterrupt
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        if self._deferred:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        if error is None:
+            self._check()
+
+
+def _copy(pages: Iterator[tuple[bytes, bool]], file: XipFile) -> None:
     from xipvm.xip.open_file import OpenFile
 
     target = OpenFile(file)
-    for data, stored in source.pages():
+    for data, stored in pages:
         if stored:
             target.put(data)
         else:
@@ -179,7 +212,7 @@ def truncate(image: str, path: str, size: str) -> None:
         wanted = 0 if size == "0" else parse_size(size)
     except ValueError as error:
         raise BadInput(str(error)) from None
-    with _volume(image, path) as (volume, host, trace):
+    with _Steps(), _volume(image, path) as (volume, host, trace):
         if volume.read_only:
             raise MmError(errno.EROFS, path)
         volume.file(host, trace, volume.lookup(path)).truncate(wanted)
@@ -247,7 +280,7 @@ def _mappers(trace: str, name: str) -> dict[int, list[str]]:
 @click.argument("path")
 def mkdir(image: str, path: str) -> None:
     """Make a directory in IMAGE."""
-    with _volume(image, path) as (volume, _, _):
+    with _Steps(), _volume(image, path) as (volume, _, _):
         volume.mkdir(path)
 
 
@@ -256,7 +289,7 @@ def mkdir(image: str, path: str) -> None:
 @click.argument("path")
 def rm(image: str, path: str) -> None:
     """Remove a file, or an empty directory, of IMAGE."""
-    with _volume(image, path) as (volume, _, _):
+    with _Steps(), _volume(image, path) as (volume, _, _):
         volume.unlink(path)
 
 
