@@ -238,6 +238,28 @@ def test_a_file_with_a_pinned_page_is_not_removed(make_image: MakeImage, fsck: F
     assert fsck(image) == ""
 
 
+def test_a_file_that_loses_one_of_its_names_remains_the_same_to_everybody(
+    make_image: MakeImage, fsck: Fsck, tmp_path: Path
+) -> None:
+    one = tmp_path / "tree" / "one"
+    one.parent.mkdir()
+    with one.open("wb") as file:
+        file.truncate(PAGE_SIZE)
+    one.with_name("two").hardlink_to(one)
+    image = make_image()
+    with Mounted(image) as mounted:
+        mm = Mm(mounted.host, mounted.trace)
+        hva = mm.mmap(PAGE_SIZE, PROT_READ, MAP_SHARED, file=mounted.open("/one").file)
+        assert mm.read(hva, 4) == bytes(4)
+        mounted.volume.unlink("/one")
+        mounted.open("/two").put(b"data")
+        assert mm.read(hva, 4) == b"data"
+        with pytest.raises(MmError, match="EBUSY"):
+            mounted.volume.unlink("/two")
+        mm.exit()
+    assert fsck(image) == ""
+
+
 def test_a_large_image_takes_memory_only_for_what_is_touched(make_image: MakeImage, fsck: Fsck) -> None:
     image = make_image({"/small": b"x"}, "64G", "-N", "1024")
     with Mounted(image) as mounted:

@@ -92,7 +92,10 @@ class Volume(ABC):
         raise MmError(errno.EROFS, self.path)
 
     def unlink(self, path: str) -> None:
-        """Takes a file's name away, and an empty directory. Raises MmError EBUSY (in use), EROFS, ENOENT, ENOTEMPTY."""
+        """Takes a file's name away, and an empty directory.
+
+        Raises MmError EBUSY (in use, and it has no other name), EROFS, ENOENT, ENOTEMPTY.
+        """
         raise MmError(errno.EROFS, self.path)
 
     def freeze(self) -> None:

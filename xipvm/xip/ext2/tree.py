@@ -92,7 +92,8 @@ class Ext2Volume(Volume):
         """See the base."""
         with self.image.super_block.writers:
             inode = self.lookup(path, follow=False)
-            self.forget(inode)
+            if inode.is_dir or inode.links <= 1:  # under another name it goes on as the same file
+                self.forget(inode)
             if inode.is_dir:
                 directory.rmdir(self.image, path)
             else:
