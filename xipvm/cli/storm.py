@@ -10,6 +10,7 @@ import signal
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Final
 
 from xipvm.cli.run import check_start, read_input
 from xipvm.devices.flash.files import parse_option
@@ -19,6 +20,12 @@ from xipvm.mmu.swap_file import parse_swap
 from xipvm.storm import Storm
 from xipvm.storm.check import Job, Outcome, difference, run_once, stormy_limit
 from xipvm.storm.storm import GROUPS
+
+if TYPE_CHECKING:
+    from multiprocessing.pool import IMapIterator
+
+WAKE: Final = 0.2
+"""How long a wait for workers may be before it is begun again, s."""
 
 Found = tuple[int, str, int, int, bool]
 """Of a seed: itself, how it differs, its invalidations and operations, whether Ctrl-C ended it."""
@@ -134,8 +141,25 @@ def _results(task: tuple[Job, Outcome, int, tuple[str, ...] | None], seeds: rang
     if jobs == 1:
         yield from (_one(task, seed) for seed in seeds)
         return
-    with multiprocessing.get_context("fork").Pool(jobs, _begin, (task,)) as pool:
-        yield from pool.imap(_work, seeds)
+    # No Ctrl-C before all workers are known, which are to be ended by it, nor to those that have not come to _begin.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        with multiprocessing.get_context("fork").Pool(jobs, _begin, (task,)) as pool:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            results = pool.imap(_work, seeds)
+            for _ in seeds:
+                yield _next(results)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def _next(results: IMapIterator[Found]) -> Found:
+    """The next of them. A signal that comes just before a wait does not end it, so no wait is for ever."""
+    while True:
+        try:
+            return results.next(WAKE)
+        except multiprocessing.TimeoutError:
+            continue
 
 
 def _begin(task: tuple[Job, Outcome, int, tuple[str, ...] | None]) -> None:

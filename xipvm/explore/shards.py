@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 SHARD_RUNS: Final = 500
 """How many runs of a search by chance make a shard."""
 
+WAKE: Final = 0.2
+"""How long a wait for workers may be before it is begun again, s."""
+
 _given_up: Event | None = None
 """Of a worker process: nobody waits for what it does."""
 
@@ -153,7 +156,8 @@ def _results(
     first = len(shards)
     try:
         while any(number < first for number in waiting.values()):
-            done, _ = wait(waiting, return_when=FIRST_COMPLETED)
+            # A signal that comes just before a wait does not end it, so no wait is for ever.
+            done, _ = wait(waiting, WAKE, FIRST_COMPLETED)
             for future in done:
                 number = waiting.pop(future)
                 result = future.result()
