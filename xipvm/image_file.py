@@ -28,6 +28,17 @@ def open_image(path: str, error: type[FileError], *, writable: bool, shared: boo
     return fd
 
 
+def read_head(path: str, error: type[FileError], size: int) -> bytes:
+    """The first bytes of the regular file ``path``, ``size`` if it has so many. Raises ``error``."""
+    fd = _open(path, error, writable=False)
+    try:
+        return os.pread(fd, size, 0)
+    except OSError as why:
+        raise error(path, os_reason(why)) from None
+    finally:
+        os.close(fd)
+
+
 def close_image(fd: int) -> None:
     """Unlocks and closes an image."""
     fcntl.flock(fd, fcntl.LOCK_UN)  # closing alone does not unlock while a forgotten mapping is left

@@ -297,6 +297,14 @@ def test_a_cut_image(make_image: MakeImage) -> None:
         xip("ls", image)
 
 
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: os.symlink(os.devnull, path)])
+def test_what_is_no_regular_file_is_no_image(tmp_path: Path, make: Callable[[Path], None]) -> None:
+    """Nobody waits until somebody opens the other end of a FIFO, either."""
+    make(tmp_path / "image")
+    with pytest.raises(BadInput, match="is not a regular file"):
+        xip("ls", tmp_path / "image")
+
+
 def test_who_writes_a_file_takes_its_owner_s_rights_away(make_image: MakeImage) -> None:
     image = make_image({"/tool": b"#!"})
     with Mounted(image) as mounted:

@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple, Self
 
-from xipvm.errors import MmError, XipImageError, os_reason
+from xipvm.errors import MmError, XipImageError
+from xipvm.image_file import read_head
 from xipvm.xip.dax import DaxFile
 from xipvm.xip.filemap import XipFile
 from xipvm.xip.open_file import OpenFile
@@ -166,11 +167,7 @@ def open_volume(
     from xipvm.xip.romfs import MAGIC as ROMFS_MAGIC
     from xipvm.xip.romfs import RomfsVolume
 
-    try:
-        with open(path, "rb") as file:
-            head = file.read(SUPERBLOCK_AT + 64)
-    except (OSError, ValueError) as error:
-        raise XipImageError(path, os_reason(error)) from None
+    head = read_head(path, XipImageError, SUPERBLOCK_AT + 64)
     if int.from_bytes(head[SUPERBLOCK_AT + 56 : SUPERBLOCK_AT + 58], "little") == MAGIC:
         return Ext2Volume(host, path, read_only=read_only, snapshot=snapshot, now=now)
     if head.startswith(ROMFS_MAGIC):
