@@ -238,6 +238,26 @@ def test_a_file_with_a_pinned_page_is_not_removed(make_image: MakeImage, fsck: F
     assert fsck(image) == ""
 
 
+def test_who_has_a_file_open_that_is_removed_does_not_write_to_the_next_one(make_image: MakeImage, fsck: Fsck) -> None:
+    image = make_image({"/old": b"old data"})
+    with Mounted(image) as mounted:
+        old = mounted.open("/old")
+        mounted.volume.unlink("/old")
+        new = mounted.open("/new", create=True)
+        with pytest.raises(MmError, match="EBADF"):
+            old.put(b"x" * 5000)
+        with pytest.raises(MmError, match="EINVAL"):
+            old.truncate(1)
+        assert new.put(b"new data") == 8
+        assert old.get(8) == b""
+        mm = Mm(mounted.host, mounted.trace)
+        hva = mm.mmap(PAGE_SIZE, PROT_READ, MAP_SHARED, file=old.file)
+        with pytest.raises(MmError, match="EFAULT"):
+            mm.read(hva, 8)
+        mm.exit()
+    assert fsck(image) == ""
+
+
 def test_a_file_that_loses_one_of_its_names_remains_the_same_to_everybody(
     make_image: MakeImage, fsck: Fsck, tmp_path: Path
 ) -> None:

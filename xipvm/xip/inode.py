@@ -100,3 +100,30 @@ class XipInode(ABC):
         None where there is none to be had, or the file system does not look for one. Raises MmError.
         """
         return None
+
+
+class GoneInode(XipInode):
+    """``inode`` after its removal, for those who still have it open: it is empty, and remains so."""
+
+    read_only = True
+
+    def __init__(self, inode: XipInode) -> None:
+        self.name = inode.name
+        self.sb = inode.sb
+
+    @property
+    def size(self) -> int:
+        """Nothing."""
+        return 0
+
+    def get_xip_mem(self, pgoff: int, *, create: bool) -> Pfn:
+        """Never: ESTALE; likewise below."""
+        raise MmError(errno.ESTALE, self.name)
+
+    def set_size(self, size: int) -> None:
+        """See :meth:`get_xip_mem`."""
+        raise MmError(errno.ESTALE, self.name)
+
+    def free_blocks(self, first: int, end: int) -> list[Pfn]:
+        """See :meth:`get_xip_mem`."""
+        raise MmError(errno.ESTALE, self.name)

@@ -17,6 +17,7 @@ from xipvm.errors import MmError, XipImageError
 from xipvm.image_file import read_head
 from xipvm.xip.dax import DaxFile
 from xipvm.xip.filemap import XipFile
+from xipvm.xip.inode import GoneInode
 from xipvm.xip.open_file import OpenFile
 
 if TYPE_CHECKING:
@@ -127,13 +128,18 @@ class Volume(ABC):
             yield data
 
     def forget(self, inode: XipInode) -> None:
-        """``inode`` is about to go away. Raises MmError EBUSY while it is mapped, or a page of it is pinned."""
+        """``inode`` is about to go away. Raises MmError EBUSY while it is mapped, or a page of it is pinned.
+
+        Who merely has it open finds nothing in it any more, and cannot write to it: its number and blocks become
+        others'.
+        """
         file = self._files.get(inode)
         if file is not None and file.in_use:
             raise MmError(errno.EBUSY, inode.name)
         if file is not None:
             del self._files[inode]
             inode.sb.files.remove(file)
+            file.inode, file.writable = GoneInode(inode), False
 
     def __enter__(self) -> Self:
         return self
