@@ -258,7 +258,7 @@ class Ext2Image:
         try:
             allocate(self._fd, FALLOC_FL_KEEP_SIZE, block * BLOCK, BLOCK)
         except OSError as error:
-            if error.errno != errno.EOPNOTSUPP:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # there nobody can make room ahead
                 raise MmError(error.errno or errno.EIO, f"{self.path}: block {block:#x} on the host's disk") from None
 
     def _back_once(self, block: int) -> None:
