@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import resource
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +14,7 @@ from xipvm.address import PAGE_SHIFT, PAGE_SIZE
 from xipvm.errors import MmError
 from xipvm.mmu.frames import HostMemory
 from xipvm.mmu.mm import Mm
+from xipvm.mmu.mremap import MREMAP_FIXED, MREMAP_MAYMOVE
 from xipvm.mmu.vma import MAP_PRIVATE, MAP_SHARED, PROT_READ, PROT_WRITE
 from xipvm.trace.events import Event
 from xipvm.trace.funnel import Trace
@@ -107,6 +108,29 @@ def test_a_shared_mapping_allocates_and_its_stores_are_in_the_file(world: World)
     world.open.lseek(2 * PAGE_SIZE)
     assert world.open.get(6) == b"stored"
     assert world.path.read_bytes()[2 * PAGE_SIZE :][:6] == b"stored"
+
+
+@pytest.mark.parametrize("grow", [lambda open: open.put(b"x"), lambda open: open.truncate(open.pos + 1)])
+def test_what_was_stored_behind_the_end_is_zero_when_the_file_grows(
+    world: World, grow: Callable[[OpenFile], object]
+) -> None:
+    world.open.truncate(5)
+    hva = world.map(MAP_SHARED)
+    world.mm.write(hva, b"begin and more")
+    world.open.lseek(PAGE_SIZE + 7)
+    grow(world.open)
+    assert world.mm.read(hva, 14) == b"begin" + bytes(9)
+    world.open.lseek(0)
+    assert world.open.get(14) == b"begin" + bytes(9)
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_a_trace_says_what_of_the_file_an_area_shows_that_has_grown(world: World, moved: bool) -> None:
+    hva = world.mm.mmap(PAGE_SIZE, RW, MAP_SHARED, file=world.file, pgoff=1)
+    to = hva - (1 << 30)
+    hva = world.mm.mremap(hva, PAGE_SIZE, 3 * PAGE_SIZE, MREMAP_MAYMOVE | MREMAP_FIXED * moved, to if moved else None)
+    last = [event.fields for event in world.events if event.kind == "xip_map"][-1]
+    assert (last["start"], last["end"], last["pgoff"]) == (hva, hva + 3 * PAGE_SIZE, 1)
 
 
 def test_truncation_takes_pages_and_tail_away(world: World) -> None:
