@@ -262,6 +262,21 @@ def test_who_has_a_file_open_that_is_removed_does_not_write_to_the_next_one(make
     assert fsck(image) == ""
 
 
+@pytest.mark.parametrize("grow", [lambda file: file.put(b"x"), lambda file: file.truncate(file.pos + 1)])
+def test_what_was_stored_behind_the_end_is_zero_when_the_file_grows(
+    make_image: MakeImage, grow: Callable[[OpenFile], object]
+) -> None:
+    with Mounted(make_image({"/file": b"begin"})) as mounted:
+        opened = mounted.open("/file")
+        mm = Mm(mounted.host, mounted.trace)
+        hva = mm.mmap(PAGE_SIZE, PROT_READ | PROT_WRITE, MAP_SHARED, file=opened.file)
+        mm.write(hva, b"begin and more")
+        opened.lseek(PAGE_SIZE + 7)
+        grow(opened)
+        assert mm.read(hva, 14) == b"begin" + bytes(9)
+        mm.exit()
+
+
 def test_a_file_that_loses_one_of_its_names_remains_the_same_to_everybody(
     make_image: MakeImage, fsck: Fsck, tmp_path: Path
 ) -> None:
