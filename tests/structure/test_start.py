@@ -12,7 +12,13 @@ import pytest
 from tests.run.command import environment
 
 HELLO = Path(__file__).parents[2] / "guests" / "bin" / "arm64" / "hello-arm64.elf"
-LISTING = "import json, sys, atexit; atexit.register(lambda: print('\\n' + json.dumps(sorted(sys.modules))))"
+LISTING = """
+import atexit, json, sys
+before = set(sys.modules)
+atexit.register(lambda: print('\\n' + json.dumps(sorted(set(sys.modules) - before))))
+from xipvm.cli import main
+main(sys.argv[1:])
+"""
 
 HEAVY = {"capstone", "distributed", "elftools", "numpy", "rich", "unicorn"}
 PLAIN = {"bz2", "lzma", "pathlib", "random", "shlex", "shutil", "tempfile", "urllib.parse"}
@@ -25,9 +31,8 @@ SOME = {
 
 
 def imported(*argv: object) -> set[str]:
-    """The modules that ``xipvm argv`` has imported when it ends."""
-    code = f"{LISTING}; from xipvm.cli import main; main(sys.argv[1:])"
-    command = [sys.executable, "-c", code, *map(str, argv)]
+    """The modules that ``xipvm argv`` has imported when it ends, beside those of Python's own start."""
+    command = [sys.executable, "-c", LISTING, *map(str, argv)]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, env=environment())
     assert done.returncode == 0, done.stderr
     return set(json.loads(done.stdout.splitlines()[-1]))
