@@ -105,6 +105,13 @@ def handle_mm_fault(mm: Mm, hva: int, write: bool, force: bool = False) -> VmFau
     return result
 
 
+def why(mm: Mm, hva: int, fault: VmFault) -> str:
+    """What is to be added to the name of ``fault``, which the access to ``hva`` just got, by the file mapped there."""
+    area = mm.find_vma(hva) if fault == VmFault.SIGBUS else None
+    known = "" if area is None or area.file is None else area.file.why_not(area.page_offset(hva))
+    return f" ({known})" if known else ""
+
+
 def _fault(mm: Mm, area: Vma, hva: int, write: bool) -> tuple[VmFault, str]:
     """By what is there: how it went, and the word for it in the trace. Raises OutOfFrames, having changed nothing."""
     if area.flags & VM_HUGETLB:

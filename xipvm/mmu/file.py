@@ -69,6 +69,8 @@ class AddressSpace:
         self.name = name
         self.writable = writable
         """Shared mappings may be written."""
+        self.failed: tuple[int, str] | None = None
+        """The page whose fault failed last, and why, until somebody has asked."""
         self.swapped: dict[int, int] = {}
         """Swap slots of pages that are in swap, by page offset."""
         self.areas: dict[Vma, None] = {}
@@ -80,7 +82,21 @@ class AddressSpace:
 
     def fault(self, area: Vma, pgoff: int, write: bool) -> FaultResult:
         """The frame of page ``pgoff``. May sleep; what it returns is true at the moment of return."""
-        return 0, VmFault.SIGBUS
+        return 0, self.sigbus(pgoff, f"{self.name} has no pages")
+
+    def sigbus(self, pgoff: int, why: str) -> VmFault:
+        """What a fault on page ``pgoff`` gives that cannot be had, having noted ``why``."""
+        self.failed = pgoff, why
+        return VmFault.SIGBUS
+
+    def behind_end(self, pgoff: int, size: int) -> VmFault:
+        """The same where the file, of ``size`` bytes, does not reach."""
+        return self.sigbus(pgoff, f"page {pgoff:#x} is behind the end of {self.name}, which has {size} bytes")
+
+    def why_not(self, pgoff: int) -> str:
+        """Why the fault on page ``pgoff`` that failed just now did; empty if nobody knows. Forgets it."""
+        failed, self.failed = self.failed, None
+        return failed[1] if failed is not None and failed[0] == pgoff else ""
 
     def page_mkwrite(self, pgoff: int, pfn: int) -> VmFault:
         """A shared entry of page ``pgoff`` is about to become writable. NOPAGE when ``pfn`` is not that page any more.

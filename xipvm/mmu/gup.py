@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from xipvm.address import PAGE_SHIFT, PAGE_SIZE
 from xipvm.errors import DeadlockError, MmError
-from xipvm.mmu.fault import handle_mm_fault
+from xipvm.mmu.fault import handle_mm_fault, why
 from xipvm.mmu.file import VmFault
 from xipvm.mmu.frames import PG_HUGETLB
 from xipvm.mmu.pte import ACCESSED, ANON, DIRTY, EXCLUSIVE, HUGE, MAPPED, SOFT_DIRTY, UFFD_WP, WRITE, pte_pfn
@@ -29,7 +29,8 @@ def get_user_pages(mm: Mm, hva: int, write: bool) -> GupPage:
         if fault:
             raise MmError(
                 errno.ENOMEM if fault == VmFault.OOM else errno.EFAULT,
-                f"get_user_pages({hva:#x}, {'write' if write else 'read'}) in {mm.name}: {fault.name}",
+                f"get_user_pages({hva:#x}, {'write' if write else 'read'}) in {mm.name}: "
+                f"{fault.name}{why(mm, hva, fault)}",
             )
         page = mm.pgd.gup(hva >> PAGE_SHIFT, write)
         if page is not None:
@@ -87,7 +88,7 @@ def _get_forced(mm: Mm, hva: int) -> int:
             return pte_pfn(entry)
         fault = handle_mm_fault(mm, hva, True, True)
         if fault:
-            raise MmError(errno.EFAULT, f"write to {hva:#x} in {mm.name}: {fault.name}")
+            raise MmError(errno.EFAULT, f"write to {hva:#x} in {mm.name}: {fault.name}{why(mm, hva, fault)}")
 
 
 def copy_to_user(mm: Mm, hva: int, data: bytes | bytearray | memoryview) -> None:

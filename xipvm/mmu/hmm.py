@@ -33,7 +33,7 @@ from xipvm.address import PAGE_MASK, PAGE_SHIFT
 from xipvm.errors import MmError
 from xipvm.locks.check import might_sleep
 from xipvm.mmu.device_private import device_private_page
-from xipvm.mmu.fault import handle_mm_fault
+from xipvm.mmu.fault import handle_mm_fault, why
 from xipvm.mmu.file import VmFault
 from xipvm.mmu.frames import ZERO_PFN
 from xipvm.mmu.pte import HUGE, PRESENT, SPECIAL, WRITE, pte_pfn
@@ -224,4 +224,4 @@ def _fault(range: HmmRange, hva: int) -> None:
     fault = handle_mm_fault(mm, hva, write)
     if fault:
         code = errno.ENOMEM if fault == VmFault.OOM else errno.EFAULT
-        raise MmError(code, f"hmm_range_fault({hva:#x}) in {mm.name}: {fault.name}")
+        raise MmError(code, f"hmm_range_fault({hva:#x}) in {mm.name}: {fault.name}{why(mm, hva, fault)}")

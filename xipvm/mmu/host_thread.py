@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from xipvm.address import PAGE_MASK, PAGE_SHIFT
 from xipvm.errors import MmError
-from xipvm.mmu.fault import handle_mm_fault
+from xipvm.mmu.fault import handle_mm_fault, why
 from xipvm.mmu.file import VmFault
 from xipvm.mmu.gup import pieces
 from xipvm.mmu.pte import ACCESSED, DIRTY, PRESENT, WRITE, pte_pfn
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 class HostAccessError(MmError):
     """A host thread's access cannot be done; ``signal`` is SIGSEGV, SIGBUS or SIGKILL (no frame left)."""
 
-    def __init__(self, signal: str, what: str) -> None:
-        super().__init__(errno.EFAULT, f"{what}: {signal}")
+    def __init__(self, signal: str, what: str, why: str = "") -> None:
+        super().__init__(errno.EFAULT, f"{what}: {signal}{why}")
         self.signal = signal
 
 
@@ -110,4 +110,4 @@ class HostThread:
             mm.check_running(f"access of {self.name}")
             fault = handle_mm_fault(mm, hva, write)
             if fault:
-                raise HostAccessError(_SIGNALS[fault], f"{self.name} at {hva:#x} in {mm.name}")
+                raise HostAccessError(_SIGNALS[fault], f"{self.name} at {hva:#x} in {mm.name}", why(mm, hva, fault))

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Final
 from xipvm.address import PAGE_SHIFT, PAGE_SIZE
 from xipvm.errors import MmError, OutOfFrames
 from xipvm.mmu.collapse import madvise_collapse
-from xipvm.mmu.fault import handle_mm_fault
+from xipvm.mmu.fault import handle_mm_fault, why
 from xipvm.mmu.file import VmFault
 from xipvm.mmu.frames import (
     LRU_INACTIVE_ANON,
@@ -312,7 +312,7 @@ def fault_in(mm: Mm, start: int, end: int, write: bool) -> None:
             fault = handle_mm_fault(mm, hva, write)
             if fault:
                 error = errno.ENOMEM if fault == VmFault.OOM else errno.EFAULT
-                raise MmError(error, f"populating {hva:#x} in {mm.name}: {fault.name}")
+                raise MmError(error, f"populating {hva:#x} in {mm.name}: {fault.name}{why(mm, hva, fault)}")
 
 
 def _advise_files(mm: Mm, addr: int, length: int, advice: int) -> None:

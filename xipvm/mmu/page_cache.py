@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from xipvm.actors import point
 from xipvm.address import PAGE_SHIFT, PAGE_SIZE, page_up
-from xipvm.errors import InternalError, MmError
+from xipvm.errors import InternalError, MmError, os_reason
 from xipvm.locks.lock import RwLock
 from xipvm.locks.order import INODE_LOCK, INVALIDATE_LOCK
 from xipvm.mmu.file import AddressSpace, FaultResult, VmFault
@@ -67,13 +67,13 @@ class PageCache(AddressSpace):
     def fault(self, area: Vma, pgoff: int, write: bool) -> FaultResult:
         """The cached page, read in if it is not. Raises OutOfFrames."""
         if pgoff >= page_up(self.size) >> PAGE_SHIFT:
-            return 0, VmFault.SIGBUS
+            return 0, self.behind_end(pgoff, self.size)
         try:
             pfn = self._grab(pgoff)
-        except OSError:
-            pfn = None
+        except OSError as error:
+            return 0, self.sigbus(pgoff, f"{self.name}: {os_reason(error)}")
         if pfn is None:
-            return 0, VmFault.SIGBUS
+            return 0, self.behind_end(pgoff, self.size)
         if not self.rmap.page_lock.free(pfn) and self.rmap.page_lock.wait(pfn):
             return 0, VmFault.NOPAGE
         self.host.get(pfn)

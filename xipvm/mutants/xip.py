@@ -137,7 +137,7 @@ def io_error_is_out_of_memory() -> Iterator[None]:
 
     with (
         replaced(XipFile, "fault", failing),
-        replaced(XipFile, "_failed", staticmethod(lambda error: VmFault.OOM)),
+        replaced(XipFile, "_failed", lambda self, pgoff, error: VmFault.OOM),
         replaced(DaxFile, "fault", dax_failing),
     ):
         yield

@@ -88,7 +88,7 @@ class DaxFile(XipFile):
         except MmError as error:
             if error.errno == errno.EDEADLK:
                 raise
-            return 0, VmFault.OOM if error.errno == errno.ENOMEM else VmFault.SIGBUS
+            return 0, VmFault.OOM if error.errno == errno.ENOMEM else self._failed(pgoff, error)
         return (0, self._thawed()) if found[1] is _RETRY else found
 
     def _dax_fault(self, pgoff: int, write: bool) -> FaultResult:
@@ -102,7 +102,7 @@ class DaxFile(XipFile):
         point("dax.fault.locked")
         inode = self.inode
         if pgoff << PAGE_SHIFT >= inode.size:
-            return 0, VmFault.SIGBUS
+            return 0, self.behind_end(pgoff, inode.size)
         pfn: int | None = inode.find(pgoff)
         if pfn is None and write:
             pfn = self._fill(pgoff)
@@ -134,13 +134,13 @@ class DaxFile(XipFile):
             point("dax.mkwrite.locked")
             try:
                 if pgoff >= page_up(self.size) >> PAGE_SHIFT:
-                    return VmFault.SIGBUS
+                    return self.behind_end(pgoff, self.size)
                 if super()._block(pgoff) != pfn:
                     return VmFault.NOPAGE
             except MmError as error:
                 if error.errno == errno.EDEADLK:
                     raise
-                return VmFault.SIGBUS
+                return self._failed(pgoff, error)
             self.entries[pgoff] = pfn
             if pgoff not in self.dirty:
                 self.dirty.update(self._with(pgoff))

@@ -266,7 +266,7 @@ class XipFile(AddressSpace):
         if hva is None or area.mm.find_vma(hva) is not area:
             return _NOPAGE
         if pgoff << PAGE_SHIFT >= inode.size:
-            return VmFault.SIGBUS
+            return self.behind_end(pgoff, inode.size)
         try:
             found: int | None = inode.find(pgoff)
             point("mm.xip.looked_up")
@@ -278,12 +278,12 @@ class XipFile(AddressSpace):
                 return self._insert(area, hva, found, write)
             with self.i_mmap.read:
                 if not self._still_there(pgoff):
-                    return VmFault.SIGBUS
+                    return self.behind_end(pgoff, inode.size)
                 return self._insert(area, hva, self._look_again(pgoff, found), write)
         except MmError as error:
             if error.errno == errno.EDEADLK:
                 raise
-            return self._failed(error)
+            return self._failed(pgoff, error)
 
     def _still_there(self, pgoff: int) -> bool:
         """Whether the file still has page ``pgoff``, which it had when the fault began."""
@@ -293,10 +293,9 @@ class XipFile(AddressSpace):
         """What is mapped: behind all points, as a hole may have been filled since it was ``found`` to be one."""
         return self.inode.find(pgoff)
 
-    @staticmethod
-    def _failed(error: MmError) -> VmFault:
+    def _failed(self, pgoff: int, error: MmError) -> VmFault:
         """What a fault gives when the file system has an error."""
-        return VmFault.SIGBUS
+        return self.sigbus(pgoff, str(error))
 
     def _allocates(self, area: Vma) -> bool:
         """Whether a fault in ``area`` gives a hole its block, even to read: it may be written and is shared."""
@@ -324,7 +323,7 @@ class XipFile(AddressSpace):
         if pgoff >= page_up(self.size) >> PAGE_SHIFT:
             return VmFault.NOPAGE
         if pfn == sparse_page(self.host):
-            return VmFault.SIGBUS
+            return self.sigbus(pgoff, f"page {pgoff:#x} of {self.name} is a hole, and mapped as one")
         return VmFault.OK
 
     def _filled(self, pgoff: int) -> None:

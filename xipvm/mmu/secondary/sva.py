@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Final
 from xipvm.actors import point
 from xipvm.address import PAGE_MASK, PAGE_SHIFT, Hva
 from xipvm.errors import DeadlockError, MmError
-from xipvm.mmu.fault import handle_mm_fault
+from xipvm.mmu.fault import handle_mm_fault, why
 from xipvm.mmu.file import VmFault
 from xipvm.mmu.gup import pieces
 from xipvm.mmu.secondary.base import ACCESS_NAMES, FAULT, READ, RETRY_WALK, WRITE, SecondaryMmu
@@ -137,7 +137,7 @@ class Sva(SecondaryMmu, MmuNotifier):
             self.last_error = str(error)
             return FAULT
         if fault:
-            reason = "no memory left" if fault == VmFault.OOM else fault.name
+            reason = "no memory left" if fault == VmFault.OOM else f"{fault.name}{why(self.mm, hva, fault)}"
             self.last_error = f"{self.name} {ACCESS_NAMES[access]}s {hva:#x} of {self.mm.name}: {reason}"
             return FAULT
         point("sva.page_response")
