@@ -41,7 +41,7 @@ def complaint(*words: str, cwd: Path) -> str:
         ("truncate /boot/sub/data 5T", "truncate of /boot/sub/data to 0x50000000000: EFBIG (File too large)"),
         ("put big /boot/hello.elf/x", "/boot/hello.elf/x: ENOTDIR (Not a directory)"),
         ("put big /no/x", "/no: ENOENT (No such file or directory)"),
-        ("put --force big /boot/sub/data", "/boot/sub/data would have 2308 blocks, and there is room for"),
+        ("put --force big /boot/sub/data", "/boot/sub/data needs 2308 blocks, and "),
         ("rm /boot", "/boot: ENOTEMPTY (Directory not empty)"),
         ("ls /boot/no", "/boot/no: ENOENT (No such file or directory)"),
     ],

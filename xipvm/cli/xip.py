@@ -70,39 +70,56 @@ def cat(image: str, path: str) -> None:
 @click.argument("image")
 @click.argument("source")
 @click.argument("path")
-@click.option("--force", is_flag=True, help="Replace an existing file.")
+@click.option("--force", is_flag=True, help="Replace an existing file, when the new one is whole.")
 def put(image: str, source: str, path: str, force: bool) -> None:
-    """Copy the file SOURCE (- for standard input) to PATH in IMAGE; runs of zeros become holes."""
-    from xipvm.errors import BadInput, MmError
+    """Copy the file SOURCE (- for standard input) to PATH in IMAGE; runs of zeros become holes.
+
+    PATH names the new file when that is whole: until then, and whatever becomes of the process, it names nothing, or
+    with --force the old file. There has to be room for both. A file with other names has the new contents by all of
+    them.
+    """
     from xipvm.xip.volume import naming
 
     with _Source(source) as data, _Steps() as steps, _volume(image, path) as (volume, host, trace):
-        try:
-            inode = volume.lookup(path)
-            if volume.status(inode).letter == "d":
-                path = f"{path.rstrip('/')}/{os.path.basename(source)}"
-                inode = volume.lookup(path)
-        except MmError as error:
-            if error.errno != errno.ENOENT:
+        path, replaces = _target(volume, path, source, force=force)
+        with naming(path):
+            wanted = (page for page, (_, stored) in enumerate(steps.of(data.pages())) if stored)
+            volume.check_room(wanted, path, replaces=replaces)
+            inode = volume.tmpfile(path)
+            try:
+                _copy(steps.of(data.pages()), volume.file(host, trace, inode))
+                if replaces:
+                    volume.replace(inode, path)
+                else:
+                    volume.link(inode, path)
+            except BaseException:
+                volume.discard(inode)
                 raise
-            inode, new = volume.create(path), True
-        else:
-            new = False
-            if not force:
-                raise BadInput(f"{image}: {path} exists; --force replaces it")
-        try:
-            with naming(path):
-                file = volume.file(host, trace, inode)
-                if not new:
-                    wanted = (page for page, (_, stored) in enumerate(steps.of(data.pages())) if stored)
-                    volume.check_room(wanted, instead_of=inode)
-                    file.truncate(0)
-                _copy(steps.of(data.pages()), file)
-        except BaseException:
-            if new:
-                volume.unlink(path)
+        status = volume.status(volume.lookup(path))
+        print(f"{path}: {status.size} bytes, {status.sectors * 512} used")
+
+
+def _target(volume: Volume, path: str, source: str, *, force: bool) -> tuple[str, bool]:
+    """Where ``source`` is to be in the image, and whether a file is there. Raises BadInput, MmError."""
+    from xipvm.errors import BadInput, MmError
+
+    try:
+        letter = volume.status(volume.lookup(path)).letter
+        if letter == "d":
+            path = f"{path.rstrip('/')}/{os.path.basename(source)}"
+            letter = volume.status(volume.lookup(path)).letter
+    except MmError as error:
+        if error.errno != errno.ENOENT:
             raise
-        print(f"{path}: {file.size} bytes, {volume.status(inode).sectors * 512} used")
+        above = path.rstrip("/").rpartition("/")[0]
+        if volume.status(volume.lookup(above)).letter != "d":
+            raise MmError(errno.ENOTDIR, above) from None
+        return path, False
+    if letter != "-":
+        raise MmError(errno.EISDIR if letter == "d" else errno.EINVAL, path)
+    if not force:
+        raise BadInput(f"{volume.path}: {path} exists; --force replaces it")
+    return path, True
 
 
 class _Source:

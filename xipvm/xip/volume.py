@@ -89,8 +89,34 @@ class Volume(ABC):
         """A new empty directory. Raises MmError as :meth:`create` does."""
         raise MmError(errno.EROFS, self.path)
 
-    def check_room(self, pages: Iterable[int], instead_of: XipInode) -> None:
-        """That a file with data in ``pages`` would fit where one is now. Raises MmError ENOSPC, EROFS."""
+    def check_room(self, pages: Iterable[int], path: str, *, replaces: bool) -> None:
+        """That there is room for a new file ``path`` with data in ``pages``, which ``replaces`` one that is there.
+
+        Raises MmError ENOSPC, EROFS.
+        """
+        raise MmError(errno.EROFS, self.path)
+
+    def tmpfile(self, path: str, mode: int = 0o644) -> XipInode:
+        """A new empty file that is to become ``path``, and has no name until then (O_TMPFILE).
+
+        One of :meth:`link`, :meth:`replace` and :meth:`discard` is to follow. Raises MmError as :meth:`create` does.
+        """
+        raise MmError(errno.EROFS, self.path)
+
+    def link(self, inode: XipInode, path: str) -> None:
+        """``inode``, of :meth:`tmpfile`, is ``path`` from now on. Raises MmError EEXIST, and as :meth:`create` does."""
+        raise MmError(errno.EROFS, self.path)
+
+    def replace(self, inode: XipInode, path: str) -> None:
+        """The file ``path`` has the contents of ``inode``, of :meth:`tmpfile`, which is gone; all else of it remains.
+
+        Whoever looks meanwhile, or after a kill, finds all of the old contents or all of the new ones. Who has either
+        open finds nothing in it any more. Raises MmError EBUSY (it is in use), EISDIR, EROFS, and as :meth:`lookup`.
+        """
+        raise MmError(errno.EROFS, self.path)
+
+    def discard(self, inode: XipInode) -> None:
+        """``inode``, of :meth:`tmpfile`, goes if it has got no name. Raises MmError EBUSY (in use)."""
         raise MmError(errno.EROFS, self.path)
 
     def unlink(self, path: str) -> None:

@@ -74,9 +74,24 @@ def lookup(image: Ext2Image, path: str, *, follow: bool = True) -> Ext2Inode:
 
     Raises MmError ENOENT, ENOTDIR, ELOOP, EUCLEAN.
     """
-    here = image.inode(layout.ROOT_INO)
-    here.name = "/"
-    trail = [here]
+    return _walk(image, path, follow=follow)[-1][1]
+
+
+def where(image: Ext2Image, path: str) -> tuple[Ext2Inode, Entry]:
+    """The directory with the file that ``path`` leads to, and its entry there. Errors as lookup's; EISDIR."""
+    trail = _walk(image, path, follow=True)
+    name, found = trail[-1]
+    if found.is_dir:
+        raise MmError(errno.EISDIR, path)
+    directory = trail[-2][1]
+    return directory, next(entry for entry in entries(directory) if entry.name == name)
+
+
+def _walk(image: Ext2Image, path: str, *, follow: bool) -> list[tuple[bytes, Ext2Inode]]:
+    """What one comes through on the way, by the names they have there: the root first, last what ``path`` names."""
+    root = image.inode(layout.ROOT_INO)
+    root.name = "/"
+    trail = [(b"", root)]
     todo = path.encode(errors="surrogateescape").split(b"/")[::-1]
     links = 0
     while todo:
@@ -87,7 +102,7 @@ def lookup(image: Ext2Image, path: str, *, follow: bool = True) -> Ext2Inode:
             trail = trail[:-1] or trail
             continue
         try:
-            found = find(trail[-1], name)
+            found = find(trail[-1][1], name)
         except MmError as error:
             if error.errno == errno.ENOENT:
                 raise MmError(errno.ENOENT, path) from None
@@ -103,8 +118,8 @@ def lookup(image: Ext2Image, path: str, *, follow: bool = True) -> Ext2Inode:
             continue
         if todo and any(part not in (b"", b".") for part in todo) and not found.is_dir:
             raise MmError(errno.ENOTDIR, path)
-        trail.append(found)
-    return trail[-1]
+        trail.append((name, found))
+    return trail
 
 
 def parent_of(image: Ext2Image, path: str) -> tuple[Ext2Inode, bytes]:
@@ -123,17 +138,36 @@ def parent_of(image: Ext2Image, path: str) -> tuple[Ext2Inode, bytes]:
 
 def create(image: Ext2Image, path: str, mode: int = 0o644) -> Ext2Inode:
     """A new empty file. Raises MmError EEXIST, ENOSPC, EROFS and as :func:`parent_of`."""
-    directory, name = parent_of(image, path)
-    _absent(directory, name, path)
-    inode = image.allocate_inode(layout.S_IFREG | mode, directory.number)
+    inode = tmpfile(image, path, mode)
     try:
-        inode.links = 1
-        _add(directory, name, inode.number, FT_REG_FILE)
+        link(image, inode, path)
     except MmError:
         image.release_inode(inode)
         raise
+    return inode
+
+
+def tmpfile(image: Ext2Image, path: str, mode: int) -> Ext2Inode:
+    """A new empty file that has no name, and is to become ``path``: a deleted one, as e2fsck sees it.
+
+    Raises MmError ENOSPC, EROFS and as :func:`parent_of`.
+    """
+    directory, name = parent_of(image, path)
+    inode = image.allocate_inode(layout.S_IFREG | mode, directory.number)
     inode.name = name.decode(errors="surrogateescape")
     return inode
+
+
+def link(image: Ext2Image, inode: Ext2Inode, path: str) -> None:
+    """``inode``, which has no name, is ``path``. Raises MmError EEXIST, ENOSPC, EROFS and as :func:`parent_of`."""
+    directory, name = parent_of(image, path)
+    _absent(directory, name, path)
+    inode.links = 1
+    try:
+        _add(directory, name, inode.number, FT_REG_FILE)
+    except MmError:
+        inode.links = 0
+        raise
 
 
 def mkdir(image: Ext2Image, path: str, mode: int = 0o755) -> Ext2Inode:
@@ -171,10 +205,16 @@ def unlink(image: Ext2Image, path: str) -> None:
     if inode.links > 1:
         inode.links -= 1
         return
+    discard(inode)
+
+
+def discard(inode: Ext2Inode) -> None:
+    """A file that has no name any more goes. Nobody may have it mapped. Raises MmError EUCLEAN."""
+    inode.links = 0  # first: for e2fsck it is one that was deleted, and no lost one
     if inode.is_file or inode.blocks:
         inode.set_size(0)
         inode.free_blocks(0, 1 << 40)
-    image.release_inode(inode)
+    inode.image.release_inode(inode)
 
 
 def rmdir(image: Ext2Image, path: str) -> None:
@@ -264,12 +304,16 @@ __all__ = [
     "FT_SYMLINK",
     "Entry",
     "create",
+    "discard",
     "entries",
     "find",
+    "link",
     "lookup",
     "mkdir",
     "parent_of",
     "rmdir",
+    "tmpfile",
     "type_letter",
     "unlink",
+    "where",
 ]

@@ -72,12 +72,14 @@ GROUP_SIZE: Final = 32
 
 # Places in the superblock, bytes.
 S_FREE_BLOCKS, S_FREE_INODES, S_WTIME, S_STATE, S_RO_COMPAT = 12, 16, 48, 58, 100
+S_UUID: Final = 104
 # In a group descriptor.
 BG_FREE_BLOCKS, BG_FREE_INODES, BG_USED_DIRS = 12, 14, 16
 # In an inode.
-I_MODE, I_SIZE, I_ATIME, I_CTIME, I_MTIME, I_DTIME, I_LINKS, I_BLOCKS, I_FLAGS, I_BLOCK, I_SIZE_HIGH = (
-    0, 4, 8, 12, 16, 20, 26, 28, 32, 40, 108,
+I_MODE, I_SIZE, I_ATIME, I_CTIME, I_MTIME, I_DTIME, I_LINKS, I_BLOCKS, I_FLAGS, I_BLOCK, I_FILE_ACL, I_SIZE_HIGH = (
+    0, 4, 8, 12, 16, 20, 26, 28, 32, 40, 104, 108,
 )  # fmt: skip
+I_GENERATION: Final = 100
 DIRENT = Struct("<IHBB")
 """inode, rec_len, name_len, file_type; the name follows."""
 

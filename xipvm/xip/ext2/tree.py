@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from xipvm.errors import MmError
 from xipvm.xip.ext2 import directory
 from xipvm.xip.ext2.inode import Ext2Inode, blocks_for
-from xipvm.xip.ext2.layout import BLOCK
+from xipvm.xip.ext2.replace import replace
 from xipvm.xip.ext2.volume import Ext2Image
 from xipvm.xip.volume import Status, Volume
 
@@ -80,13 +80,39 @@ class Ext2Volume(Volume):
         with self.image.super_block.writers:
             return directory.mkdir(self.image, path)
 
-    def check_room(self, pages: Iterable[int], instead_of: XipInode) -> None:
+    def check_room(self, pages: Iterable[int], path: str, *, replaces: bool) -> None:
         """See the base."""
-        assert isinstance(instead_of, Ext2Inode)
-        needed = blocks_for(pages)
-        free = self.image.free_blocks + instead_of.blocks * 512 // BLOCK
+        needed, free = blocks_for(pages), self.image.free_blocks
         if needed > free:
-            raise MmError(errno.ENOSPC, f"{instead_of.name} would have {needed} blocks, and there is room for {free}")
+            beside = ", beside those of the old file, which stays until the new one is whole" if replaces else ""
+            raise MmError(errno.ENOSPC, f"{path} needs {needed} blocks, and {free} are free{beside}")
+
+    def tmpfile(self, path: str, mode: int = 0o644) -> Ext2Inode:
+        """See the base."""
+        with self.image.super_block.writers:
+            return directory.tmpfile(self.image, path, mode)
+
+    def link(self, inode: XipInode, path: str) -> None:
+        """See the base."""
+        assert isinstance(inode, Ext2Inode)
+        with self.image.super_block.writers:
+            directory.link(self.image, inode, path)
+
+    def replace(self, inode: XipInode, path: str) -> None:
+        """See the base."""
+        assert isinstance(inode, Ext2Inode)
+        with self.image.super_block.writers:
+            self.forget(self.lookup(path))
+            self.forget(inode)
+            replace(self.image, inode, path)
+
+    def discard(self, inode: XipInode) -> None:
+        """See the base."""
+        assert isinstance(inode, Ext2Inode)
+        with self.image.super_block.writers:
+            if not inode.links:
+                self.forget(inode)
+                directory.discard(inode)
 
     def unlink(self, path: str) -> None:
         """See the base."""

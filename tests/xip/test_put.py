@@ -1,0 +1,181 @@
+"""``xipvm xip put`` makes a file whole or not at all, whenever it is ended: by an error, by a signal, by SIGKILL."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.run.command import DEADLINE, environment, inside
+from xipvm.errors import MmError
+from xipvm.mmu.frames import HostMemory
+from xipvm.mmu.mm import Mm
+from xipvm.mmu.vma import MAP_SHARED, PROT_READ
+from xipvm.trace.funnel import Trace
+from xipvm.xip.open_file import OpenFile
+from xipvm.xip.volume import open_volume
+
+MakeImage = Callable[..., Path]
+Fsck = Callable[[Path], str]
+
+OLD, NEW = b"old" * 20_000, random.Random(1).randbytes(70_001)
+
+#: Kills itself right before store number ``argv[1]`` to the image, those of the bytes of files not counted.
+_KILLED = """
+import os, signal, sys
+from xipvm.cli import main
+from xipvm.xip.ext2 import directory, replace
+from xipvm.xip.ext2.volume import Ext2Image
+
+last, stores = int(sys.argv[1]), 0
+
+def counted(owner, name):
+    method = getattr(owner, name)
+    def store(*arguments):
+        global stores
+        stores += 1
+        if stores == last:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return method(*arguments)
+    setattr(owner, name, store)
+
+for owner, name in (
+    (Ext2Image, "_put16"), (Ext2Image, "_put32"), (Ext2Image, "_clear_bit"), (Ext2Image, "_take_bit"),
+    (directory, "_fill"), (replace, "_store"),
+):
+    counted(owner, name)
+try:
+    main(sys.argv[2:])
+finally:
+    print(stores)
+"""
+
+
+def killed(store: int, *words: str | Path, cwd: Path) -> tuple[int, str]:
+    """``xipvm words`` as a process that dies before that store: its status, and what it printed."""
+    done = subprocess.run(
+        [sys.executable, "-c", _KILLED, str(store), *map(str, words)],
+        cwd=cwd, env=environment(), capture_output=True, text=True, timeout=DEADLINE, check=False,
+    )  # fmt: skip
+    return done.returncode, done.stdout
+
+
+def content(image: Path, path: str) -> bytes:
+    host = HostMemory(1 << 20)
+    try:
+        with open_volume(host, str(image), read_only=True) as volume:
+            return b"".join(volume.read_whole(host, Trace(), volume.lookup(path)))
+    finally:
+        host.close()
+
+
+def names(image: Path, path: str = "/") -> set[str]:
+    host = HostMemory(1 << 20)
+    try:
+        with open_volume(host, str(image), read_only=True) as volume:
+            return {name for name, _ in volume.names(volume.lookup(path))}
+    finally:
+        host.close()
+
+
+def repaired(image: Path) -> None:
+    """By e2fsck, which can put all of it right."""
+    path = "/usr/sbin:/sbin:" + os.environ["PATH"]
+    done = subprocess.run(["e2fsck", "-fy", str(image)], capture_output=True, text=True, env={"PATH": path})
+    assert done.returncode in (0, 1), done.stdout + done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["new", "only", "linked"])
+def test_a_kill_at_any_store_leaves_the_old_file_or_the_new_one(
+    make_image: MakeImage, fsck: Fsck, tmp_path: Path, what: str
+) -> None:
+    """``what`` is put: a new file, one that replaces an only name, and one that replaces a file with another name."""
+    (tmp_path / "tree").mkdir()
+    if what != "new":
+        (tmp_path / "tree" / "file").write_bytes(OLD)
+    if what == "linked":
+        (tmp_path / "tree" / "other").hardlink_to(tmp_path / "tree" / "file")
+    image = make_image()
+    good = image.read_bytes()
+    (tmp_path / "source").write_bytes(NEW)
+    words = ("xip", "put", "--force", image, "source", "/file")
+    status, said = killed(0, *words, cwd=tmp_path)
+    assert status == 0
+    total = int(said.splitlines()[-1])
+    some = {*random.Random(2).sample(range(1, total), 14), *range(total - 8, total + 1)}
+    seen = set()
+    for store in sorted(some):
+        image.write_bytes(good)
+        status, _ = killed(store, *words, cwd=tmp_path)
+        assert status == -signal.SIGKILL
+        for _ in range(2):
+            found = content(image, "/file") if "file" in names(image) else b""
+            assert found == NEW or (found == OLD if what != "new" else not found), f"killed at store {store}"
+            if what == "linked":
+                assert content(image, "/other") == found
+            seen.add(found == NEW)
+            repaired(image)
+        assert fsck(image) == ""
+    assert seen == {False, True}
+
+
+def test_other_names_have_what_replaces_the_file(make_image: MakeImage, fsck: Fsck, tmp_path: Path) -> None:
+    one = tmp_path / "tree" / "one"
+    one.parent.mkdir()
+    one.write_bytes(OLD)
+    one.with_name("two").hardlink_to(one)
+    one.with_name("link").symlink_to("two")
+    image = make_image()
+    (tmp_path / "source").write_bytes(NEW)
+    assert inside("xip", "put", "--force", image, "source", "/link", cwd=tmp_path).status == 0
+    assert content(image, "/one") == content(image, "/two") == content(image, "/link") == NEW
+    listed = json.loads(inside("xip", "ls", image, "--json", cwd=tmp_path).out)
+    assert [entry["links"] for entry in listed if entry["name"] in ("one", "two")] == [2, 2]
+    assert fsck(image) == ""
+
+
+def test_what_a_link_leads_to_is_replaced_and_the_link_stays(make_image: MakeImage, fsck: Fsck, tmp_path: Path) -> None:
+    (tmp_path / "tree" / "dir").mkdir(parents=True)
+    (tmp_path / "tree" / "dir" / "file").write_bytes(OLD)
+    (tmp_path / "tree" / "link").symlink_to("dir/file")
+    image = make_image()
+    (tmp_path / "source").write_bytes(NEW)
+    assert inside("xip", "put", "--force", image, "source", "/link", cwd=tmp_path).status == 0
+    assert content(image, "/dir/file") == NEW
+    assert "link -> dir/file" in inside("xip", "ls", image, cwd=tmp_path).out
+    assert fsck(image) == ""
+
+
+@pytest.mark.parametrize("links", [1, 2])
+def test_a_file_that_is_mapped_is_not_replaced(make_image: MakeImage, fsck: Fsck, tmp_path: Path, links: int) -> None:
+    one = tmp_path / "tree" / "one"
+    one.parent.mkdir()
+    one.write_bytes(OLD)
+    if links == 2:
+        one.with_name("two").hardlink_to(one)
+    image = make_image()
+    host, trace = HostMemory(1 << 20), Trace()
+    with open_volume(host, str(image)) as volume:
+        opened = OpenFile(volume.file(host, trace, volume.lookup("/one")))
+        mm = Mm(host, trace)
+        hva = mm.mmap(4096, PROT_READ, MAP_SHARED, file=opened.file)
+        new = volume.tmpfile("/one")
+        OpenFile(volume.file(host, trace, new)).put(NEW)
+        with pytest.raises(MmError, match="EBUSY"):
+            volume.replace(new, "/one")
+        assert mm.read(hva, 3) == b"old"
+        mm.exit()
+        volume.replace(new, "/one")
+        assert opened.get(100) == b""
+        again = OpenFile(volume.file(host, trace, volume.lookup("/one")))
+        assert again.get(1 << 20) == NEW
+    host.close()
+    assert fsck(image) == ""
