@@ -209,7 +209,7 @@ def unlink(image: Ext2Image, path: str) -> None:
 
 
 def discard(inode: Ext2Inode) -> None:
-    """A file that has no name any more goes. Nobody may have it mapped. Raises MmError EUCLEAN."""
+    """A file or directory that has no name any more goes. Nobody may have it mapped. Raises MmError EUCLEAN."""
     inode.links = 0  # first: for e2fsck it is one that was deleted, and no lost one
     if inode.is_file or inode.blocks:
         inode.set_size(0)
@@ -225,8 +225,7 @@ def rmdir(image: Ext2Image, path: str) -> None:
         raise MmError(errno.ENOTEMPTY, path)
     _remove(directory, name)
     directory.links -= 1
-    inode.free_blocks(0, 1 << 40)
-    image.release_inode(inode)
+    discard(inode)
 
 
 def _absent(directory: Ext2Inode, name: bytes, path: str) -> None:
