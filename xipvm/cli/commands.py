@@ -359,7 +359,13 @@ def check(paths: tuple[str, ...], invariants: tuple[str, ...], as_json: bool) ->
     help="Of runs that are the same but for the order of independent steps 'exhaustive' makes one; or all.",
 )
 @_protocol
-@click.option("--mutant", "mutants", multiple=True, metavar="NAME", help="With this known fault; see 'xipvm mutants'.")
+@click.option(
+    "--mutant",
+    "mutants",
+    multiple=True,
+    metavar="NAME",
+    help="With this known fault, or its number; see 'xipvm mutants'.",
+)
 @click.option("--jobs", type=click.IntRange(min=1), default=1, metavar="N", help="So many processes; 1.")
 @click.option(
     "--executor",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -17,7 +18,8 @@ from xipvm.explore.find import KNOWN, find
 from xipvm.explore.shards import Shard, dask_executor, explore_shards, local_executor, shards_of
 from xipvm.explore.shrink import shrink
 from xipvm.explore.story import extent, needed, tell
-from xipvm.mutants import planted
+from xipvm.mutants import get, planted
+from xipvm.mutants.reach import why_nothing
 from xipvm.trace.show import format_event
 
 _SHOWN = 16
@@ -36,6 +38,7 @@ def explore_scenario(
 ) -> int:
     """Search as ``whole`` says; 0 when nothing is wrong, 1 when something is. Raises BadInput."""
     scenario = find(whole.scenario)
+    whole = replace(whole, mutants=tuple(get(name).name for name in whole.mutants))
     if scheduler is not None and executor != "dask":
         raise BadInput("--scheduler is for --executor dask")
     if save:
@@ -64,6 +67,9 @@ def explore_scenario(
             return _interrupted(whole, done)
     _report(whole, search)
     if search.failing is None:
+        for name in whole.mutants:
+            why = why_nothing(get(name), scenario, whole.protocol)
+            print(f"xipvm: {name} {why}; 'xipvm mutants --run {name}' says where it is found", file=sys.stderr)
         return 0
     with planted(*whole.mutants):
         small = shrink(scenario, search.failing, protocol=whole.protocol)

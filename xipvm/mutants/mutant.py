@@ -137,16 +137,20 @@ def _put(owner: Any, attribute: str, replacement: Any) -> Iterator[None]:
 
 
 def get(name: str) -> Mutant:
-    """The mutant ``name``. Raises BadInput for an unknown one."""
-    try:
+    """The mutant ``name``, or the one that has this number alone. Raises BadInput for any other."""
+    if name in MUTANTS:
         return MUTANTS[name]
-    except KeyError:
-        raise BadInput(f"no mutant is called {name!r}; see 'xipvm mutants'") from None
+    numbered = [mutant for mutant in MUTANTS.values() if name in mutant.number.split(", ")]
+    if len(numbered) == 1:
+        return numbered[0]
+    if numbered:
+        raise BadInput(f"{name} is the number of {', '.join(mutant.name for mutant in numbered)}: say which")
+    raise BadInput(f"no mutant is called {name!r}; see 'xipvm mutants'")
 
 
 @contextmanager
 def planted(*names: str) -> Iterator[None]:
-    """The faults ``names`` are in the system meanwhile. Raises BadInput for an unknown one."""
+    """The faults ``names`` are in the system meanwhile. Raises BadInput as :func:`get` does."""
     chosen = [get(name) for name in names]
     if not chosen:
         yield

@@ -10,7 +10,7 @@ import inspect
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from xipvm.explore.explorer import run_once
@@ -78,6 +78,19 @@ def survey(mutants: Iterable[Mutant], scenarios: Mapping[str, Scenario], *, seed
                         choices += len(run.choices)
                 found[scenario.name, protocol] = Reach(frozenset(calls), choices)
     return found
+
+
+def why_nothing(mutant: Mutant, scenario: Scenario, protocol: str) -> str:
+    """Why a search of ``scenario`` in ``protocol`` may have found nothing of ``mutant``, as the end of a sentence."""
+    if mutant.protocol not in ("", protocol):
+        return f"is a fault of the {mutant.protocol} protocol: --protocol {mutant.protocol}"
+    reached = survey([mutant], {scenario.name: replace(scenario, protocols=(protocol,))})[scenario.name, protocol]
+    changed = changes(mutant)
+    if changed.matter(reached.called):
+        return "was not seen here, though what it changes is called"
+    missing = changed.replaced if not reached.called.intersection(changed.replaced) else changed.scopes
+    names = ", ".join(f"{owner.__name__.rpartition('.')[2]}.{attribute}" for owner, attribute in missing)
+    return f"makes no difference in {scenario.name} ({protocol}): nobody calls {names}"
 
 
 def _counted(site: Site, calls: Counter[Site]) -> Any:
