@@ -19,6 +19,7 @@ from xipvm.mmu.frames import HostMemory
 from xipvm.mmu.mm import Mm
 from xipvm.mmu.vma import MAP_SHARED, PROT_READ
 from xipvm.trace.funnel import Trace
+from xipvm.xip.ext2.volume import Ext2Image
 from xipvm.xip.open_file import OpenFile
 from xipvm.xip.volume import open_volume
 
@@ -179,3 +180,48 @@ def test_a_file_that_is_mapped_is_not_replaced(make_image: MakeImage, fsck: Fsck
         assert again.get(1 << 20) == NEW
     host.close()
     assert fsck(image) == ""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("existing", [True, False])
+def test_a_signal_ends_it_and_the_image_is_put_away(
+    make_image: MakeImage,
+    fsck: Fsck,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    number: signal.Signals,
+    existing: bool,
+) -> None:
+    image = make_image({"/file": OLD} if existing else {})
+    (tmp_path / "source").write_bytes(NEW)
+    count, counts = Ext2Image._count, iter(range(100))
+
+    def counted(self: Ext2Image, group: int, in_group: int, in_superblock: int, delta: int) -> None:
+        if next(counts) == 7:
+            signal.raise_signal(number)
+        count(self, group, in_group, in_superblock, delta)
+
+    monkeypatch.setattr(Ext2Image, "_count", counted)
+    usual = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+    before = signal.signal(number, usual)  # who runs in the background may ignore it
+    try:
+        ended = inside("xip", "put", "--force", image, "source", "/file", cwd=tmp_path)
+        assert signal.getsignal(number) is usual
+    finally:
+        signal.signal(number, before)
+    assert ended.status == 128 + number
+    said = "interrupted" if number == signal.SIGINT else signal.strsignal(number)
+    assert ended.err.strip() == f"xipvm: {said}"
+    assert content(image, "/file") == OLD if existing else "file" not in names(image)
+    assert fsck(image) == ""
+
+
+def test_a_signal_that_is_ignored_stays_so(make_image: MakeImage, tmp_path: Path) -> None:
+    image = make_image()
+    (tmp_path / "source").write_bytes(NEW)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup
+    try:
+        assert inside("xip", "put", image, "source", "/file", cwd=tmp_path).status == 0
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import errno
-import os
-import signal
 import stat
 import sys
-import threading
 import time
 from contextlib import contextmanager
-from typing import IO, TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 import click
 
+from xipvm.cli.steps import Steps
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from types import TracebackType
 
     from xipvm.mmu.frames import HostMemory
     from xipvm.trace.funnel import Trace
-    from xipvm.xip.filemap import XipFile
     from xipvm.xip.volume import Status, Volume
 
 
@@ -78,142 +75,10 @@ def put(image: str, source: str, path: str, force: bool) -> None:
     with --force the old file. There has to be room for both. A file with other names has the new contents by all of
     them.
     """
-    from xipvm.xip.volume import naming
+    from xipvm.cli.put import Source, put_file
 
-    with _Source(source) as data, _Steps() as steps, _volume(image, path) as (volume, host, trace):
-        path, replaces = _target(volume, path, source, force=force)
-        with naming(path):
-            wanted = (page for page, (_, stored) in enumerate(steps.of(data.pages())) if stored)
-            volume.check_room(wanted, path, replaces=replaces)
-            inode = volume.tmpfile(path)
-            try:
-                _copy(steps.of(data.pages()), volume.file(host, trace, inode))
-                if replaces:
-                    volume.replace(inode, path)
-                else:
-                    volume.link(inode, path)
-            except BaseException:
-                volume.discard(inode)
-                raise
-        status = volume.status(volume.lookup(path))
-        print(f"{path}: {status.size} bytes, {status.sectors * 512} used")
-
-
-def _target(volume: Volume, path: str, source: str, *, force: bool) -> tuple[str, bool]:
-    """Where ``source`` is to be in the image, and whether a file is there. Raises BadInput, MmError."""
-    from xipvm.errors import BadInput, MmError
-
-    try:
-        letter = volume.status(volume.lookup(path)).letter
-        if letter == "d":
-            path = f"{path.rstrip('/')}/{os.path.basename(source)}"
-            letter = volume.status(volume.lookup(path)).letter
-    except MmError as error:
-        if error.errno != errno.ENOENT:
-            raise
-        above = path.rstrip("/").rpartition("/")[0]
-        if volume.status(volume.lookup(above)).letter != "d":
-            raise MmError(errno.ENOTDIR, above) from None
-        return path, False
-    if letter != "-":
-        raise MmError(errno.EISDIR if letter == "d" else errno.EINVAL, path)
-    if not force:
-        raise BadInput(f"{volume.path}: {path} exists; --force replaces it")
-    return path, True
-
-
-class _Source:
-    """A file of the host, or with ``-`` standard input, read from the beginning as often as one likes. A context."""
-
-    def __init__(self, path: str) -> None:
-        """Opens it; what cannot be read twice is kept. Raises BadInput."""
-        from xipvm.errors import BadInput, os_reason
-
-        self.name = "standard input" if path == "-" else path
-        try:
-            if path == "-":
-                self._file = self._kept(None if sys.stdin is None else sys.stdin.buffer)
-            else:
-                self._file = open(path, "rb")  # noqa: SIM115
-                if not self._file.seekable():
-                    with self._file as pipe:
-                        self._file = self._kept(pipe)
-        except (OSError, ValueError) as error:
-            raise BadInput(f"{self.name}: {os_reason(error)}") from None
-
-    @staticmethod
-    def _kept(file: IO[bytes] | None) -> IO[bytes]:
-        import shutil
-        import tempfile
-
-        if file is None:
-            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
-        spool = tempfile.TemporaryFile()  # noqa: SIM115
-        shutil.copyfileobj(file, spool)
-        return spool
-
-    def pages(self) -> Iterator[tuple[bytes, bool]]:
-        """Its pages, the last as long as it is, and whether there is anything but zeros in each. Raises BadInput."""
-        from xipvm.address import PAGE_SIZE
-        from xipvm.errors import BadInput, os_reason
-
-        zeros = bytes(PAGE_SIZE)
-        try:
-            self._file.seek(0)
-            while data := self._file.read(PAGE_SIZE):
-                yield data, data != zeros[: len(data)]
-        except OSError as error:
-            raise BadInput(f"{self.name}: {os_reason(error)}") from None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self._file.close()
-
-
-class _Steps:
-    """What is done to an image is done whole, or not at all: Ctrl-C waits for the step under way. A context."""
-
-    def __enter__(self) -> Self:
-        self._asked = False
-        here = threading.current_thread() is threading.main_thread()
-        self._deferred = here and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-        if self._deferred:
-            signal.signal(signal.SIGINT, self._ask)
-        return self
-
-    def _ask(self, number: int, frame: object) -> None:
-        self._asked = True
-
-    def of(self, items: Iterator[tuple[bytes, bool]]) -> Iterator[tuple[bytes, bool]]:
-        """``items``, each a step. Raises KeyboardInterrupt between them."""
-        for item in items:
-            self._check()
-            yield item
-
-    def _check(self) -> None:
-        if self._asked:
-            raise KeyboardInterrupt
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        if self._deferred:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-        if error is None:
-            self._check()
-
-
-def _copy(pages: Iterator[tuple[bytes, bool]], file: XipFile) -> None:
-    from xipvm.xip.open_file import OpenFile
-
-    target = OpenFile(file)
-    for data, stored in pages:
-        if stored:
-            target.put(data)
-        else:
-            target.lseek(len(data), os.SEEK_CUR)
-    if target.pos > file.size:
-        file.truncate(target.pos)
+    with Source(source) as data, Steps() as steps, _volume(image, path) as (volume, host, trace):
+        print(put_file(volume, host, trace, data, path, steps, force=force))
 
 
 @xip.command(short_help="Make a file of IMAGE so long.")
@@ -229,7 +94,7 @@ def truncate(image: str, path: str, size: str) -> None:
         wanted = 0 if size == "0" else parse_size(size)
     except ValueError as error:
         raise BadInput(str(error)) from None
-    with _Steps(), _volume(image, path) as (volume, host, trace):
+    with Steps(), _volume(image, path) as (volume, host, trace):
         if volume.read_only:
             raise MmError(errno.EROFS, path)
         volume.file(host, trace, volume.lookup(path)).truncate(wanted)
@@ -297,7 +162,7 @@ def _mappers(trace: str, name: str) -> dict[int, list[str]]:
 @click.argument("path")
 def mkdir(image: str, path: str) -> None:
     """Make a directory in IMAGE."""
-    with _Steps(), _volume(image, path) as (volume, _, _):
+    with Steps(), _volume(image, path) as (volume, _, _):
         volume.mkdir(path)
 
 
@@ -306,7 +171,7 @@ def mkdir(image: str, path: str) -> None:
 @click.argument("path")
 def rm(image: str, path: str) -> None:
     """Remove a file, or an empty directory, of IMAGE."""
-    with _Steps(), _volume(image, path) as (volume, _, _):
+    with Steps(), _volume(image, path) as (volume, _, _):
         volume.unlink(path)
 
 

@@ -1,0 +1,132 @@
+"""``xipvm xip put``: a file of the host goes into an image, whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from typing import IO, TYPE_CHECKING, Self
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from types import TracebackType
+
+    from xipvm.cli.steps import Steps
+    from xipvm.mmu.frames import HostMemory
+    from xipvm.trace.funnel import Trace
+    from xipvm.xip.filemap import XipFile
+    from xipvm.xip.volume import Volume
+
+
+class Source:
+    """A file of the host, or with ``-`` standard input, read from the beginning as often as one likes. A context."""
+
+    def __init__(self, path: str) -> None:
+        """Opens it; what cannot be read twice is kept. Raises BadInput."""
+        from xipvm.errors import BadInput, os_reason
+
+        self.path = path
+        self.name = "standard input" if path == "-" else path
+        try:
+            if path == "-":
+                self._file = self._kept(None if sys.stdin is None else sys.stdin.buffer)
+            else:
+                self._file = open(path, "rb")  # noqa: SIM115
+                if not self._file.seekable():
+                    with self._file as pipe:
+                        self._file = self._kept(pipe)
+        except (OSError, ValueError) as error:
+            raise BadInput(f"{self.name}: {os_reason(error)}") from None
+
+    @staticmethod
+    def _kept(file: IO[bytes] | None) -> IO[bytes]:
+        import shutil
+        import tempfile
+
+        if file is None:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        spool = tempfile.TemporaryFile()  # noqa: SIM115
+        shutil.copyfileobj(file, spool)
+        return spool
+
+    def pages(self) -> Iterator[tuple[bytes, bool]]:
+        """Its pages, the last as long as it is, and whether there is anything but zeros in each. Raises BadInput."""
+        from xipvm.address import PAGE_SIZE
+        from xipvm.errors import BadInput, os_reason
+
+        zeros = bytes(PAGE_SIZE)
+        try:
+            self._file.seek(0)
+            while data := self._file.read(PAGE_SIZE):
+                yield data, data != zeros[: len(data)]
+        except OSError as error:
+            raise BadInput(f"{self.name}: {os_reason(error)}") from None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._file.close()
+
+
+def put_file(
+    volume: Volume, host: HostMemory, trace: Trace, data: Source, path: str, steps: Steps, *, force: bool
+) -> str:
+    """Makes ``data`` the file ``path``, or one in it, a directory; what there is to say of it.
+
+    Raises BadInput, MmError, and what ``steps`` does; the image is as it was then.
+    """
+    from xipvm.xip.volume import naming
+
+    path, replaces = _target(volume, path, data.path, force=force)
+    with naming(path):
+        wanted = (page for page, (_, stored) in enumerate(steps.of(data.pages())) if stored)
+        volume.check_room(wanted, path, replaces=replaces)
+        inode = volume.tmpfile(path)
+        try:
+            _copy(steps.of(data.pages()), volume.file(host, trace, inode))
+            if replaces:
+                volume.replace(inode, path)
+            else:
+                volume.link(inode, path)
+        except BaseException:
+            volume.discard(inode)
+            raise
+    status = volume.status(volume.lookup(path))
+    return f"{path}: {status.size} bytes, {status.sectors * 512} used"
+
+
+def _target(volume: Volume, path: str, source: str, *, force: bool) -> tuple[str, bool]:
+    """Where ``source`` is to be in the image, and whether a file is there. Raises BadInput, MmError."""
+    from xipvm.errors import BadInput, MmError
+
+    try:
+        letter = volume.status(volume.lookup(path)).letter
+        if letter == "d":
+            path = f"{path.rstrip('/')}/{os.path.basename(source)}"
+            letter = volume.status(volume.lookup(path)).letter
+    except MmError as error:
+        if error.errno != errno.ENOENT:
+            raise
+        above = path.rstrip("/").rpartition("/")[0]
+        if volume.status(volume.lookup(above)).letter != "d":
+            raise MmError(errno.ENOTDIR, above) from None
+        return path, False
+    if letter != "-":
+        raise MmError(errno.EISDIR if letter == "d" else errno.EINVAL, path)
+    if not force:
+        raise BadInput(f"{volume.path}: {path} exists; --force replaces it")
+    return path, True
+
+
+def _copy(pages: Iterator[tuple[bytes, bool]], file: XipFile) -> None:
+    from xipvm.xip.open_file import OpenFile
+
+    target = OpenFile(file)
+    for data, stored in pages:
+        if stored:
+            target.put(data)
+        else:
+            target.lseek(len(data), os.SEEK_CUR)
+    if target.pos > file.size:
+        file.truncate(target.pos)
