@@ -14,10 +14,12 @@ import click
 from xipvm.cli.steps import Steps
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Collection, Iterator
 
     from xipvm.mmu.frames import HostMemory
     from xipvm.trace.funnel import Trace
+    from xipvm.xip.inode import Identity
+    from xipvm.xip.mappers import Mapping
     from xipvm.xip.volume import Status, Volume
 
 
@@ -109,9 +111,11 @@ def map_(image: str, path: str, trace: str | None, as_json: bool) -> None:
     """Show which pages of a file are holes, and which blocks of IMAGE, used in place, the others are."""
     from xipvm.address import PAGE_SHIFT, page_up
     from xipvm.cli.output import print_json, print_table
+    from xipvm.xip.mappers import HOLE
 
     with _volume(image, path, read_only=True) as (volume, host, funnel):
         inode = volume.lookup(path)
+        identity = inode.identity
         volume.file(host, funnel, inode)
         pages = page_up(inode.size) >> PAGE_SHIFT
         runs: list[tuple[int, int, int | None]] = []
@@ -123,38 +127,96 @@ def map_(image: str, path: str, trace: str | None, as_json: bool) -> None:
             at = first + count
         if at < pages:
             runs.append((at, pages, None))
-    mappers = {} if trace is None else _mappers(trace, inode.name)
-    rows = []
-    for first, end, start in runs:
-        begin = first
-        while begin < end:  # as far as the same ones map it
-            stop = begin + 1
-            while stop < end and not (mappers.get(stop) or mappers.get(begin)):
-                stop += 1
-            who = mappers.get(begin, [])
-            rows.append((begin, stop - begin, None if start is None else start + begin - first, who))
-            begin = stop
+    mapped: dict[int, list[Mapping]] = {}
+    unknown: Collection[int] = ()
+    if trace is not None:
+        blocks = {
+            page: HOLE if start is None else start + page - first
+            for first, end, start in runs
+            for page in range(first, end)
+        }
+        assert identity is not None  # it is in an image
+        mapped, unknown = _mapped(trace, path, identity, blocks)
+    rows = _rows(runs, mapped, unknown, alike=not as_json)
     if as_json:
-        print_json([{"page": p, "pages": n, "block": b, "mapped": who} for p, n, b, who in rows])
+        print_json(
+            [
+                {"page": p, "pages": n, "block": b, "mapped": None if who is None else [*map(str, who)]}
+                for p, n, b, who in rows
+            ]
+        )
         return
     columns = ("page", "pages", "block") if trace is None else ("page", "pages", "block", "mapped by")
     print_table(
         columns,
         [
-            (f"{p:#x}", str(n), "hole" if b is None else f"{b:#x}", ", ".join(who))[: len(columns)]
+            (
+                f"{p:#x}",
+                str(n),
+                "hole" if b is None else f"{b:#x}",
+                "?" if who is None else ", ".join(map(str, who)),
+            )[: len(columns)]
             for p, n, b, who in rows
         ],
     )
 
 
-def _mappers(trace: str, name: str) -> dict[int, list[str]]:
+def _rows(
+    runs: list[tuple[int, int, int | None]], mapped: dict[int, list[Mapping]], unknown: Collection[int], *, alike: bool
+) -> Iterator[tuple[int, int, int | None, list[Mapping] | None]]:
+    """Pages and how many, their blocks, and who maps the first, None where that is not known.
+
+    Pages that are mapped are a row each, unless with ``alike`` the same ones map them, page by page.
+    """
+
+    def who_maps(page: int) -> list[Mapping] | None:
+        return mapped.get(page) or (None if page in unknown else [])
+
+    for first, end, start in runs:
+        begin = first
+        while begin < end:
+            who = who_maps(begin)
+            stop = begin + 1
+            while stop < end and (alike or not who):
+                if who_maps(stop) != (who and [each.later(stop - begin) for each in who]):
+                    break
+                stop += 1
+            yield begin, stop - begin, None if start is None else start + begin - first, who
+            begin = stop
+
+
+def _mapped(
+    trace: str, path: str, wanted: Identity, blocks: dict[int, int]
+) -> tuple[dict[int, list[Mapping]], Collection[int]]:
+    """By page of a file with these ``blocks``: who maps it at the end of a run; and the pages that nobody knows of."""
     from xipvm.trace.reader import TraceReader
-    from xipvm.xip.mappers import Mappers
+    from xipvm.xip.mappers import HOLE, Mappers
 
     mappers = Mappers()
     with TraceReader(trace) as reader:
         mappers.feed(reader)
-    return mappers.of(name)
+    files = mappers.same(wanted)
+    if not files:
+        others = [f"{name!a} ({one.at})" for name, one in mappers.files.values() if one.at != wanted.at]
+        what = f"; it does map {', '.join(others[:4])}{' and others' if others[4:] else ''}" if others else ""
+        if any(one.at == wanted.at for _, one in mappers.files.values()):
+            what = ", but another file that was that inode"
+        if mappers.nameless:
+            what = ", as far as can be seen: it does not say which files it maps"
+        print(f"xipvm: {trace}: does not map {path} ({wanted.at}){what}", file=sys.stderr)
+        return {}, blocks.keys()
+    found: dict[int, list[Mapping]] = {}
+    changed: dict[int, int] = {}
+    for file in files:
+        for page, everybody in mappers.of(file).items():
+            found[page] = found.get(page, []) + [each for each in everybody if each.block == blocks.get(page)]
+            changed.update((page, each.block) for each in everybody if each.block != blocks.get(page))
+    if changed:
+        page, block = min(changed.items())
+        what = f"page {page:#x} of {path} is {'a hole' if block == HOLE else f'block {block:#x}'} there, and not here"
+        more = f"; so are {len(changed) - 1} others" if len(changed) > 1 else ""
+        print(f"xipvm: {trace}: {what}{more}", file=sys.stderr)
+    return found, changed
 
 
 @xip.command()

@@ -207,8 +207,14 @@ define(
     "device_tlb_insert", "mm:str hva:hva pfn:pfn rights:str device:str", "a device that follows the host's TLBs got one"
 )
 
-# XIP files. `pgoff`, `first` and `end` are pages of the file.
+# XIP files. `pgoff`, `first` and `end` are pages of the file. `file` is the image and the inode, `fs.ext2:12`, with
+# `.1` behind it where another file had that inode before.
 define("xip_sparse_page", "pfn:pfn", "from now on this page of zeros is what a hole is mapped as")
+define(
+    "xip_file",
+    "file:str name:str image:str volume:str inode:int generation:int base:hex",
+    "which file of an image is about to be mapped; volume: its UUID or checksum; base: the frame of its first block",
+)
 define("xip_map", "file:str mm:str start:hva end:hva pgoff:int", "an XIP file is about to be mapped")
 define("xip_allocate", "file:str pgoff:int pfn:pfn", "a hole got a block, of zeros")
 define("xip_unmapped", "file:str pgoff:int", "nobody maps the page as a hole any more")

@@ -110,7 +110,7 @@ class DaxFile(XipFile):
                 return 0, _RETRY
         self.entries[pgoff] = found = ZERO_PFN if pfn is None else pfn
         if self.trace.on:
-            self.trace.emit("dax_entry", file=self.name, pgoff=pgoff, pfn=found)
+            self.trace.emit("dax_entry", file=self.label, pgoff=pgoff, pfn=found)
         return found, _OK
 
     def _block(self, pgoff: int) -> int:
@@ -263,7 +263,7 @@ class DaxFile(XipFile):
             self.dirty.update(pages)
         if self.trace.on:
             self.trace.emit(
-                "dax_entry_huge", file=self.name, pgoff=first, count=HUGE_PAGES, pfn=pfn, hole=found == HOLE
+                "dax_entry_huge", file=self.label, pgoff=first, count=HUGE_PAGES, pfn=pfn, hole=found == HOLE
             )
         return pfn
 
@@ -274,12 +274,12 @@ class DaxFile(XipFile):
         if pfn is None:
             return None
         if self.trace.on:
-            self.trace.emit("xip_allocate_huge", file=self.name, pgoff=first, count=HUGE_PAGES, pfn=pfn)
+            self.trace.emit("xip_allocate_huge", file=self.label, pgoff=first, count=HUGE_PAGES, pfn=pfn)
         point("mm.xip.allocated")
         if first in self.entries:
             unmap_mapping_range(self, first, HUGE_PAGES, even_cows=False)
         if self.trace.on:
-            self.trace.emit("xip_unmapped_huge", file=self.name, pgoff=first, count=HUGE_PAGES)
+            self.trace.emit("xip_unmapped_huge", file=self.label, pgoff=first, count=HUGE_PAGES)
         return pfn
 
     # ---- truncated

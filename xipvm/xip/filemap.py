@@ -63,6 +63,9 @@ class XipFile(AddressSpace):
     def __init__(self, host: HostMemory, trace: Trace, inode: XipInode, *, writable: bool = True) -> None:
         super().__init__(host, trace, inode.name, writable=writable and not inode.read_only)
         self.inode = inode
+        self.label = inode.label
+        """What events call it."""
+        self.identity = inode.identity
         self.sb = inode.sb
         self.sb.files.append(self)
         self.i_rwsem = RwLock(f"i_rwsem of {self.name}", INODE_LOCK)
@@ -101,7 +104,7 @@ class XipFile(AddressSpace):
         done, stored, error = self._read_pages(buffer, count, pos)
         if self.trace.on:
             result = -(error.errno or 0) if error is not None and not done else done
-            self.trace.emit("xip_read", file=self.name, pos=pos, count=count, result=result, stored=stored)
+            self.trace.emit("xip_read", file=self.label, pos=pos, count=count, result=result, stored=stored)
         if error is not None and not done:
             raise error
         self.inode.accessed()
@@ -206,11 +209,11 @@ class XipFile(AddressSpace):
             return found
         pfn = self._create(pgoff)
         if self.trace.on:
-            self.trace.emit("xip_allocate", file=self.name, pgoff=pgoff, pfn=pfn)
+            self.trace.emit("xip_allocate", file=self.label, pgoff=pgoff, pfn=pfn)
         point("mm.xip.allocated")
         self._filled(pgoff)
         if self.trace.on:
-            self.trace.emit("xip_unmapped", file=self.name, pgoff=pgoff)
+            self.trace.emit("xip_unmapped", file=self.label, pgoff=pgoff)
         return pfn
 
     def _create(self, pgoff: int) -> int:
@@ -228,8 +231,10 @@ class XipFile(AddressSpace):
     def vma_open(self, area: Vma) -> None:
         """See the base."""
         if self.trace.on:
+            if self.identity is not None:
+                self.trace.emit("xip_file", file=self.label, name=self.name, **self.identity._asdict())
             self.trace.emit(
-                "xip_map", file=self.name, mm=area.mm.name, start=area.start, end=area.end, pgoff=area.pgoff
+                "xip_map", file=self.label, mm=area.mm.name, start=area.start, end=area.end, pgoff=area.pgoff
             )
 
     def fault(self, area: Vma, pgoff: int, write: bool) -> FaultResult:
@@ -410,7 +415,7 @@ class XipFile(AddressSpace):
         freed = self.inode.free_blocks(first, end)
         if freed and self.trace.on:
             self.trace.emit(
-                "xip_free", file=self.name, first=first, end=end, pages=join_runs((pfn, 1) for pfn in freed)
+                "xip_free", file=self.label, first=first, end=end, pages=join_runs((pfn, 1) for pfn in freed)
             )
 
     def _zero_tail(self) -> None:

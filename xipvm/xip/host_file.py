@@ -57,6 +57,11 @@ class HostInode(XipInode):
         self._host = host
 
     @property
+    def label(self) -> str:
+        """See the base."""
+        return self.path
+
+    @property
     def size(self) -> int:
         """Bytes."""
         return self._size

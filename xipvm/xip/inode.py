@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import errno
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from xipvm.address import Pfn
 from xipvm.errors import MmError
@@ -25,6 +25,29 @@ HOLE: Final = Pfn(0)
 """What :meth:`XipInode.find_huge` says of a hole. No block is frame 0."""
 
 
+class Identity(NamedTuple):
+    """Which file a file of an image is, whatever its names are: what ``xip_file`` says."""
+
+    image: str
+    """Its path, as given."""
+    volume: str
+    """What tells the file system from others that were at that path."""
+    inode: int
+    generation: int
+    """Tells the file from others that had its inode number."""
+    base: int
+    """The frame of the file system's first block, in this run."""
+
+    @property
+    def at(self) -> str:
+        """Where it is, or was: other files may have been there as well."""
+        return f"inode {self.inode} of {self.image}"
+
+    def __str__(self) -> str:
+        again = f".{self.generation}" if self.generation else ""
+        return f"{self.image}:{self.inode}{again}"
+
+
 class XipInode(ABC):
     """A file of ``size`` bytes, called ``name``."""
 
@@ -35,6 +58,16 @@ class XipInode(ABC):
     """Nothing of its file system may change: no block is allocated, no size or time written."""
     max_bytes: int = (1 << 63) - 1
     """How large the file can become (s_maxbytes)."""
+
+    @property
+    def identity(self) -> Identity | None:
+        """Which file of its image it is; None if it is in none."""
+        return None
+
+    @property
+    def label(self) -> str:
+        """What events call it: no other file of the run is called so."""
+        return str(self.identity or self.name)
 
     @property
     @abstractmethod

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from xipvm.address import PAGE_MASK, PAGE_SHIFT, Pfn, page_up
 from xipvm.errors import MmError, XipImageError, os_reason
 from xipvm.image_file import close_image, open_image
-from xipvm.xip.inode import XipInode
+from xipvm.xip.inode import Identity, XipInode
 from xipvm.xip.memory import XipMemory
 from xipvm.xip.super_block import SuperBlock
 from xipvm.xip.volume import Status, Volume
@@ -59,6 +59,12 @@ class RomfsInode(XipInode):
         self.sb = volume.sb
         self.header = header
         self.name = header.name
+
+    @property
+    def identity(self) -> Identity:
+        """See the base. Its inode number is where its header begins, as in Linux."""
+        volume = self.volume
+        return Identity(volume.path, f"{_word(volume.bytes, 12):08x}", self.header.at, 0, volume.memory.first)
 
     @property
     def size(self) -> int:

@@ -17,7 +17,7 @@ from xipvm.errors import MmError
 from xipvm.xip.ext2 import layout
 from xipvm.xip.ext2.layout import BLOCK, PER_BLOCK
 from xipvm.xip.ext2.volume import corrupt
-from xipvm.xip.inode import XipInode
+from xipvm.xip.inode import Identity, XipInode
 
 if TYPE_CHECKING:
     from xipvm.xip.ext2.volume import Ext2Image
@@ -48,6 +48,14 @@ class Ext2Inode(XipInode):
         self.number = number
         self.at = at
         self.name = f"inode {number}"
+
+    @property
+    def identity(self) -> Identity:
+        """See the base."""
+        image, at = self.image, layout.SUPERBLOCK_AT + layout.S_UUID
+        uuid = bytes(image.bytes[at : at + 16]).hex()
+        generation = image.get32(self.at + layout.I_GENERATION)
+        return Identity(image.path, uuid, self.number, generation, image.memory.first)
 
     @property
     def read_only(self) -> bool:  # type: ignore[override]

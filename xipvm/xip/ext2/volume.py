@@ -345,9 +345,9 @@ class Ext2Image:
             except MmError:
                 self._clear_bit(self.groups[group].inode_bitmap, bit)
                 raise
-            generation = bytes(self.bytes[at + 100 : at + 104])
+            generation = self.get32(at + layout.I_GENERATION)
             self.bytes[at : at + self.sb.inode_size] = bytes(self.sb.inode_size)
-            self.bytes[at + 100 : at + 104] = generation
+            self._put32(at + layout.I_GENERATION, generation + 1 & 0xFFFF_FFFF)  # it is not the file before it
             now = self.now() & 0xFFFF_FFFF
             struct.pack_into("<3I", self.bytes, at + layout.I_ATIME, now, now, now)
             self._put16(at + layout.I_MODE, mode)
