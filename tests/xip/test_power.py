@@ -16,7 +16,7 @@ import pytest
 MakeImage = Callable[..., Path]
 
 #: What e2fsck may say of an image that was not put away: blocks and inodes that are marked, and nobody's; counts.
-_LOSSES = re.compile(
+LOSSES = re.compile(
     r"""
       e2fsck\ .* | Pass\ \d.* | .*was\ not\ cleanly\ unmounted.* | .*\ check\ forced.*
     | Block\ bitmap\ differences:\s+(-(\d+|\(\d+--\d+\))\s*)+ | Inode\ bitmap\ differences:\s+(-(\d+|\(\d+--\d+\))\s*)+
@@ -87,7 +87,7 @@ def test_a_kill_at_any_store_loses_no_more_than_ext2_may(make_image: MakeImage) 
         cut += done.returncode != 0
         path = "/usr/sbin:/sbin:" + os.environ["PATH"]
         checked = subprocess.run(["e2fsck", "-fn", str(image)], capture_output=True, text=True, env={"PATH": path})
-        wrong = [line for line in checked.stdout.splitlines() if not _LOSSES.fullmatch(line)]
+        wrong = [line for line in checked.stdout.splitlines() if not LOSSES.fullmatch(line)]
         assert wrong == [], f"killed at store {last}"
         repaired = subprocess.run(["e2fsck", "-fy", str(image)], capture_output=True, text=True, env={"PATH": path})
         assert repaired.returncode in (0, 1), repaired.stdout

@@ -22,6 +22,7 @@ write fault on a block  the huge entry becomes writable where it is
 write fault on a hole   as a small one, if the file system has one piece; if not, small entries
 a small fault           of a block: its page of the entry; of a hole: unmapped everywhere, small entries from then on
 write(2) over a hole    block allocated → all of the 2 MiB unmapped everywhere → data copied
+write(2) over all of it one piece allocated, if the file system has one → the same
 write-back              of all 512 pages
 truncation in it        small entries of what is left
 small entries are there small entries; nobody makes one of them (grab_mapping_entry)
@@ -266,6 +267,22 @@ class DaxFile(XipFile):
                 "dax_entry_huge", file=self.label, pgoff=first, count=HUGE_PAGES, pfn=pfn, hole=found == HOLE
             )
         return pfn
+
+    def _prefer_piece(self, first: int) -> None:
+        """See the base. What cannot be had, and what has small entries, is left to single pages."""
+        lock = self._grab_huge(first)
+        if lock is None:
+            return
+        with lock:
+            try:
+                if self.inode.find_huge(first) == HOLE and self._fill_huge(first) is not None:
+                    self._drop(range(first, first + HUGE_PAGES))
+            except MmError as error:
+                if error.errno == errno.EDEADLK:
+                    raise
+            finally:
+                if first not in self.entries:
+                    self.huge.discard(first)
 
     def _fill_huge(self, first: int) -> Pfn | None:
         """Gives the 2 MiB from page ``first`` on, a hole, one piece of the device, if there is one. Raises MmError."""

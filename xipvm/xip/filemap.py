@@ -32,6 +32,7 @@ from xipvm.locks import check
 from xipvm.locks.lock import RwLock
 from xipvm.locks.order import INODE_LOCK, INVALIDATE_LOCK, XIP_SPARSE
 from xipvm.mmu.file import AddressSpace, FaultResult, VmFault
+from xipvm.mmu.huge_pmd import HPAGE_SIZE
 from xipvm.mmu.pte import ACCESSED, DIRTY, MAPPED, PFN_SHIFT, SOFT_DIRTY, SPECIAL, WRITE, pte_pfn
 from xipvm.mmu.rmap import PMD_SHIFT
 from xipvm.mmu.vma import TASK_SIZE
@@ -191,6 +192,8 @@ class XipFile(AddressSpace):
             offset = at & (PAGE_SIZE - 1)
             length = min(PAGE_SIZE - offset, count - done)
             try:
+                if at % HPAGE_SIZE == 0 and count - done >= HPAGE_SIZE:
+                    self._prefer_piece(at >> PAGE_SHIFT)
                 pfn = self._block(at >> PAGE_SHIFT)
             except MmError as error:
                 return done, error
@@ -201,6 +204,9 @@ class XipFile(AddressSpace):
             if len(data) < length:
                 return done, MmError(errno.EFAULT, f"write of {count} bytes to {self.name}")
         return done, None
+
+    def _prefer_piece(self, first: int) -> None:
+        """The 2 MiB from page ``first`` on are about to be written: holes may get one piece. Raises MmError EDEADLK."""
 
     def _block(self, pgoff: int) -> int:
         """The frame of page ``pgoff``, allocated if it is a hole, which nobody maps any more then. Raises MmError."""

@@ -2,11 +2,15 @@
 
 Blocks 0 to 11 of a file are named in its inode, others by indirect blocks, up to three of them one after another. A
 block number 0 is a hole. A branch is allocated whole, filled in from its end, and then linked at one place.
+
+2 MiB at once are named at two places at most, in indirect blocks that are there by then; they are used and filled with
+zeros before the first is named. Whoever is cut short has some of them, and loses the others.
 """
 
 from __future__ import annotations
 
 import errno
+import struct
 from collections.abc import Iterable, Iterator
 from stat import S_ISGID, S_ISUID, S_IXGRP
 from typing import TYPE_CHECKING, Final
@@ -14,10 +18,11 @@ from typing import TYPE_CHECKING, Final
 from xipvm.actors import point
 from xipvm.address import Pfn
 from xipvm.errors import MmError
+from xipvm.mmu.frames import HUGE_PAGES
 from xipvm.xip.ext2 import layout
 from xipvm.xip.ext2.layout import BLOCK, PER_BLOCK
 from xipvm.xip.ext2.volume import corrupt
-from xipvm.xip.inode import Identity, XipInode
+from xipvm.xip.inode import HOLE, Identity, XipInode
 
 if TYPE_CHECKING:
     from xipvm.xip.ext2.volume import Ext2Image
@@ -33,6 +38,8 @@ _ROOTS: Final = tuple(
 )
 """Of each block number in the inode: its slot, how many pages it stands for, and behind how many indirect blocks."""
 _SECTORS: Final = BLOCK // 512
+_RUN: Final = f"<{HUGE_PAGES}I"
+"""The block numbers of 2 MiB."""
 MAX_BYTES: Final = min((12 + PER_BLOCK + PER_BLOCK**2 + PER_BLOCK**3) * BLOCK, ((1 << 32) - 1) * 512)
 """How large a file can be: i_blocks counts sectors of 512 bytes."""
 
@@ -149,7 +156,7 @@ class Ext2Inode(XipInode):
         block = self._find(path)
         if not block and create:
             point("xip.allocate")
-            block = self._find(path) or self._allocate(path, pgoff)
+            block = self._find(path) or self._allocate(path, self._goal(pgoff))
         if not block:
             raise MmError(errno.ENODATA, f"page {pgoff:#x} of {self.name}")
         return self.image.pfn(block)
@@ -174,14 +181,13 @@ class Ext2Inode(XipInode):
             block = number(data, check(block, "an indirect block", self.name) * BLOCK + 4 * index)[0]
         return check(block, "a block", self.name) if block else 0
 
-    def _allocate(self, path: tuple[int, ...], pgoff: int) -> int:
-        """Gives a hole a block, with the indirect blocks on the way. Raises MmError ENOSPC, EROFS."""
+    def _allocate(self, path: tuple[int, ...], goal: int) -> int:
+        """Gives the end of ``path``, a hole, a block, with the indirect ones on the way. Raises MmError ENOSPC."""
         image = self.image
         link, rest = self._slot(path[0]), path[1:]
         while rest and image.get32(link):
             link, rest = image.get32(link) * BLOCK + 4 * rest[0], rest[1:]
         branch: list[int] = []
-        goal = self._goal(pgoff)
         try:
             for _ in range(len(rest) + 1):
                 branch.append(image.allocate_block(goal))
@@ -195,6 +201,63 @@ class Ext2Inode(XipInode):
         image.put32(self.at + layout.I_BLOCKS, self.blocks + _SECTORS * len(branch))
         image.put32(link, branch[0])
         return branch[-1]
+
+    def find_huge(self, pgoff: int) -> Pfn | None:
+        """See the base."""
+        image = self.image
+        places = [(self._place(path), count) for path, count in _pieces(pgoff)]
+        numbers = b"".join(bytes(image.bytes[at : at + 4 * count]) if at else bytes(4 * count) for at, count in places)
+        first: int = layout.U32(numbers)[0]
+        if not first:
+            return None if any(numbers) else HOLE
+        last: int = layout.U32(numbers, 4 * (HUGE_PAGES - 1))[0]
+        if image.pfn(first) % HUGE_PAGES or last != first + HUGE_PAGES - 1:
+            return None
+        if numbers != struct.pack(_RUN, *range(first, last + 1)):
+            return None
+        return image.pfn(image.check_run(first, "blocks", self.name))
+
+    def create_huge(self, pgoff: int) -> Pfn | None:
+        """See the base."""
+        self.image.may_write()
+        point("xip.allocate")
+        if self.find_huge(pgoff) != HOLE:
+            return None
+        try:
+            return self._allocate_huge(pgoff, self._goal(pgoff))
+        except MmError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            return None
+
+    def _allocate_huge(self, pgoff: int, goal: int) -> Pfn:
+        image = self.image
+        first = image.allocate_run(goal)
+        try:
+            places = [(self._place(path) or self._make_place(path, goal), count) for path, count in _pieces(pgoff)]
+        except MmError:
+            for block in range(first, first + HUGE_PAGES):
+                image.release_block(block)
+            self.free_blocks(pgoff, pgoff + HUGE_PAGES)  # the indirect ones that there was room for
+            raise
+        image.put32(self.at + layout.I_BLOCKS, self.blocks + _SECTORS * HUGE_PAGES)
+        block = first
+        for at, count in places:
+            image.put_numbers(at, range(block, block + count))
+            block += count
+        return image.pfn(first)
+
+    def _place(self, path: tuple[int, ...]) -> int:
+        """The byte at which the block number at the end of ``path`` is; 0 when an indirect block is missing."""
+        if len(path) == 1:
+            return self._slot(path[0])
+        table = self._find(path[:-1])
+        return table * BLOCK + 4 * path[-1] if table else 0
+
+    def _make_place(self, path: tuple[int, ...], goal: int) -> int:
+        """The same where one is missing, which there is then. Raises MmError ENOSPC."""
+        start = goal - goal % self.image.sb.blocks_per_group  # not where other 2 MiB could be
+        return self._allocate(path[:-1], start) * BLOCK + 4 * path[-1]
 
     def _goal(self, pgoff: int) -> int:
         """Where a block for page ``pgoff`` would best be: behind that of the page before it."""
@@ -316,6 +379,17 @@ def _path(pgoff: int) -> tuple[int, ...]:
         high, rest = divmod(rest, PER_BLOCK**2)
         return (layout.TIND_BLOCK, high, *divmod(rest, PER_BLOCK))
     raise MmError(errno.EFBIG, f"page {pgoff:#x} of an ext2 file")
+
+
+def _pieces(pgoff: int) -> Iterator[tuple[tuple[int, ...], int]]:
+    """The 2 MiB from page ``pgoff`` on: what leads to the first page of each piece that has its numbers side by side,
+    and how many pages it has. Raises EFBIG."""
+    end = pgoff + HUGE_PAGES
+    while pgoff < end:
+        path = _path(pgoff)
+        count = min(end - pgoff, layout.NDIR_BLOCKS - pgoff if len(path) == 1 else PER_BLOCK - path[-1])
+        yield path, count
+        pgoff += count
 
 
 def _used(block: memoryview) -> list[int]:

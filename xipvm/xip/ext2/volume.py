@@ -26,6 +26,7 @@ from xipvm.address import PAGE_SHIFT, Pfn, format_size
 from xipvm.errors import MmError, XipImageError, os_reason
 from xipvm.host_mapping import FALLOC_FL_KEEP_SIZE, allocate
 from xipvm.image_file import close_image, open_image
+from xipvm.mmu.frames import HUGE_PAGES
 from xipvm.xip.ext2 import layout
 from xipvm.xip.ext2.layout import BLOCK, Group, Superblock
 from xipvm.xip.memory import XipMemory
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
     from xipvm.xip.ext2.inode import Ext2Inode
 
 _NOT_FULL = re.compile(rb"[^\xff]")
+_RUN = (1 << HUGE_PAGES) - 1
+"""The bits of 2 MiB in a bitmap."""
 _KNOWN_INCOMPAT = layout.INCOMPAT_FILETYPE
 _KNOWN_RO_COMPAT = layout.RO_COMPAT_SPARSE_SUPER | layout.RO_COMPAT_LARGE_FILE
 
@@ -186,6 +189,9 @@ class Ext2Image:
     def _put32(self, at: int, value: int) -> None:
         self.bytes[at : at + 4] = value.to_bytes(4, "little")
 
+    def _put_bytes(self, at: int, data: bytes) -> None:
+        self.bytes[at : at + len(data)] = data
+
     def put16(self, at: int, value: int) -> None:
         """Changes the 16-bit number at byte ``at``. Raises MmError EROFS."""
         self.may_write()
@@ -195,6 +201,11 @@ class Ext2Image:
         """Changes the 32-bit number at byte ``at``. Raises MmError EROFS."""
         self.may_write()
         self._put32(at, value)
+
+    def put_numbers(self, at: int, numbers: range) -> None:
+        """Changes the 32-bit numbers from byte ``at`` on. Raises MmError EROFS."""
+        self.may_write()
+        self._put_bytes(at, struct.pack(f"<{len(numbers)}I", *numbers))
 
     def may_write(self) -> None:
         """Raises MmError EROFS where nothing may change."""
@@ -210,6 +221,16 @@ class Ext2Image:
             if not table <= block < table + self._tables[table]:
                 return block
         raise corrupt(f"{self.path}: {what} of {owner} is block {block:#x}, which is no file's")
+
+    def check_run(self, first: int, what: str, owner: str) -> int:
+        """As :meth:`check_block` for the 512 blocks from ``first`` on."""
+        per_group, run = self.sb.blocks_per_group, range(first, first + HUGE_PAGES)
+        if run.start > 0 and run.stop <= self.sb.blocks_count and self._metadata.isdisjoint(run):
+            groups = self.groups[run.start // per_group : (run.stop - 1) // per_group + 1]
+            tables = [(group.inode_table, self._tables[group.inode_table]) for group in groups]
+            if not any(table < run.stop and run.start < table + count for table, count in tables):
+                return first
+        raise corrupt(f"{self.path}: {what} of {owner} are the {HUGE_PAGES} from {first:#x} on, not all of them files'")
 
     def pfn(self, block: int) -> Pfn:
         """The frame of a block."""
@@ -245,18 +266,56 @@ class Ext2Image:
                 return block
         raise MmError(errno.ENOSPC, f"{self.path}: no block is free")
 
+    def allocate_run(self, goal: int) -> int:
+        """The first of 512 blocks that were free, filled with zeros: one piece, whose frames could be a huge page's.
+
+        From ``goal`` on if it can be. Raises MmError ENOSPC, EROFS.
+        """
+        self.may_write()
+        per_group, count = self.sb.blocks_per_group, len(self.groups)
+        first = goal // per_group % count
+        for n in range(count + 1):
+            number = (first + n) % count
+            bit = self._find_run(number, goal % per_group if n == 0 else 0)
+            if bit is not None:
+                block = self.check_run(number * per_group + bit, "free blocks", f"group {number}")
+                bitmap = self.groups[number].block_bitmap
+                self._back_once(bitmap)
+                self._back(block, HUGE_PAGES)
+                at, shift = bitmap * BLOCK + bit // 8, bit & 7
+                used = int.from_bytes(self.bytes[at : at + _run_bytes(shift)], "little") | _RUN << shift
+                self._put_bytes(at, used.to_bytes(_run_bytes(shift), "little"))
+                self._count(number, layout.BG_FREE_BLOCKS, layout.S_FREE_BLOCKS, -HUGE_PAGES)
+                for page in range(block, block + HUGE_PAGES):
+                    self.host.write(self.pfn(page), 0, bytes(BLOCK))
+                return block
+        raise MmError(errno.ENOSPC, f"{self.path}: no {HUGE_PAGES} blocks are free in one piece")
+
+    def _find_run(self, number: int, start: int) -> int | None:
+        """The first of 512 clear bits of a group's bitmap, from ``start`` on, whose frame is that of a huge page."""
+        if self.get16(self._group_at(number) + layout.BG_FREE_BLOCKS) < HUGE_PAGES:
+            return None
+        bits = self._group_blocks(number)
+        data = bytes(self.block(self.groups[number].block_bitmap))
+        first = start + -self.pfn(number * self.sb.blocks_per_group + start) % HUGE_PAGES
+        for bit in range(first, bits - HUGE_PAGES + 1, HUGE_PAGES):
+            at, shift = bit // 8, bit & 7
+            if not int.from_bytes(data[at : at + _run_bytes(shift)], "little") >> shift & _RUN:
+                return bit
+        return None
+
     def release_block(self, block: int) -> None:
         """``block`` is nobody's any more."""
         number, bit = divmod(block, self.sb.blocks_per_group)
         if self._clear_bit(self.groups[number].block_bitmap, bit):
             self._count(number, layout.BG_FREE_BLOCKS, layout.S_FREE_BLOCKS, 1)
 
-    def _back(self, block: int) -> None:
-        """Has the host make room for ``block``. Raises MmError ENOSPC and what else its file system has."""
+    def _back(self, block: int, count: int = 1) -> None:
+        """Has the host make room for blocks from ``block`` on. Raises MmError ENOSPC and what its file system has."""
         if self.memory.private:
             return
         try:
-            allocate(self._fd, FALLOC_FL_KEEP_SIZE, block * BLOCK, BLOCK)
+            allocate(self._fd, FALLOC_FL_KEEP_SIZE, block * BLOCK, count * BLOCK)
         except OSError as error:
             if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # there nobody can make room ahead
                 raise MmError(error.errno or errno.EIO, f"{self.path}: block {block:#x} on the host's disk") from None
@@ -387,6 +446,11 @@ class Ext2Image:
     def block_of(self, pfn: int) -> int:
         """The block that a frame is."""
         return self.memory.page(pfn)
+
+
+def _run_bytes(shift: int) -> int:
+    """In how many bytes of a bitmap the bits of 2 MiB are that begin at bit ``shift`` of the first."""
+    return (shift + HUGE_PAGES + 7) // 8
 
 
 def _names(bits: int, known: dict[int, str]) -> str:
