@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -100,3 +102,49 @@ def test_a_pipe_is_a_source_also_where_it_is_looked_at_twice(folder: Path, name:
     data = b"piped" * 5000
     subprocess.run(words, input=data, cwd=folder, env=environment(), check=True, capture_output=True, timeout=DEADLINE)
     assert inside("xip", "cat", "fs.ext2", "/boot/sub/data", cwd=folder).out.encode() == data
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ("/boot/sub/data", "/boot/sub/data exists; --force replaces it"),
+        ("/no/x", "/no: ENOENT (No such file or directory)"),
+        ("/boot/hello.elf/x", "/boot/hello.elf/x: ENOTDIR (Not a directory)"),
+        ("/boot", "/boot is a directory, and standard input has no name to have in it"),
+        ("", "the PATH in it is empty"),
+    ],
+)
+def test_nobody_writes_to_a_pipe_for_nothing(folder: Path, path: str, said: str) -> None:
+    """The complaint comes while the other end is open, and nothing was written to it."""
+    words = [*XIPVM, "xip", "put", "fs.ext2", "-", path]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(words, cwd=folder, env=environment(), stdin=pipe, stderr=pipe) as child:
+        assert child.wait(DEADLINE) == 2
+        assert child.stderr is not None
+        assert child.stderr.read().decode() == f"xipvm: fs.ext2: {said}\n"
+
+
+def test_where_a_pipe_is_kept_is_named_when_it_is_full(
+    folder: Path, fsck: Callable[[Path], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    os.mkfifo(folder / "pipe")
+    monkeypatch.setattr("tempfile.TemporaryFile", lambda: open("/dev/full", "r+b", buffering=0))  # noqa: SIM115
+    monkeypatch.setattr("tempfile.tempdir", "/some/where")
+    writer = threading.Thread(target=(folder / "pipe").write_bytes, args=(b"x",))
+    writer.start()
+    said = complaint("xip", "put", "fs.ext2", "pipe", "/new", cwd=folder)
+    writer.join()
+    kept = "pipe is kept in /some/where (TMPDIR) until it is whole, and does not fit"
+    assert said == f"{kept}: No space left on device"
+    assert fsck(folder / "fs.ext2") == ""
+
+
+def test_the_state_of_an_image_is_told_once(folder: Path) -> None:
+    subprocess.run(["debugfs", "-w", "-R", "ssv state 0", "fs.ext2"], cwd=folder, check=True, capture_output=True)
+    words = [*XIPVM, "xip", "put", "fs.ext2", "-", "/new"]
+    done = subprocess.run(words, input=b"x", cwd=folder, env=environment(), check=True, capture_output=True)
+    assert done.stderr.decode().count("was not put away properly") == 1
+
+
+def test_an_empty_path_is_one_of_no_file(folder: Path) -> None:
+    assert complaint("xip", "put", "fs.ext2", "big", "", cwd=folder) == "fs.ext2: the PATH in it is empty"

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.run.command import DEADLINE, environment, inside
+from tests.run.command import DEADLINE, environment, inside, start
 from xipvm.errors import MmError
 from xipvm.mmu.frames import HostMemory
 from xipvm.mmu.mm import Mm
@@ -225,3 +225,19 @@ def test_a_signal_that_is_ignored_stays_so(make_image: MakeImage, tmp_path: Path
         assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_it_while_it_waits_for_a_pipe(make_image: MakeImage, fsck: Fsck, number: signal.Signals) -> None:
+    image = make_image()
+    with start("xip", "put", image, "-", "/file", prefix=("env", "--default-signal")) as child:
+        assert child.stdin is not None
+        assert child.stderr is not None
+        child.stdin.write(bytes(1 << 20))  # more than a pipe holds: it is being read
+        child.stdin.flush()
+        child.send_signal(number)
+        assert child.wait(DEADLINE) == 128 + number
+        said = "interrupted" if number == signal.SIGINT else signal.strsignal(number)
+        assert child.stderr.read().decode().strip() == f"xipvm: {said}"
+    assert "file" not in names(image)
+    assert fsck(image) == ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
+from contextlib import suppress
 from typing import IO, TYPE_CHECKING, Self
 
 if TYPE_CHECKING:
@@ -22,32 +23,46 @@ class Source:
     """A file of the host, or with ``-`` standard input, read from the beginning as often as one likes. A context."""
 
     def __init__(self, path: str) -> None:
-        """Opens it; what cannot be read twice is kept. Raises BadInput."""
+        """Opens it. Raises BadInput."""
         from xipvm.errors import BadInput, os_reason
 
         self.path = path
         self.name = "standard input" if path == "-" else path
         try:
             if path == "-":
-                self._file = self._kept(None if sys.stdin is None else sys.stdin.buffer)
+                if sys.stdin is None:
+                    raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+                self._file: IO[bytes] = sys.stdin.buffer
             else:
                 self._file = open(path, "rb")  # noqa: SIM115
-                if not self._file.seekable():
-                    with self._file as pipe:
-                        self._file = self._kept(pipe)
+            self.waits = path == "-" or not self._file.seekable()
+            """It cannot be read twice: :meth:`keep` it."""
         except (OSError, ValueError) as error:
             raise BadInput(f"{self.name}: {os_reason(error)}") from None
 
-    @staticmethod
-    def _kept(file: IO[bytes] | None) -> IO[bytes]:
+    def keep(self) -> None:
+        """Reads all of it, which may take as long as it takes somebody to write it. Raises BadInput."""
         import shutil
         import tempfile
 
-        if file is None:
-            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
-        spool = tempfile.TemporaryFile()  # noqa: SIM115
-        shutil.copyfileobj(file, spool)
-        return spool
+        from xipvm.errors import BadInput, os_reason
+
+        try:
+            spool = tempfile.TemporaryFile()  # noqa: SIM115
+            try:
+                shutil.copyfileobj(self._file, spool)
+                spool.flush()
+            except BaseException:
+                with suppress(OSError):  # it tries once more to write what did not fit
+                    spool.close()
+                raise
+        except (OSError, ValueError) as error:
+            name = self.name
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                name = f"{name} is kept in {tempfile.gettempdir()} (TMPDIR) until it is whole, and does not fit"
+            raise BadInput(f"{name}: {os_reason(error)}") from None
+        self._file.close()
+        self._file = spool
 
     def pages(self) -> Iterator[tuple[bytes, bool]]:
         """Its pages, the last as long as it is, and whether there is anything but zeros in each. Raises BadInput."""
@@ -78,7 +93,7 @@ def put_file(
     """
     from xipvm.xip.volume import naming
 
-    path, replaces = _target(volume, path, data.path, force=force)
+    path, replaces = target_of(data, volume, path, force=force)
     with naming(path):
         wanted = (page for page, (_, stored) in enumerate(steps.of(data.pages())) if stored)
         volume.check_room(wanted, path, replaces=replaces)
@@ -96,14 +111,16 @@ def put_file(
     return f"{path}: {status.size} bytes, {status.sectors * 512} used"
 
 
-def _target(volume: Volume, path: str, source: str, *, force: bool) -> tuple[str, bool]:
-    """Where ``source`` is to be in the image, and whether a file is there. Raises BadInput, MmError."""
+def target_of(data: Source, volume: Volume, path: str, *, force: bool) -> tuple[str, bool]:
+    """Where ``data`` is to be in the image, and whether a file is there. Raises BadInput, MmError."""
     from xipvm.errors import BadInput, MmError
 
     try:
         letter = volume.status(volume.lookup(path)).letter
         if letter == "d":
-            path = f"{path.rstrip('/')}/{os.path.basename(source)}"
+            if data.path == "-":
+                raise BadInput(f"{volume.path}: {path} is a directory, and standard input has no name to have in it")
+            path = f"{path.rstrip('/')}/{os.path.basename(data.path)}"
             letter = volume.status(volume.lookup(path)).letter
     except MmError as error:
         if error.errno != errno.ENOENT:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 import threading
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
 import click
@@ -32,6 +32,7 @@ class Steps:
 
     def __enter__(self) -> Self:
         self._asked = 0
+        self._waits = True
         self._before: dict[int, Any] = {}
         if threading.current_thread() is threading.main_thread():
             for number, usual in _ENDING.items():
@@ -43,6 +44,18 @@ class Steps:
 
     def _ask(self, number: int, frame: object) -> None:
         self._asked = number
+        if not self._waits:
+            self._check()
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Nothing is under way for now: no signal waits. Raises KeyboardInterrupt and click's Exit."""
+        self._waits = False
+        try:
+            self._check()
+            yield
+        finally:
+            self._waits = True
 
     def of(self, items: Iterable[_Item]) -> Iterator[_Item]:
         """``items``, each a step. Raises KeyboardInterrupt and click's Exit between them."""

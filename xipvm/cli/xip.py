@@ -77,10 +77,16 @@ def put(image: str, source: str, path: str, force: bool) -> None:
     with --force the old file. There has to be room for both. A file with other names has the new contents by all of
     them.
     """
-    from xipvm.cli.put import Source, put_file
+    from xipvm.cli.put import Source, put_file, target_of
 
-    with Source(source) as data, Steps() as steps, _volume(image, path) as (volume, host, trace):
-        print(put_file(volume, host, trace, data, path, steps, force=force))
+    with Source(source) as data, Steps() as steps:
+        if data.waits:  # for whoever writes to it, who should not do so for nothing
+            with _volume(image, path) as (volume, _, _):
+                target_of(data, volume, path, force=force)
+            with steps.at_once():
+                data.keep()
+        with _volume(image, path, again=data.waits) as (volume, host, trace):
+            print(put_file(volume, host, trace, data, path, steps, force=force))
 
 
 @xip.command(short_help="Make a file of IMAGE so long.")
@@ -238,17 +244,24 @@ def rm(image: str, path: str) -> None:
 
 
 @contextmanager
-def _volume(image: str, path: str, *, read_only: bool = False) -> Iterator[tuple[Volume, HostMemory, Trace]]:
-    """The file system in ``image``, for what is to be done with ``path``, which complaints name. Raises BadInput."""
+def _volume(
+    image: str, path: str, *, read_only: bool = False, again: bool = False
+) -> Iterator[tuple[Volume, HostMemory, Trace]]:
+    """The file system in ``image``, for what is to be done with ``path``, which complaints name. Raises BadInput.
+
+    ``again``: it was looked at before, and the user knows what state it is in.
+    """
     from xipvm.errors import BadInput, MmError
     from xipvm.mmu.frames import HostMemory
     from xipvm.trace.funnel import Trace
     from xipvm.xip.volume import naming, open_volume
 
+    if not path:
+        raise BadInput(f"{image}: the PATH in it is empty")
     host = HostMemory(1 << 20)
     try:
         with open_volume(host, image, read_only=read_only) as volume:
-            if not volume.clean:
+            if not (volume.clean or again):
                 print(f"xipvm: {image}: was not put away properly; e2fsck -f repairs it", file=sys.stderr)
             with naming(path):
                 yield volume, host, Trace()
