@@ -32,12 +32,16 @@ def os_reason(error: OSError | ValueError) -> str:
 
 
 class FileError(BadInput):
-    """A file of the host cannot be used as what it was named for. ``path`` names it, ``reason`` is for a person."""
+    """A file of the host cannot be used as what it was named for. ``path`` names it, ``reason`` is for a person.
 
-    def __init__(self, path: str, reason: str) -> None:
-        super().__init__(f"{path or repr(path)}: {reason}")
+    ``hint`` says what a run can do about it, if anything.
+    """
+
+    def __init__(self, path: str, reason: str, hint: str = "") -> None:
+        super().__init__(f"{path or repr(path)}: {reason}{hint and f'; {hint}'}")
         self.path = path
         self.reason = reason
+        self.hint = hint
 
 
 class GuestImageError(FileError):

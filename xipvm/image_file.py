@@ -10,8 +10,14 @@ import errno
 import fcntl
 import os
 import stat
+from typing import Final
 
 from xipvm.errors import FileError, os_reason
+
+READ_IT: Final = "snapshot=on or readonly=on only read it"
+"""What helps where an image may not be written."""
+SHARE_IT: Final = "only runs with snapshot=on or readonly=on share an image"
+"""What helps where somebody else has it."""
 
 
 def open_image(path: str, error: type[FileError], *, writable: bool, shared: bool) -> int:
@@ -51,8 +57,7 @@ def _open(path: str, error: type[FileError], *, writable: bool) -> int:
         fd = os.open(path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC | os.O_NONBLOCK)
     except (OSError, ValueError) as why:
         refused = isinstance(why, OSError) and why.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
-        hint = "; snapshot=on or readonly=on only read it" if refused and writable else ""
-        raise error(path, os_reason(why) + hint) from None
+        raise error(path, os_reason(why), READ_IT if refused and writable else "") from None
     mode = os.fstat(fd).st_mode
     if not stat.S_ISREG(mode):
         os.close(fd)
@@ -64,7 +69,6 @@ def _lock(fd: int, path: str, error: type[FileError], *, shared: bool) -> None:
     try:
         fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
-        hint = "" if shared else "; only runs with snapshot=on or readonly=on share an image"
-        raise error(path, "in use by another run" + hint) from None
+        raise error(path, "in use by another run", "" if shared else SHARE_IT) from None
     except OSError as why:
         raise error(path, f"cannot be locked: {os_reason(why)}") from None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import shutil
 import subprocess
@@ -85,8 +87,39 @@ def test_nor_can_one_of_a_romfs(folder: Path) -> None:
     said = "/boot/sub/data cannot have shared=on: fs.romfs is romfs, which is never written; map it without"
     assert complaint("run", *options, cwd=folder) == said
     assert complaint("xip", "cat", "fs.romfs", "/", cwd=folder) == "fs.romfs: /: EISDIR (Is a directory)"
-    never = "fs.romfs: /boot/sub/data: EROFS (Read-only file system)"
-    assert complaint("xip", "truncate", "fs.romfs", "/boot/sub/data", "0", cwd=folder) == never
+    for verb, *words in (
+        ("truncate", "fs.romfs", "/boot/sub/data", "0"),
+        ("rm", "fs.romfs", "/boot/sub/data"),
+        ("mkdir", "fs.romfs", "/boot/new"),
+        ("put", "fs.romfs", "big", "/boot/new"),
+    ):
+        path = next(word for word in words if word.startswith("/"))
+        never = f"fs.romfs: {path}: romfs is never written: EROFS (Read-only file system)"
+        assert complaint("xip", verb, *words, cwd=folder) == never
+
+
+@pytest.mark.parametrize("error", [errno.EACCES, errno.EROFS])
+def test_what_helps_where_an_image_cannot_be_written(folder: Path, monkeypatch: pytest.MonkeyPatch, error: int) -> None:
+    opened = os.open
+
+    def refusing(path: str, flags: int) -> int:
+        if flags & os.O_RDWR:
+            raise OSError(error, os.strerror(error))
+        return opened(path, flags)
+
+    monkeypatch.setattr("xipvm.image_file.os.open", refusing)
+    said = f"fs.ext2: {os.strerror(error)}; 'ls', 'cat' and 'map' only read it"
+    assert complaint("xip", "put", "fs.ext2", "big", "/new", cwd=folder) == said
+
+
+def test_what_helps_where_somebody_else_has_the_image(folder: Path) -> None:
+    with (folder / "fs.ext2").open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        said = "fs.ext2: in use by another run; it can be changed when that has ended"
+        assert complaint("xip", "rm", "fs.ext2", "/boot/sub/data", cwd=folder) == said
+        assert inside("xip", "ls", "fs.ext2", cwd=folder).status == 0
+        shared = ("--map", "/boot/sub/data@0x60000000,shared=on", "/boot/hello.elf")
+        assert "snapshot=on" in complaint("run", "--image", "fs.ext2", *shared, cwd=folder)
 
 
 def test_a_source_that_cannot_be_read_is_named_and_leaves_nothing(folder: Path, fsck: Callable[[Path], str]) -> None:

@@ -7,11 +7,12 @@ import stat
 import sys
 import time
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import click
 
 from xipvm.cli.steps import Steps
+from xipvm.image_file import READ_IT, SHARE_IT
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
@@ -21,6 +22,12 @@ if TYPE_CHECKING:
     from xipvm.xip.inode import Identity
     from xipvm.xip.mappers import Mapping
     from xipvm.xip.volume import Status, Volume
+
+_HELPS: Final = {
+    READ_IT: "'ls', 'cat' and 'map' only read it",
+    SHARE_IT: "it can be changed when that has ended",
+}
+"""What helps here, instead of what helps a run."""
 
 
 @click.group(no_args_is_help=False, short_help="Look into images of files used in place, and change them.")
@@ -96,15 +103,13 @@ def put(image: str, source: str, path: str, force: bool) -> None:
 def truncate(image: str, path: str, size: str) -> None:
     """Make a file of IMAGE so long, such as 64K; what it gains is a hole."""
     from xipvm.address import parse_size
-    from xipvm.errors import BadInput, MmError
+    from xipvm.errors import BadInput
 
     try:
         wanted = 0 if size == "0" else parse_size(size)
     except ValueError as error:
         raise BadInput(str(error)) from None
     with Steps(), _volume(image, path) as (volume, host, trace):
-        if volume.read_only:
-            raise MmError(errno.EROFS, path)
         volume.file(host, trace, volume.lookup(path)).truncate(wanted)
 
 
@@ -251,7 +256,7 @@ def _volume(
 
     ``again``: it was looked at before, and the user knows what state it is in.
     """
-    from xipvm.errors import BadInput, MmError
+    from xipvm.errors import BadInput, MmError, XipImageError
     from xipvm.mmu.frames import HostMemory
     from xipvm.trace.funnel import Trace
     from xipvm.xip.volume import naming, open_volume
@@ -263,8 +268,14 @@ def _volume(
         with open_volume(host, image, read_only=read_only) as volume:
             if not (volume.clean or again):
                 print(f"xipvm: {image}: was not put away properly; e2fsck -f repairs it", file=sys.stderr)
+            if volume.read_only and not read_only:
+                raise MmError(errno.EROFS, f"{path}: {volume.kind} is never written")
             with naming(path):
                 yield volume, host, Trace()
+    except XipImageError as error:
+        if error.hint:
+            raise BadInput(f"{image}: {error.reason}; {_HELPS[error.hint]}") from None
+        raise
     except MmError as error:
         raise BadInput(f"{image}: {str(error).removeprefix(f'{image}: ')}") from None
     finally:
