@@ -68,6 +68,13 @@ def test_guests_and_maps_are_named_whole(folder: Path, words: tuple[str, ...], s
     assert complaint("run", "--image", "fs.ext2", *words, cwd=folder).startswith(said)
 
 
+@pytest.mark.parametrize("command", ["run", "storm"])
+def test_there_is_one_image(folder: Path, command: str) -> None:
+    said = complaint(command, "--image", "fs.ext2", "--image", "fs.ext2,snapshot=on", "/boot/hello.elf", cwd=folder)
+    assert "--image" in said
+    assert "there can be one only, and 2 are given" in said
+
+
 @pytest.mark.parametrize("image", ["fs.ext2,readonly=on", "fs.ext2,readonly=on,snapshot=on"])
 def test_a_file_of_an_image_that_is_only_read_cannot_be_shared(folder: Path, image: str) -> None:
     said = complaint(

@@ -48,6 +48,13 @@ def _hexadecimal(text: str) -> int:
         raise ValueError(f"{text!r} is not a hexadecimal number") from None
 
 
+def _only(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> str | None:
+    """What is given at most once, where the last one would count, and nobody hears of the others."""
+    if len(values) > 1:
+        raise click.BadParameter(f"there can be one only, and {len(values)} are given", ctx, param)
+    return values[0] if values else None
+
+
 SIZE = Converted("size", parse_size)
 SECONDS = Converted("seconds", _seconds)
 HEX = Converted("hex", _hexadecimal)
@@ -92,6 +99,8 @@ _thp = click.option(
 )
 _image = click.option(
     "--image",
+    multiple=True,
+    callback=_only,
     metavar="FILE[,snapshot=on][,readonly=on]",
     help="A file system (ext2, romfs): GUEST is the path of a file in it, executed in place; see 'xipvm xip'.",
 )
