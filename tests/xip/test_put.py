@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from xipvm.mmu.frames import HostMemory
 from xipvm.mmu.mm import Mm
 from xipvm.mmu.vma import MAP_SHARED, PROT_READ
 from xipvm.trace.funnel import Trace
+from xipvm.xip.ext2 import layout
+from xipvm.xip.ext2.tree import Ext2Volume
 from xipvm.xip.ext2.volume import Ext2Image
 from xipvm.xip.open_file import OpenFile
 from xipvm.xip.volume import open_volume
@@ -33,6 +36,8 @@ _KILLED = """
 import os, signal, sys
 from xipvm.cli import main
 from xipvm.xip.ext2 import directory, replace
+from xipvm.xip.ext2 import layout
+from xipvm.xip.ext2.tree import Ext2Volume
 from xipvm.xip.ext2.volume import Ext2Image
 
 last, stores = int(sys.argv[1]), 0
@@ -240,4 +245,33 @@ def test_a_signal_ends_it_while_it_waits_for_a_pipe(make_image: MakeImage, fsck:
         said = "interrupted" if number == signal.SIGINT else signal.strsignal(number)
         assert child.stderr.read().decode().strip() == f"xipvm: {said}"
     assert "file" not in names(image)
+    assert fsck(image) == ""
+
+
+@pytest.mark.parametrize("mode", [0o755, 0o600, 0o4755])
+def test_a_new_file_has_the_rights_of_the_source_and_an_old_one_its_own(
+    make_image: MakeImage, fsck: Fsck, tmp_path: Path, mode: int
+) -> None:
+    image = make_image({"/old": OLD})
+    with open_volume(host := HostMemory(1 << 20), str(image)) as volume:
+        assert isinstance(volume, Ext2Volume)
+        old = volume.lookup("/old")
+        volume.image.put16(old.at + layout.I_MODE, layout.S_IFREG | 0o2640)
+        volume.image.put16(old.at + layout.I_MODE + 2, 1234)  # i_uid
+    host.close()
+    (tmp_path / "source").write_bytes(NEW)
+    (tmp_path / "source").chmod(mode)
+    assert inside("xip", "put", image, "source", "/new", cwd=tmp_path).status == 0
+    assert inside("xip", "put", "--force", image, "source", "/old", cwd=tmp_path).status == 0
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=(tmp_path / "pipe").write_bytes, args=(NEW,))
+    writer.start()
+    assert inside("xip", "put", image, "pipe", "/piped", cwd=tmp_path).status == 0
+    writer.join()
+    with open_volume(host := HostMemory(1 << 20), str(image)) as volume:
+        assert isinstance(volume, Ext2Volume)
+        rights = {name: volume.status(volume.lookup(name)).rights for name in ("/new", "/old", "/piped")}
+        assert rights == {"/new": mode & 0o777, "/old": 0o2640, "/piped": 0o644}
+        assert volume.image.get16(volume.lookup("/old").at + layout.I_MODE + 2) == 1234
+    host.close()
     assert fsck(image) == ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 import sys
 from contextlib import suppress
 from typing import IO, TYPE_CHECKING, Self
@@ -37,6 +38,9 @@ class Source:
                 self._file = open(path, "rb")  # noqa: SIM115
             self.waits = path == "-" or not self._file.seekable()
             """It cannot be read twice: :meth:`keep` it."""
+            mode = os.fstat(self._file.fileno()).st_mode if path != "-" else 0
+            self.rights = mode & 0o777 if stat.S_ISREG(mode) else 0o644
+            """What its owner, group and others may do with it, or usually may."""
         except (OSError, ValueError) as error:
             raise BadInput(f"{self.name}: {os_reason(error)}") from None
 
@@ -97,7 +101,7 @@ def put_file(
     with naming(path):
         wanted = (page for page, (_, stored) in enumerate(steps.of(data.pages())) if stored)
         volume.check_room(wanted, path, replaces=replaces)
-        inode = volume.tmpfile(path)
+        inode = volume.tmpfile(path, data.rights)
         try:
             _copy(steps.of(data.pages()), volume.file(host, trace, inode))
             if replaces:

@@ -82,7 +82,7 @@ def put(image: str, source: str, path: str, force: bool) -> None:
 
     PATH names the new file when that is whole: until then, and whatever becomes of the process, it names nothing, or
     with --force the old file. There has to be room for both. A file with other names has the new contents by all of
-    them.
+    them. What they may do with a new file is as with SOURCE, or 0644; with an old one it remains as it was.
     """
     from xipvm.cli.put import Source, put_file, target_of
 
