@@ -543,6 +543,22 @@ def test_a_sparse_file_of_the_host_is_filled_two_mebibytes_at_a_time(tmp_path: P
     assert path.stat().st_size == 4 * MIB
 
 
+def test_a_write_behind_the_end_of_a_file_of_the_host(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"first")
+    host, trace = HostMemory(10 * MIB), Trace()
+    kinds: list[str] = []
+    trace.attach(lambda event: kinds.append(event.kind))
+    inode = HostInode(host, str(path))
+    handle = OpenFile(DaxFile(host, trace, inode))
+    handle.lseek(MIB)
+    data = bytes(range(1, 251)) * 24_000  # 6 MB
+    assert handle.put(data) == len(data)
+    assert kinds.count("xip_allocate_huge") == 2
+    inode.close()
+    assert path.read_bytes() == b"first".ljust(MIB, b"\0") + data
+
+
 # ---- judged
 
 MAPPED = "xip_map", {"file": "file", "mm": "mm0", "start": HVA, "end": HVA + HPAGE_SIZE, "pgoff": 512}

@@ -165,6 +165,21 @@ def test_a_write_over_a_huge_hole_that_is_mapped(make_image: MakeImage, fsck: Fs
     assert fsck(image) == ""
 
 
+def test_a_write_that_fails_gives_back_what_is_behind_the_end(make_image: MakeImage, fsck: Fsck) -> None:
+    image = make_image(size="16M")
+    with Mounted(image) as mounted:
+        inode, file = mounted.open("/file", 0)
+        hva = mounted.mm.mmap(2 * PAGE_SIZE, PROT_READ | PROT_WRITE)
+        mounted.mm.write(hva, b"12345678")
+        free = mounted.image.free_blocks
+        assert file.write(mounted.mm, hva, 2 * HPAGE_SIZE) == 2 * PAGE_SIZE
+        assert mounted.count("xip_allocate_huge") == 1
+        assert inode.size == 2 * PAGE_SIZE
+        assert [count for _, _, count in inode.extents()] == [2]
+        assert mounted.image.free_blocks == free - 2
+    assert fsck(image) == ""
+
+
 def test_where_small_entries_are_a_write_takes_small_blocks(make_image: MakeImage, fsck: Fsck) -> None:
     image = make_image(size="16M")
     with Mounted(image) as mounted:
