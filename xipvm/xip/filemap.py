@@ -86,6 +86,11 @@ class XipFile(AddressSpace):
         """Somebody maps it, or has memory of it that has to remain its own."""
         return bool(self.areas)
 
+    def users(self) -> str:
+        """Who uses it, for a message."""
+        mapped = ", ".join(f"{area.mm.name} maps it at {area.start:#x}" for area in self.areas)
+        return mapped or "somebody has a page of it pinned"
+
     def opened_read_only(self) -> XipFile:
         """The same file, with the same mappings, for who may not write it."""
         view = copy.copy(self)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import errno
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple, Never
 
 from xipvm.address import Pfn
 from xipvm.errors import MmError
@@ -160,3 +160,48 @@ class GoneInode(XipInode):
     def free_blocks(self, first: int, end: int) -> list[Pfn]:
         """See :meth:`get_xip_mem`."""
         raise MmError(errno.ESTALE, self.name)
+
+
+class ClosedInode(XipInode):
+    """``inode`` of the image at ``path``, which was put away, for those who still have it open: EBADF, all of it."""
+
+    def __init__(self, inode: XipInode, path: str) -> None:
+        self.name = inode.name
+        self.sb = inode.sb
+        self.path = path
+
+    def _refuse(self) -> Never:
+        raise MmError(errno.EBADF, f"{self.name}: {self.path} is closed")
+
+    @property
+    def size(self) -> int:
+        """Never; likewise below."""
+        self._refuse()
+
+    def get_xip_mem(self, pgoff: int, *, create: bool) -> Pfn:
+        """See :attr:`size`."""
+        self._refuse()
+
+    def set_size(self, size: int) -> None:
+        """See :attr:`size`."""
+        self._refuse()
+
+    def free_blocks(self, first: int, end: int) -> list[Pfn]:
+        """See :attr:`size`."""
+        self._refuse()
+
+    def accessed(self) -> None:
+        """See :attr:`size`; hence nobody maps it."""
+        self._refuse()
+
+    def modified(self) -> None:
+        """See :attr:`size`."""
+        self._refuse()
+
+    def drop_privileges(self) -> None:
+        """See :attr:`size`."""
+        self._refuse()
+
+    def sync(self) -> None:
+        """See :attr:`size`."""
+        self._refuse()

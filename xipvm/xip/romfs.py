@@ -138,13 +138,11 @@ class RomfsVolume(Volume):
             raise XipImageError(self.path, "is damaged: its name has no end")
         return (16 + end + _ALIGN) & -_ALIGN
 
-    def close(self) -> None:
+    def _put_away(self) -> None:
         """See the base."""
-        if self._fd >= 0:
-            self.bytes.release()
-            self.memory.close()
-            close_image(self._fd)
-            self._fd = -1
+        self.bytes.release()
+        self.memory.close()
+        close_image(self._fd)
 
     # ---- headers
 

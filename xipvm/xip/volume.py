@@ -11,13 +11,14 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NamedTuple, Self
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple, Never, Self
 
 from xipvm.errors import MmError, XipImageError
 from xipvm.image_file import read_head
 from xipvm.xip.dax import DaxFile
 from xipvm.xip.filemap import XipFile
-from xipvm.xip.inode import GoneInode
+from xipvm.xip.inode import ClosedInode, GoneInode
 from xipvm.xip.open_file import OpenFile
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ class Volume(ABC):
     read_only: bool
     clean = True
     """It was put away properly the last time."""
+    closed = False
 
     def __init__(self) -> None:
         self._files: dict[XipInode, XipFile] = {}
@@ -77,9 +79,30 @@ class Volume(ABC):
     def extents(self, inode: XipInode) -> Iterator[tuple[int, int, int]]:
         """A file's blocks as runs of (first page, first block of the device, count), ascending. Raises MmError."""
 
-    @abstractmethod
     def close(self) -> None:
-        """Puts the image away; none of its files is mapped any more. A second call does nothing."""
+        """Puts the image away. A second call does nothing; whatever else is asked of the volume, or of a file: EBADF.
+
+        Raises MmError EBUSY while a file is mapped, or a page of it is pinned; it is open then.
+        """
+        if self.closed:
+            return
+        for file in self._files.values():
+            if file.in_use:
+                raise MmError(errno.EBUSY, f"{self.path} cannot be closed: {file.name}: {file.users()}")
+        self._put_away()
+        self.closed = True
+        for inode, file in self._files.items():
+            file.inode = ClosedInode(inode, self.path)
+        for name in dir(type(self)):
+            if not name.startswith("_") and name != "close" and callable(getattr(type(self), name)):
+                setattr(self, name, partial(self._refuse, name))
+
+    @abstractmethod
+    def _put_away(self) -> None:
+        """The image is what others may use from now on, and its memory is gone."""
+
+    def _refuse(self, asked: str, *arguments: object, **named: object) -> Never:
+        raise MmError(errno.EBADF, f"{asked}: {self.path} is closed")
 
     def create(self, path: str) -> XipInode:
         """A new empty file. Raises MmError EROFS, EEXIST, ENOENT, ENOSPC."""
@@ -171,7 +194,12 @@ class Volume(ABC):
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self.close()
+        try:
+            self.close()
+        except MmError as busy:
+            if error is None:
+                raise
+            error.add_note(str(busy))
 
 
 @contextmanager

@@ -133,6 +133,6 @@ class Ext2Volume(Volume):
         """See the base."""
         self.image.super_block.thaw()
 
-    def close(self) -> None:
+    def _put_away(self) -> None:
         """See the base."""
         self.image.close()
