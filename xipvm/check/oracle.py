@@ -97,7 +97,8 @@ class Oracle(Judge):
         self.reader = reader
         """Gives reports the first bytes of host frames, while there is host memory."""
         self._stop = stop
-        self._rules = [make(self) for make in (retry.Retries, pins.Pins, xip.XipFiles, *rules.RULES)]
+        retries, pinned, self._files = retry.Retries(self), pins.Pins(self), xip.XipFiles(self)
+        self._rules = [retries, pinned, self._files, *(make(self) for make in rules.RULES)]
 
     @property
     def returning(self) -> tuple[Range, ...]:
@@ -638,11 +639,16 @@ class Oracle(Judge):
         hva: int | None = None,
         gfn: int | None = None,
         pfn: int | None = None,
+        mm: str | None = None,
+        at: tuple[str, int] | None = None,
     ) -> None:
-        """Report that ``event`` breaks ``invariant`` about the page that ``hva`` (bytes), ``gfn`` and ``pfn`` name."""
+        """Report that ``event`` breaks ``invariant`` about the page that ``hva`` (bytes), ``gfn`` and ``pfn`` name.
+
+        ``mm``: whose ``hva`` it is, where the event does not say so; ``at``: a file used in place, and its page.
+        """
         if invariant not in self.invariants or len(self.violations) >= VIOLATION_LIMIT:
             return
-        told, earlier = self._history_of(event, hva, gfn, pfn)
+        told, earlier = self._history_of(event, mm, hva, gfn, pfn, at)
         violation = Violation(
             invariant,
             message,
@@ -664,9 +670,17 @@ class Oracle(Judge):
                     return vm.mm, None if page is None else page << PAGE_SHIFT, gfn
         return None, None, None
 
-    def _history_of(self, event: Event, hva: int | None, gfn: int | None, pfn: int | None) -> tuple[list[Event], int]:
-        """What happened to a page at its address, its guest frame and its frame; and how much more there was."""
-        mm = event.fields.get("mm") or mm_of(self, event)
+    def _history_of(
+        self,
+        event: Event,
+        mm: str | None,
+        hva: int | None,
+        gfn: int | None,
+        pfn: int | None,
+        at: tuple[str, int] | None,
+    ) -> tuple[list[Event], int]:
+        """What happened to a page at its address, guest frame, frame, and in its file; and how much more there was."""
+        mm = mm or event.fields.get("mm") or mm_of(self, event)
         if pfn is not None and gfn is None and hva is None:
             mm, hva, gfn = self._mapped_at(pfn)
         if mm is not None and hva is not None:
@@ -675,10 +689,20 @@ class Oracle(Judge):
                 gfn = next((gfn for vm in self.world.watchers(mm) for gfn in vm.gfns(page)), None)
             if pfn is None:
                 pfn = self.world.mm(mm).entries.get(page, (None,))[0]
+            if at is None:
+                at = self._files.page_at(mm, hva)
+        if pfn is not None and self._files.is_hole(pfn):
+            pfn = None
         history = self.history
         known = history.touching(hva=hva, gfn=gfn, pfn=pfn, mm=mm, last=history.kept_records)
         told = history.touching(hva=hva, gfn=gfn, pfn=pfn, mm=mm, last=EACH, kinds=True)
-        return told, history.earlier(hva=hva, gfn=gfn, pfn=pfn, mm=mm) + len(known) - len(told)
+        earlier = history.earlier(hva=hva, gfn=gfn, pfn=pfn, mm=mm) + len(known) - len(told)
+        seqs, kept = {each.seq for each in told}, {each.seq for each in known}
+        for each in self._files.said(at, pfn):
+            if each.seq not in seqs:
+                told.append(each)
+                earlier -= each.seq in kept
+        return sorted(told, key=lambda each: each.seq), earlier
 
 
 _HANDLERS: Final[dict[str, Callable[[Oracle, Event, Fields], None]]] = {

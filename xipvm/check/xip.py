@@ -8,10 +8,13 @@
 * The blocks of ``xip_free`` may be another file's next: from there until they are allocated again no entry of the host
   maps one, no TLB or shadow entry translates to one, and nobody has one pinned (I5).
 * ``xip_read`` says what was asked for, what came of it and how much was stored in the buffer (I18).
+
+What was said of a page of a file belongs to the history of wherever that page is mapped: the last of each kind is kept.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict, deque
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Final
 
@@ -26,6 +29,10 @@ if TYPE_CHECKING:
 _ZERO_PFN: Final = 0
 _HUGE: Final = 1 << 7
 _HUGE_PAGES: Final = 512
+_SINGLE: Final = ("xip_allocate", "xip_unmapped", "dax_entry")
+_MANY: Final = ("xip_allocate_huge", "xip_unmapped_huge", "dax_entry_huge", "xip_free")
+"""What is said of one page of a file, and of many."""
+_MANY_KEPT: Final = 64
 _DIRTY: Final = 1 << 6
 """Of the flags of ``pte_set``, as WRITE and HUGE are (mmu/pte.py)."""
 
@@ -46,6 +53,10 @@ class XipFiles:
         """The frames of the huge zero page, as far as a file has it."""
         self._free: dict[int, int] = {}
         """Blocks that are no file's, and the event that says so."""
+        self._said: defaultdict[tuple[str, int], dict[str, Event]] = defaultdict(dict)
+        """By file and page, by kind: the last event of the page."""
+        self._said_of_many: defaultdict[str, deque[Event]] = defaultdict(lambda: deque(maxlen=_MANY_KEPT))
+        """By file: the last events of more than a page."""
         self._watching = self._watching_zeros = False
         oracle.on("xip_map", self._mapped)
         oracle.on("xip_sparse_page", self._sparse_page)
@@ -57,6 +68,39 @@ class XipFiles:
         oracle.on("xip_free", self._freed)
         oracle.on("xip_read", self._read)
         oracle.on("mm_fork", self._forked)
+        for kind in _SINGLE:
+            oracle.on(kind, self._remember)
+        for kind in _MANY:
+            oracle.on(kind, self._remember_many)
+
+    # ---- what reports tell
+
+    def _remember(self, event: Event, fields: Fields) -> None:
+        self._said[fields["file"], fields["pgoff"]][event.kind] = event
+
+    def _remember_many(self, event: Event, fields: Fields) -> None:
+        self._said_of_many[fields["file"]].append(event)
+
+    def page_at(self, mm: str, hva: int) -> tuple[str, int] | None:
+        """The file and its page that address ``hva`` of ``mm`` shows, if it is one of a file used in place."""
+        page = hva >> PAGE_SHIFT
+        for start, stop, file, pgoff in self._areas.get(mm, ()):
+            if start <= page < stop:
+                return file, pgoff + page - start
+        return None
+
+    def is_hole(self, pfn: int) -> bool:
+        """Whether frame ``pfn`` stands for holes: what happens to it is no page's own history."""
+        return bool(self._areas) and (pfn in (_ZERO_PFN, self._sparse) or pfn in self._zeros)
+
+    def said(self, at: tuple[str, int] | None, pfn: int | None) -> list[Event]:
+        """The last event of each kind that was about this page of a file, or about many with frame ``pfn``."""
+        found = {} if at is None else dict(self._said.get(at, {}))
+        for file, events in self._said_of_many.items():
+            for event in events:
+                if (at is not None and file == at[0] and at[1] in _pages(event)) or pfn in _frames(event):
+                    found[event.kind] = event
+        return list(found.values())
 
     def _mapped(self, event: Event, fields: Fields) -> None:
         if not self._watching:
@@ -143,7 +187,8 @@ class XipFiles:
                 if filled is not None:
                     since = self._filled[file, filled]
                     what = f"page {filled:#x} of {file} is mapped as a hole, and has a block since #{since}"
-                    self._oracle.broken("I16", what, event, hva=(page + filled - first) << PAGE_SHIFT)
+                    hva = (page + filled - first) << PAGE_SHIFT
+                    self._oracle.broken("I16", what, event, hva=hva, at=(file, filled))
                 return
 
     def _cleared(self, event: Event, fields: Fields) -> None:
@@ -167,7 +212,7 @@ class XipFiles:
                 hole = max(first, shown)
                 hva = (page + hole - shown) << PAGE_SHIFT
                 what = f"page {hole:#x} of {file} has a block, and {mm} still maps the hole at {hva:#x}"
-                self._oracle.broken("I16", what, event, hva=hva)
+                self._oracle.broken("I16", what, event, mm=mm, hva=hva, at=(file, hole))
                 return
 
     def _freed(self, event: Event, fields: Fields) -> None:
@@ -178,7 +223,18 @@ class XipFiles:
         self._free.update(dict.fromkeys(blocks, event.seq))
         self._oracle.checks["I5"] += len(blocks)
         for pfn, who in self._holders(blocks):
-            self._oracle.broken("I5", f"block {pfn:#x} of {file} is freed, but {who}", event, pfn=pfn)
+            what = f"block {pfn:#x} of {file} is freed, but {who}"
+            self._oracle.broken("I5", what, event, pfn=pfn, at=self._page_of(file, pfn))
+
+    def _page_of(self, file: str, pfn: int) -> tuple[str, int] | None:
+        """The page of ``file`` that got block ``pfn`` last, as far as is known."""
+        told = [
+            (event.seq, page)
+            for (whose, page), kinds in self._said.items()
+            for event in kinds.values()
+            if whose == file and event.fields.get("pfn") == pfn
+        ]
+        return (file, max(told)[1]) if told else None
 
     def _holders(self, blocks: set[int]) -> Iterator[tuple[int, str]]:
         """Who still has one of ``blocks``, each with the first that does."""
@@ -207,12 +263,13 @@ class XipFiles:
 
     def _shadow(self, event: Event, fields: Fields) -> None:
         if fields["pfn"] == self._sparse or fields["pfn"] in self._zeros:
-            self._no_writer(event, "a secondary MMU", "w" in fields["rights"], None)
+            self._no_writer(event, "a secondary MMU", "w" in fields["rights"], fields.get("hva"))
 
     def _no_writer(self, event: Event, who: str, writes: bool, hva: int | None) -> None:
         self._oracle.checks["I17"] += 1
         if writes:
-            self._oracle.broken("I17", f"{who} may write to the page that stands for every hole", event, hva=hva)
+            what = f"{who} may write to the page that stands for every hole"
+            self._oracle.broken("I17", what, event, hva=hva, gfn=event.fields.get("gfn"))
 
     # ---- I18
 
@@ -228,3 +285,19 @@ class XipFiles:
         else:
             return
         self._oracle.broken("I18", what, event)
+
+
+def _pages(event: Event) -> range:
+    """The pages of its file that an event of many is about."""
+    fields = event.fields
+    if event.kind == "xip_free":
+        return range(fields["first"], fields["end"])
+    return range(fields["pgoff"], fields["pgoff"] + fields["count"])
+
+
+def _frames(event: Event) -> range:
+    """The blocks, from one on, that an event of many is about; none where the history finds it by them."""
+    fields = event.fields
+    if "pfn" not in fields or fields.get("hole"):
+        return range(0)
+    return range(fields["pfn"], fields["pfn"] + fields["count"])
