@@ -7,6 +7,8 @@ modules behind them may be read and used, but change without notice. Everything 
 
 from __future__ import annotations
 
+import os
+from importlib.machinery import EXTENSION_SUFFIXES
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -108,6 +110,19 @@ _HOMES = {
     "open_volume": "xipvm.xip.volume",
     "run": "xipvm.machine",
 }
+
+
+def _check_built(package: str) -> None:
+    """That the native parts in the directory ``package`` are there, going by one of them. Raises ImportError."""
+    native = os.path.join(package, "mmu", "frames")
+    if not any(os.path.exists(native + suffix) for suffix in EXTENSION_SUFFIXES) and os.path.exists(native + ".pyx"):
+        raise ImportError(
+            f"these are xipvm's sources, and its native parts are not built for this Python: run 'pip install -e .' in "
+            f"{os.path.dirname(package)}, or work in another directory if xipvm is installed"
+        )
+
+
+_check_built(os.path.dirname(__file__))
 
 
 def __getattr__(name: str) -> Any:
