@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import itertools
 import json
 import os
 import random
@@ -23,7 +24,7 @@ from xipvm.mmu.mm import Mm
 from xipvm.mmu.pin import pin_user_page, unpin_user_page
 from xipvm.mmu.vma import MAP_SHARED, PROT_READ, PROT_WRITE
 from xipvm.trace.funnel import Trace
-from xipvm.xip.ext2.inode import blocks_for
+from xipvm.xip.ext2.inode import blocks_for, most_blocks_for
 from xipvm.xip.ext2.tree import Ext2Volume
 from xipvm.xip.ext2.volume import Ext2Image
 from xipvm.xip.open_file import OpenFile
@@ -99,6 +100,9 @@ def test_blocks_for() -> None:
     assert blocks_for(range(12)) == 12
     assert blocks_for(range(13)) == 14
     assert blocks_for([12 + 1024]) == 3
+    for count in (0, 1, 12, 13, 12 + 1024, 12 + 1024 + 1, 12 + 7 * 1024, 12 + 7 * 1024 + 1):
+        needed = blocks_for(range(count))
+        assert needed <= most_blocks_for(count * PAGE_SIZE) <= needed + 6
     assert blocks_for([0, 12, 12 + 1024, 12 + 2 * 1024]) == 4 + 1 + 1 + 2
 
 
@@ -196,7 +200,7 @@ def test_ctrl_c_in_the_middle_of_a_change_leaves_a_whole_image(
     verb, *options = words
     image = make_image({"/old": b"x" * 200_000})
     path, size = ("/new" if words == ("put", "-") else "/old"), ["100"] if verb == "truncate" else []
-    count, counts = Ext2Image._count, iter(range(100))
+    count, counts = Ext2Image._count, itertools.count()
 
     def counted(self: Ext2Image, number: int, in_group: int, in_superblock: int, delta: int) -> None:
         if next(counts) == 7:

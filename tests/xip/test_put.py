@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -15,14 +16,16 @@ from pathlib import Path
 import pytest
 
 from tests.run.command import DEADLINE, environment, inside, start
+from xipvm.cli.put import _LARGE
 from xipvm.errors import MmError
-from xipvm.mmu.frames import HostMemory
+from xipvm.mmu.frames import HUGE_PAGES, HostMemory
 from xipvm.mmu.mm import Mm
 from xipvm.mmu.vma import MAP_SHARED, PROT_READ
 from xipvm.trace.funnel import Trace
 from xipvm.xip.ext2 import layout
 from xipvm.xip.ext2.tree import Ext2Volume
 from xipvm.xip.ext2.volume import Ext2Image
+from xipvm.xip.inode import HOLE
 from xipvm.xip.open_file import OpenFile
 from xipvm.xip.volume import open_volume
 
@@ -199,7 +202,7 @@ def test_a_signal_ends_it_and_the_image_is_put_away(
 ) -> None:
     image = make_image({"/file": OLD} if existing else {})
     (tmp_path / "source").write_bytes(NEW)
-    count, counts = Ext2Image._count, iter(range(100))
+    count, counts = Ext2Image._count, itertools.count()
 
     def counted(self: Ext2Image, group: int, in_group: int, in_superblock: int, delta: int) -> None:
         if next(counts) == 7:
@@ -275,3 +278,55 @@ def test_a_new_file_has_the_rights_of_the_source_and_an_old_one_its_own(
         assert volume.image.get16(volume.lookup("/old").at + layout.I_MODE + 2) == 1234
     host.close()
     assert fsck(image) == ""
+
+
+def test_a_large_file_is_in_pieces_as_large_as_huge_pages(make_image: MakeImage, fsck: Fsck, tmp_path: Path) -> None:
+    image = make_image({}, "16M")
+    data = random.Random(3).randbytes((4 << 20) + 5000)
+    (tmp_path / "source").write_bytes(data)
+    assert inside("xip", "put", image, "source", "/file", cwd=tmp_path).status == 0
+    assert content(image, "/file") == data
+    with open_volume(host := HostMemory(1 << 20), str(image), read_only=True) as volume:
+        found = [volume.lookup("/file").find_huge(page) for page in (0, HUGE_PAGES)]
+        assert all(pfn is not None and pfn != HOLE for pfn in found)
+    host.close()
+    assert fsck(image) == ""
+
+
+def test_a_file_of_holes_needs_little_room_and_what_has_data_has_holes_around(
+    make_image: MakeImage, fsck: Fsck, tmp_path: Path
+) -> None:
+    image = make_image()
+    with (tmp_path / "source").open("wb") as file:
+        for at in (0, 5 << 12, (2 << 20) - 1, 30 << 20):
+            file.seek(at)
+            file.write(b"data")
+        file.truncate((40 << 20) + 77)
+    said = inside("xip", "put", image, "source", "/file", cwd=tmp_path)
+    assert said.status == 0
+    assert content(image, "/file") == (tmp_path / "source").read_bytes()
+    runs = json.loads(inside("xip", "map", image, "/file", "--json", cwd=tmp_path).out)
+    assert {run["page"]: run["pages"] for run in runs if run["block"]} == {0: 1, 5: 1, 511: 2, 7680: 1}
+    assert fsck(image) == ""
+
+
+def test_a_terminal_sees_how_far_a_large_file_has_come(make_image: MakeImage, tmp_path: Path) -> None:
+    image = make_image()
+    with (tmp_path / "source").open("wb") as file:
+        file.truncate(_LARGE)
+    terminal, end = os.openpty()
+    try:
+        words = [sys.executable, "-m", "xipvm", "xip", "put", str(image), "source", "/file"]
+        done = subprocess.run(
+            words,
+            cwd=tmp_path,
+            env=environment({"TERM": "xterm"}),
+            stderr=end,
+            stdout=subprocess.PIPE,
+            timeout=DEADLINE,
+        )
+        assert done.stdout == b"/file: %d bytes, 0 used\n" % _LARGE
+        assert b"put" in os.read(terminal, 4096)
+    finally:
+        os.close(terminal)
+        os.close(end)

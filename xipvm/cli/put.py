@@ -6,11 +6,12 @@ import errno
 import os
 import stat
 import sys
-from contextlib import suppress
-from typing import IO, TYPE_CHECKING, Self
+from contextlib import contextmanager, suppress
+from itertools import groupby
+from typing import IO, TYPE_CHECKING, Final, Self
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from types import TracebackType
 
     from xipvm.cli.steps import Steps
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from xipvm.trace.funnel import Trace
     from xipvm.xip.filemap import XipFile
     from xipvm.xip.volume import Volume
+
+_LARGE: Final = 16 << 20
+"""From how many bytes on one likes to see how far it has come."""
 
 
 class Source:
@@ -68,16 +72,27 @@ class Source:
         self._file.close()
         self._file = spool
 
-    def pages(self) -> Iterator[tuple[bytes, bool]]:
-        """Its pages, the last as long as it is, and whether there is anything but zeros in each. Raises BadInput."""
+    @property
+    def size(self) -> int:
+        """Bytes, 0 where nobody knows."""
+        return os.fstat(self._file.fileno()).st_size
+
+    def runs(self) -> Iterator[tuple[bytes, bool]]:
+        """Its pages, those that have data, and those that have only zeros, as far as they follow one another.
+
+        And as far as they are of one huge page. The last one is as long as it is. Raises BadInput.
+        """
         from xipvm.address import PAGE_SIZE
         from xipvm.errors import BadInput, os_reason
+        from xipvm.mmu.frames import HUGE_PAGES
 
         zeros = bytes(PAGE_SIZE)
         try:
             self._file.seek(0)
-            while data := self._file.read(PAGE_SIZE):
-                yield data, data != zeros[: len(data)]
+            while data := self._file.read(HUGE_PAGES * PAGE_SIZE):
+                pages = (data[at : at + PAGE_SIZE] for at in range(0, len(data), PAGE_SIZE))
+                for stored, run in groupby(pages, lambda page: page != zeros[: len(page)]):
+                    yield b"".join(run), stored
         except OSError as error:
             raise BadInput(f"{self.name}: {os_reason(error)}") from None
 
@@ -99,11 +114,10 @@ def put_file(
 
     path, replaces = target_of(data, volume, path, force=force)
     with naming(path):
-        wanted = (page for page, (_, stored) in enumerate(steps.of(data.pages())) if stored)
-        volume.check_room(wanted, path, replaces=replaces)
+        volume.check_room(data.size, _wanted(steps.of(data.runs())), path, replaces=replaces)
         inode = volume.tmpfile(path, data.rights)
         try:
-            _copy(steps.of(data.pages()), volume.file(host, trace, inode))
+            _copy(steps.of(data.runs()), volume.file(host, trace, inode), data.size)
             if replaces:
                 volume.replace(inode, path)
             else:
@@ -140,14 +154,45 @@ def target_of(data: Source, volume: Volume, path: str, *, force: bool) -> tuple[
     return path, True
 
 
-def _copy(pages: Iterator[tuple[bytes, bool]], file: XipFile) -> None:
+def _wanted(runs: Iterator[tuple[bytes, bool]]) -> Iterator[int]:
+    """The pages that have data."""
+    from xipvm.address import PAGE_SHIFT, page_up
+
+    page = 0
+    for data, stored in runs:
+        end = page + (page_up(len(data)) >> PAGE_SHIFT)
+        if stored:
+            yield from range(page, end)
+        page = end
+
+
+def _copy(runs: Iterator[tuple[bytes, bool]], file: XipFile, size: int) -> None:
     from xipvm.xip.open_file import OpenFile
 
     target = OpenFile(file)
-    for data, stored in pages:
-        if stored:
-            target.put(data)
-        else:
-            target.lseek(len(data), os.SEEK_CUR)
+    with _progress(size) as advance:
+        for data, stored in runs:
+            if stored:
+                done = 0
+                while done < len(data):  # what has no room is told by the call after the one that is short
+                    done += target.put(data[done:])
+            else:
+                target.lseek(len(data), os.SEEK_CUR)
+            advance(len(data))
     if target.pos > file.size:
         file.truncate(target.pos)
+
+
+@contextmanager
+def _progress(size: int) -> Iterator[Callable[[int], object]]:
+    """A bar on stderr for a large file, where that is a terminal."""
+    if size < _LARGE or not sys.stderr.isatty():
+        yield lambda done: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("put"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        bar = progress.add_task("put", total=size)
+        yield lambda done: progress.advance(bar, done)

@@ -58,10 +58,11 @@ class Steps:
             self._waits = True
 
     def of(self, items: Iterable[_Item]) -> Iterator[_Item]:
-        """``items``, each a step. Raises KeyboardInterrupt and click's Exit between them."""
+        """``items``, each a step. Raises KeyboardInterrupt and click's Exit between them, and behind the last one."""
         for item in items:
             self._check()
             yield item
+        self._check()
 
     def _check(self) -> None:
         if self._asked == signal.SIGINT:

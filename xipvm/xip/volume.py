@@ -112,10 +112,11 @@ class Volume(ABC):
         """A new empty directory. Raises MmError as :meth:`create` does."""
         raise MmError(errno.EROFS, self.path)
 
-    def check_room(self, pages: Iterable[int], path: str, *, replaces: bool) -> None:
-        """That there is room for a new file ``path`` with data in ``pages``, which ``replaces`` one that is there.
+    def check_room(self, size: int, pages: Iterable[int], path: str, *, replaces: bool) -> None:
+        """That there is room for a new file ``path`` of ``size`` bytes, which ``replaces`` one that is there.
 
-        Raises MmError ENOSPC, EROFS.
+        ``pages`` are those with data, which are looked at if it would not fit with data in all of them. Raises MmError
+        ENOSPC, EROFS.
         """
         raise MmError(errno.EROFS, self.path)
 

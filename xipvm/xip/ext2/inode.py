@@ -364,6 +364,12 @@ def blocks_for(pages: Iterable[int]) -> int:
     return data + len(leading)
 
 
+def most_blocks_for(size: int) -> int:
+    """At least as many as a file of ``size`` bytes can have."""
+    data = -(-size // BLOCK)
+    return data + data // PER_BLOCK + data // PER_BLOCK**2 + 6  # of each depth one that is not full, and those above
+
+
 def _path(pgoff: int) -> tuple[int, ...]:
     """Which block number in the inode leads to page ``pgoff``, and which in each indirect block. Raises EFBIG."""
     if pgoff < layout.NDIR_BLOCKS:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from xipvm.errors import MmError
 from xipvm.xip.ext2 import directory
-from xipvm.xip.ext2.inode import Ext2Inode, blocks_for
+from xipvm.xip.ext2.inode import Ext2Inode, blocks_for, most_blocks_for
 from xipvm.xip.ext2.replace import replace
 from xipvm.xip.ext2.volume import Ext2Image
 from xipvm.xip.volume import Status, Volume
@@ -80,9 +80,12 @@ class Ext2Volume(Volume):
         with self.image.super_block.writers:
             return directory.mkdir(self.image, path)
 
-    def check_room(self, pages: Iterable[int], path: str, *, replaces: bool) -> None:
+    def check_room(self, size: int, pages: Iterable[int], path: str, *, replaces: bool) -> None:
         """See the base."""
-        needed, free = blocks_for(pages), self.image.free_blocks
+        free = self.image.free_blocks
+        if most_blocks_for(size) <= free:
+            return
+        needed = blocks_for(pages)
         if needed > free:
             beside = ", beside those of the old file, which stays until the new one is whole" if replaces else ""
             raise MmError(errno.ENOSPC, f"{path} needs {needed} blocks, and {free} are free{beside}")
