@@ -146,6 +146,33 @@ def test_a_write_of_whole_2_mib_of_holes_gets_pieces(make_image: MakeImage, fsck
     assert fsck(image) == ""
 
 
+def test_put_makes_pieces_where_there_are_no_holes(make_image: MakeImage, fsck: Fsck, tmp_path: Path) -> None:
+    image = make_image(size="16M")
+    data = b"x" * HPAGE_SIZE + bytes(PAGE_SIZE) + b"y" * (HPAGE_SIZE - PAGE_SIZE) + b"z" * (HPAGE_SIZE + 5)
+    (tmp_path / "source").write_bytes(data)
+    assert inside("xip", "put", image, "source", "/file", cwd=tmp_path).status == 0
+    with Mounted(image) as mounted:
+        inode, file = mounted.open("/file")
+        assert [aligned(mounted, inode, page) for page in range(0, 3 * HUGE_PAGES, HUGE_PAGES)] == [True, False, True]
+        assert inode.find(HUGE_PAGES) is None
+        assert file.get(1 << 24) == data
+    assert fsck(image) == ""
+
+
+def test_put_says_when_there_is_room_for_a_part_only(
+    make_image: MakeImage, fsck: Fsck, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = make_image(size="4M")
+    (tmp_path / "source").write_bytes(b"x" * (5 << 20))
+    monkeypatch.setattr(Ext2Volume, "check_room", lambda *_, **__: None)
+    done = inside("xip", "put", image, "source", "/file", cwd=tmp_path)
+    assert done.status == 2
+    assert "no block is free: ENOSPC" in done.err
+    with Mounted(image) as mounted, pytest.raises(MmError, match="ENOENT"):
+        mounted.open("/file")
+    assert fsck(image) == ""
+
+
 def test_a_write_over_a_huge_hole_that_is_mapped(make_image: MakeImage, fsck: Fsck) -> None:
     image = make_image(size="16M")
     with Mounted(image) as mounted:
