@@ -324,6 +324,26 @@ def test_a_guest_out_of_an_image_in_few_rows(make_image: MakeImage, trace: Path)
     assert "does not map /boot/hello.elf" in shown(image, "/boot/hello.elf", trace)[1]
 
 
+def test_a_guest_that_has_tlbs_and_no_entries(make_image: MakeImage, trace: Path) -> None:
+    image = make_image({"/hello.elf": GUEST.read_bytes()})
+    command = [sys.executable, "-m", "xipvm", "run", "--quiet", "--secondary", "gru", "--image", str(image)]
+    subprocess.run([*command, "--trace", str(trace), "/hello.elf"], check=True, capture_output=True, timeout=60)
+    rows, _ = shown(image, "/hello.elf", trace)
+    assert any(" mm0 at 0x" in row and ", gru-mm0 chiplet 0 at 0x" in row for row in rows)
+
+
+def test_a_very_long_hole_takes_no_time(make_image: MakeImage, trace: Path) -> None:
+    image = make_image({"/w": DATA})
+    assert xipvm("truncate", image, "/w", "1T").returncode == 0
+    with Run(image, trace) as run:
+        run.map("/w", pages=9)
+        run.read(9)
+    rows, said = shown(image, "/w", trace)
+    assert [row.split(" ", 3)[:2] for row in rows] == [["0x0", "7"], ["0x7", "2"], ["0x9", str((1 << 28) - 9)]]
+    assert rows[1] == f"0x7 2 hole mm0 at {HVA + 7 * PAGE_SIZE:#x} r--"
+    assert not said
+
+
 def inode(image: Path, path: str) -> int:
     """The number of a file."""
     host = HostMemory(1 << 20)

@@ -6,6 +6,7 @@ import errno
 import stat
 import sys
 import time
+from bisect import bisect_left, bisect_right
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
@@ -15,7 +16,7 @@ from xipvm.cli.steps import Steps
 from xipvm.image_file import READ_IT, SHARE_IT
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator
+    from collections.abc import Iterator
 
     from xipvm.mmu.frames import HostMemory
     from xipvm.trace.funnel import Trace
@@ -122,7 +123,6 @@ def map_(image: str, path: str, trace: str | None, as_json: bool) -> None:
     """Show which pages of a file are holes, and which blocks of IMAGE, used in place, the others are."""
     from xipvm.address import PAGE_SHIFT, page_up
     from xipvm.cli.output import print_json, print_table
-    from xipvm.xip.mappers import HOLE
 
     with _volume(image, path, read_only=True) as (volume, host, funnel):
         inode = volume.lookup(path)
@@ -138,17 +138,12 @@ def map_(image: str, path: str, trace: str | None, as_json: bool) -> None:
             at = first + count
         if at < pages:
             runs.append((at, pages, None))
-    mapped: dict[int, list[Mapping]] = {}
-    unknown: Collection[int] = ()
+    mapped: dict[int, list[Mapping] | None] = {}
+    otherwise: list[Mapping] | None = []
     if trace is not None:
-        blocks = {
-            page: HOLE if start is None else start + page - first
-            for first, end, start in runs
-            for page in range(first, end)
-        }
         assert identity is not None  # it is in an image
-        mapped, unknown = _mapped(trace, path, identity, blocks)
-    rows = _rows(runs, mapped, unknown, alike=not as_json)
+        mapped, otherwise = _mapped(trace, path, identity, runs)
+    rows = _rows(runs, mapped, otherwise, alike=not as_json)
     if as_json:
         print_json(
             [
@@ -173,33 +168,40 @@ def map_(image: str, path: str, trace: str | None, as_json: bool) -> None:
 
 
 def _rows(
-    runs: list[tuple[int, int, int | None]], mapped: dict[int, list[Mapping]], unknown: Collection[int], *, alike: bool
+    runs: list[tuple[int, int, int | None]],
+    mapped: dict[int, list[Mapping] | None],
+    otherwise: list[Mapping] | None,
+    *,
+    alike: bool,
 ) -> Iterator[tuple[int, int, int | None, list[Mapping] | None]]:
     """Pages and how many, their blocks, and who maps the first, None where that is not known.
 
-    Pages that are mapped are a row each, unless with ``alike`` the same ones map them, page by page.
+    ``otherwise``: who maps the pages that are not in ``mapped``. Those that are mapped are a row each, unless with
+    ``alike`` the same ones map them, page by page.
     """
-
-    def who_maps(page: int) -> list[Mapping] | None:
-        return mapped.get(page) or (None if page in unknown else [])
-
+    known = sorted(mapped)
     for first, end, start in runs:
-        begin = first
+        begin, at = first, bisect_left(known, first)
         while begin < end:
-            who = who_maps(begin)
-            stop = begin + 1
-            while stop < end and (alike or not who):
-                if who_maps(stop) != (who and [each.later(stop - begin) for each in who]):
-                    break
-                stop += 1
+            stop, who = known[at] if at < len(known) else end, otherwise
+            if stop == begin:
+                stop, at, who = begin + 1, at + 1, mapped[begin]
+                while stop < end and at < len(known) and known[at] == stop and (alike or not who):
+                    if mapped[stop] != (who and [each.later(stop - begin) for each in who]):
+                        break
+                    stop, at = stop + 1, at + 1
+            stop = min(stop, end)
             yield begin, stop - begin, None if start is None else start + begin - first, who
             begin = stop
 
 
 def _mapped(
-    trace: str, path: str, wanted: Identity, blocks: dict[int, int]
-) -> tuple[dict[int, list[Mapping]], Collection[int]]:
-    """By page of a file with these ``blocks``: who maps it at the end of a run; and the pages that nobody knows of."""
+    trace: str, path: str, wanted: Identity, runs: list[tuple[int, int, int | None]]
+) -> tuple[dict[int, list[Mapping] | None], list[Mapping] | None]:
+    """By page of a file: who maps it at the end of a run, None where it is not what it was; and who maps the others.
+
+    Says so where anything is not known.
+    """
     from xipvm.trace.reader import TraceReader
     from xipvm.xip.mappers import HOLE, Mappers
 
@@ -215,19 +217,23 @@ def _mapped(
         if mappers.nameless:
             what = ", as far as can be seen: it does not say which files it maps"
         print(f"xipvm: {trace}: does not map {path} ({wanted.at}){what}", file=sys.stderr)
-        return {}, blocks.keys()
-    found: dict[int, list[Mapping]] = {}
+        return {}, None
+    firsts = [first for first, _, _ in runs]
+    found: dict[int, list[Mapping] | None] = {}
     changed: dict[int, int] = {}
     for file in files:
         for page, everybody in mappers.of(file).items():
-            found[page] = found.get(page, []) + [each for each in everybody if each.block == blocks.get(page)]
-            changed.update((page, each.block) for each in everybody if each.block != blocks.get(page))
+            first, end, start = runs[bisect_right(firsts, page) - 1] if runs else (0, 0, None)
+            block = HOLE if start is None else start + page - first
+            right = [each for each in everybody if page < end and each.block == block]
+            changed.update((page, each.block) for each in everybody if each not in right)
+            found[page] = (found.get(page) or []) + right or None
     if changed:
-        page, block = min(changed.items())
-        what = f"page {page:#x} of {path} is {'a hole' if block == HOLE else f'block {block:#x}'} there, and not here"
+        page, old = min(changed.items())
+        what = f"page {page:#x} of {path} is {'a hole' if old == HOLE else f'block {old:#x}'} there, and not here"
         more = f"; so are {len(changed) - 1} others" if len(changed) > 1 else ""
         print(f"xipvm: {trace}: {what}{more}", file=sys.stderr)
-    return found, changed
+    return found, []
 
 
 @xip.command()

@@ -81,6 +81,8 @@ class Mappers:
         self._watched: dict[str, str] = {}
         self._shadow: defaultdict[str, dict[int, _Shadow]] = defaultdict(dict)
         self._huge_shadow: dict[tuple[str, int], int] = {}
+        self._chiplets: defaultdict[tuple[str, int], dict[int, _Shadow]] = defaultdict(dict)
+        """Where a guest has TLBs and no entries."""
         self._holes: dict[int, int] = {ZERO_PFN: 1}
         """The frames that stand for holes, as runs."""
 
@@ -111,6 +113,8 @@ class Mappers:
             "spte_protect": self._shadow_protect,
             "spte_age": self._shadow_age,
             "spte_zap": self._shadow_zap,
+            "tlb_dropin": self._dropin,
+            "tlb_invalidate": self._invalidate,
         }
         for event in events:
             handler = handlers.get(event.kind)
@@ -140,15 +144,17 @@ class Mappers:
                 size = PAGE_SIZE * (HUGE_PAGES if flags & HUGE else 1)
                 yield page, Mapping(area.mm, page << PAGE_SHIFT, _rights(flags), size, block)
         for (vm, _), (gfn, pages, first) in self._slots.items():
-            shadow = self._shadow[vm]
             start, end = max(area.start, first), min(area.end, first + pages)
             if self._watched.get(vm, area.mm) != area.mm or start >= end:
                 continue
-            for at in _inside(shadow, gfn + start - first, gfn + end - first):
-                pfn, rights, count = shadow[at]
-                block = self._block(pfn, base)
-                if block is not None:
-                    yield first + at - gfn, Mapping(vm, at << PAGE_SHIFT, rights, count << PAGE_SHIFT, block)
+            tables = [(vm, self._shadow[vm])]
+            tables += [(f"{vm} chiplet {n}", tlb) for (owner, n), tlb in sorted(self._chiplets.items()) if owner == vm]
+            for who, table in tables:
+                for at in _inside(table, gfn + start - first, gfn + end - first):
+                    pfn, rights, count = table[at]
+                    block = self._block(pfn, base)
+                    if block is not None:
+                        yield first + at - gfn, Mapping(who, at << PAGE_SHIFT, rights, count << PAGE_SHIFT, block)
 
     def _block(self, pfn: int, base: int | None) -> int | None:
         """The block that a frame is, HOLE, or None if it is anything else."""
@@ -273,6 +279,12 @@ class Mappers:
                 start, end = min(start, first), max(end, first + count)
                 del self._huge_shadow[owner, first]
         _drop(self._shadow[vm], start, end)
+
+    def _dropin(self, vm: str, chiplet: int, gfn: int, pfn: int, rights: str) -> None:
+        self._chiplets[vm, chiplet][gfn] = _Shadow(pfn, rights)
+
+    def _invalidate(self, vm: str, chiplet: int, start: int, end: int, pages: Runs) -> None:
+        _drop(self._chiplets[vm, chiplet], start, end)
 
 
 def _same(one: Identity, other: Identity) -> bool:
