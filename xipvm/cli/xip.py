@@ -8,12 +8,9 @@ import sys
 import time
 from bisect import bisect_left, bisect_right
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 import click
-
-from xipvm.cli.steps import Steps
-from xipvm.image_file import READ_IT, SHARE_IT
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -23,12 +20,6 @@ if TYPE_CHECKING:
     from xipvm.xip.inode import Identity
     from xipvm.xip.mappers import Mapping
     from xipvm.xip.volume import Status, Volume
-
-_HELPS: Final = {
-    READ_IT: "'ls', 'cat' and 'map' only read it",
-    SHARE_IT: "it can be changed when that has ended",
-}
-"""What helps here, instead of what helps a run."""
 
 
 @click.group(no_args_is_help=False, short_help="Look into images of files used in place, and change them.")
@@ -86,6 +77,7 @@ def put(image: str, source: str, path: str, force: bool) -> None:
     them. What they may do with a new file is as with SOURCE, or 0644; with an old one it remains as it was.
     """
     from xipvm.cli.put import Source, put_file, target_of
+    from xipvm.cli.steps import Steps
 
     with Source(source) as data, Steps() as steps:
         if data.waits:  # for whoever writes to it, who should not do so for nothing
@@ -104,6 +96,7 @@ def put(image: str, source: str, path: str, force: bool) -> None:
 def truncate(image: str, path: str, size: str) -> None:
     """Make a file of IMAGE so long, such as 64K; what it gains is a hole."""
     from xipvm.address import parse_size
+    from xipvm.cli.steps import Steps
     from xipvm.errors import BadInput
 
     try:
@@ -241,6 +234,8 @@ def _mapped(
 @click.argument("path")
 def mkdir(image: str, path: str) -> None:
     """Make a directory in IMAGE."""
+    from xipvm.cli.steps import Steps
+
     with Steps(), _volume(image, path) as (volume, _, _):
         volume.mkdir(path)
 
@@ -250,6 +245,8 @@ def mkdir(image: str, path: str) -> None:
 @click.argument("path")
 def rm(image: str, path: str) -> None:
     """Remove a file, or an empty directory, of IMAGE."""
+    from xipvm.cli.steps import Steps
+
     with Steps(), _volume(image, path) as (volume, _, _):
         volume.unlink(path)
 
@@ -263,6 +260,7 @@ def _volume(
     ``again``: it was looked at before, and the user knows what state it is in.
     """
     from xipvm.errors import BadInput, MmError, XipImageError
+    from xipvm.image_file import READ_IT, SHARE_IT
     from xipvm.mmu.frames import HostMemory
     from xipvm.trace.funnel import Trace
     from xipvm.xip.volume import naming, open_volume
@@ -279,8 +277,9 @@ def _volume(
             with naming(path):
                 yield volume, host, Trace()
     except XipImageError as error:
-        if error.hint:
-            raise BadInput(f"{image}: {error.reason}; {_HELPS[error.hint]}") from None
+        helps = {READ_IT: "'ls', 'cat' and 'map' only read it", SHARE_IT: "it can be changed when that has ended"}
+        if error.hint:  # for a run
+            raise BadInput(f"{image}: {error.reason}; {helps[error.hint]}") from None
         raise
     except MmError as error:
         raise BadInput(f"{image}: {str(error).removeprefix(f'{image}: ')}") from None
