@@ -114,6 +114,11 @@ def test_other_holes_are_not_the_page() -> None:
     assert told(violation) == ["xip_map", "xip_allocate 3", "pte_set"]
 
 
+def test_an_area_that_was_to_be_moved_and_was_not_still_shows_the_file() -> None:
+    moved = "vma_remap", {"mm": "mm0", "start": HVA, "end": HVA + 8 * PAGE_SIZE, "to": HVA, "pages": 2048}
+    assert judged(MAPPED, moved, allocated(3), shown(3, 0)).invariant == "I16"
+
+
 def test_a_scenario_says_so(tmp_path: Path) -> None:
     mutant = "xip-hole-mapped-behind-its-filling"
     words = ("explore", "hole-read-while-it-is-filled", "--protocol", "2008", "--mutant", mutant)

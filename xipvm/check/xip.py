@@ -112,7 +112,6 @@ class XipFiles:
             oracle.on("pte_move", self._moved)
             oracle.on("pte_protect", self._protected)
             oracle.on("vma_unmap", self._area_gone)
-            oracle.on("vma_remap", self._area_gone)
             oracle.on("spte_set", self._shadow)
             oracle.on("spte_set_huge", self._shadow)
             oracle.on("tlb_insert", self._shadow)
