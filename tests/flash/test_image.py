@@ -27,14 +27,15 @@ def path(tmp_path):
 
 
 def reason(path, size=SIZE, **options):
-    """Why the image cannot be opened: one line that starts with its name, and bad input."""
+    """Why the image cannot be opened, and what a run can do: one line that starts with its name, and bad input."""
     with pytest.raises(FlashImageError) as error:
         FlashImage.open(path, size, **options)
     assert isinstance(error.value, BadInput)
-    assert str(error.value) == f"{path}: {error.value.reason}"
+    why = "; ".join(filter(None, (error.value.reason, error.value.hint)))
+    assert str(error.value) == f"{path}: {why}"
     assert "\n" not in str(error.value)
     assert error.value.path == path
-    return error.value.reason
+    return why
 
 
 @pytest.mark.parametrize("size", [0x1000, SIZE, (3 << 20) + 0x1000])
