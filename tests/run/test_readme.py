@@ -21,7 +21,10 @@ PAGES = (
     "docs/xpmem.md",
     "docs/odp.md",
     "docs/dmirror.md",
-    pytest.param("docs/xip.md", marks=pytest.mark.skipif(not shutil.which("mke2fs"), reason="needs mke2fs in PATH")),
+    pytest.param(
+        "docs/xip.md",
+        marks=pytest.mark.skipif(not shutil.which("mke2fs"), reason="needs mke2fs: apt-get install e2fsprogs"),
+    ),
 )
 
 
